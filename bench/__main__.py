@@ -1,0 +1,31 @@
+"""The command line: ``python -m bench COMMAND``, from the repository."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from bench import demo, step
+
+# A command is a module with `add_arguments(parser)`, `main(args) -> exit status`, and a docstring.
+COMMANDS = {"demo": demo, "step": step}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of deq_compile.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        text = module.__doc__ or ""
+        sub = commands.add_parser(
+            name,
+            help=text.splitlines()[0].split(": ", 1)[1],
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(sub)
+    args = parser.parse_args(argv)
+    return COMMANDS[args.command].main(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

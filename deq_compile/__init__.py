@@ -1,0 +1,28 @@
+"""deq_compile: a torch.compile backend that turns the fixed-point loops of unmodified models into Broyden solves."""
+
+from .api import deq_compile, explain
+from .backend import register_backend as _register_backend
+from .capture.ddp import install as _install_ddp
+from .config import Options
+from .region.records import SolveRecord, record_solves
+from .region.run import RegionWarning
+from .report import Location, Reason, Region, Report, Skipped
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Location",
+    "Options",
+    "Reason",
+    "Region",
+    "RegionWarning",
+    "Report",
+    "Skipped",
+    "SolveRecord",
+    "deq_compile",
+    "explain",
+    "record_solves",
+]
+
+_register_backend()
+_install_ddp()

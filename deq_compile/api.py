@@ -1,0 +1,112 @@
+"""The ways in: `@deq_compile` and `explain`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+from torch.fx.traceback import annotate
+
+from . import scope
+from .backend import Backend
+from .config import Options
+from .report import Report
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+@overload
+def deq_compile(target: T, /, **options: Any) -> T: ...
+@overload
+def deq_compile(target: None = None, /, **options: Any) -> Callable[[T], T]: ...
+def deq_compile(target: Any = None, /, **options: Any) -> Any:
+    """Compile a model's fixed-point regions: on a Module class, a Module, or a function.
+
+    A class stays the same class: its instances compile themselves at their first call, subclasses inherit that, and
+    state_dict keys, pickling and deepcopy are as before. A module is compiled in place (as `nn.Module.compile`) and
+    returned. A function comes back wrapped. Inside an outer `torch.compile(backend="deq")` all three are traced through,
+    and their options hold for their own regions.
+
+    Args:
+        target: what to compile; None for the decorator with options, `@deq_compile(tol=1e-5)`.
+        options: see `deq_compile.config.Options`.
+
+    Raises:
+        ValueError: an unknown option or a bad value, at once.
+        TypeError: a target that is none of the three.
+    """
+    chosen = Options.from_options(options)
+    if target is None:
+        return functools.partial(_decorate, options=chosen)
+    return _decorate(target, chosen)
+
+
+def _decorate(target: Any, options: Options) -> Any:
+    if isinstance(target, type) and issubclass(target, nn.Module):
+        setattr(target, scope.CLASS_ATTRIBUTE, options)
+        target._compiled_call_impl = _CompiledCall(options)  # type: ignore[assignment]
+        return target
+    if isinstance(target, nn.Module):
+        scope.remember_module(target, options)
+        target.compile(backend=Backend(options))
+        return target
+    if callable(target) and not isinstance(target, type):
+        return _compile_function(target, options)
+    raise TypeError(
+        f"deq_compile: expected an nn.Module class, an nn.Module or a function, got {target!r}. "
+        "Options are keywords: @deq_compile(tol=1e-5)"
+    )
+
+
+class _CompiledCall:
+    """What `nn.Module.__call__` looks up on an instance. The first look-up compiles, and leaves the result in the
+    instance under the same name, where `nn.Module.__getstate__` drops it from pickles and copies."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __get__(self, module: nn.Module | None, owner: type) -> Any:
+        if module is None or torch.compiler.is_compiling():
+            return None
+        compiled = torch.compile(module._call_impl, backend=Backend(self.options))
+        module.__dict__["_compiled_call_impl"] = compiled
+        return compiled
+
+
+def _compile_function(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    mark = {scope.ANNOTATION: scope.remember_function(options)}
+
+    @functools.wraps(function)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        with annotate(mark):
+            return function(*args, **kwargs)
+
+    return functools.wraps(function)(torch.compile(marked, backend=Backend(options)))
+
+
+def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Report]:
+    """What the compiler finds in a model: `report = explain(model, **options)(*inputs)`.
+
+    Compiles and runs one forward, in the gradient mode of the caller. `report.regions` holds the regions with their
+    status (solve or kept, decided by this very call), `report.skipped` every candidate that was left alone with a Reason
+    and the user's file and line; `str(report)` is a table, `report.to_json()` JSON.
+    """
+    chosen = Options.from_options(options)
+
+    def run(*args: Any, **kwargs: Any) -> Report:
+        report = Report()
+        inherited = Options()
+        if isinstance(model, nn.Module):
+            inherited = getattr(type(model), scope.CLASS_ATTRIBUTE, inherited)
+        backend = Backend(inherited.merge(chosen), report)
+        # a decorated module would run its own compiled call: explain what it calls
+        call = model._call_impl if isinstance(model, nn.Module) else getattr(model, "_torchdynamo_orig_callable", model)
+        # each explanation is one more compilation of the same code, which is no sign of a model that recompiles
+        with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
+            torch.compile(call, backend=backend)(*args, **kwargs)
+        return report
+
+    return run

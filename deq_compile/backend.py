@@ -1,0 +1,217 @@
+"""The `torch.compile` backend: options, passes, regions, and the inner backend for everything else."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .config import Config, Options
+from .passes.ambient import ambient_at
+from .passes.base import Loop, Pass, PassContext, is_tensor, value_of
+from .passes.extract import Extract, body_hash, dim_order
+from .passes.find_loops import FindLoops, deduplicate_constants
+from .passes.functionalise import Functionalise
+from .passes.hoist import Hoist
+from .passes.judge import Judge
+from .passes.replace import Replace
+from .region.body import BodySpec
+from .region.modes import Ambient
+from .region.op import solve_op
+from .region.site import RegionSpec, Site, register
+from .report import Region, Report
+from .scope import scoped_options
+
+log = logging.getLogger("deq_compile.backend")
+
+CompiledFn = Callable[..., Any]
+
+
+class Backend:
+    """The "deq" backend with its options bound; what `@deq_compile` and `explain` hand to `torch.compile`.
+
+    report: collects what is found in every graph; None for a report of each graph's own (logged, then dropped).
+    """
+
+    __name__ = "deq"
+    takes_whole_graphs = True  # DDP must not split a graph before it arrives (capture/ddp.py)
+
+    def __init__(self, options: Mapping[str, Any] | Options | None = None, report: Report | None = None) -> None:
+        self.options = Options.from_options(options)
+        self.report = report
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> CompiledFn:
+        outer = self.options.merge(Options.from_options(options))
+        report = self.report if self.report is not None else Report()
+        rewrite(gm, outer, report)
+        return compile_rest(gm, example_inputs, outer.resolve(), mode)
+
+
+_default = Backend()
+
+
+def deq(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> CompiledFn:
+    """`torch.compile(model, backend="deq", options={...})`; the options are those of `deq_compile.config.Options`.
+
+    `mode` is translated for Inductor. An unknown option or a bad value is a ValueError (inside torch's
+    BackendCompilerFailed) that names it, the known ones and the nearest match.
+    """
+    return _default(gm, example_inputs, mode=mode, options=options)
+
+
+deq.takes_whole_graphs = True  # type: ignore[attr-defined]
+
+
+def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> int:
+    """Replace the fixed-point regions of a Dynamo graph in place; the graph is left untouched where there are none."""
+    report.graphs += 1
+    start = Ambient.now()
+    graph = _copy_of(gm.graph)
+    deduplicate_constants(graph)
+
+    def min_repeats(nodes: Sequence[fx.Node]) -> int:
+        return scoped_options(nodes, options).resolve().min_repeats
+
+    context = PassContext(min_repeats, report)
+    find: list[Pass] = [Functionalise(), FindLoops(), Judge(start), Hoist(), Extract(gm)]
+    for step in find:
+        step(graph, context)
+    if not context.loops:
+        return 0
+    modes = {id(loop): ambient_at(graph, loop.segment(0)[0], start) for loop in context.loops}
+    Replace(lambda loop: _call(loop, modes[id(loop)], options, report))(graph, context)
+    gm.graph = graph
+    gm.recompile()
+    return len(context.loops)
+
+
+def _copy_of(graph: fx.Graph) -> fx.Graph:
+    """A copy that AOTAutograd accepts: it asks inputs where they come from, which no copy of a node carries over."""
+    new = copy.deepcopy(graph)
+    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
+        if hasattr(old_node, "_dynamo_source"):
+            new_node._dynamo_source = old_node._dynamo_source  # type: ignore[attr-defined]
+    return new
+
+
+def _call(loop: Loop, ambient: Ambient, options: Options, report: Report) -> tuple[Callable[..., object], tuple[Any, ...]]:
+    """Register the region of a loop; the node that stands in for it."""
+    config = usable(scoped_options(loop.segment(0), options).resolve(), [value_of(n) for n in loop.outputs])
+    spec = region_spec(loop, ambient, config)
+    site = register(spec)
+    states = tuple((tuple(str(s) for s in value_of(n).shape), str(value_of(n).dtype)[6:]) for n in loop.outputs)
+    row = Region(
+        key=site.key,
+        kind=f"loop of {loop.count}",
+        location=loop.location,
+        states=states,
+        iterations=loop.count,
+        operands=len(loop.operands),
+        hoisted=len(loop.kept_nodes),
+        solver=config.solver,
+        backward=config.backward if spec.grad else "-",
+        status=site.verdict,
+    )
+    report.regions.append(row)
+    log.info("region %s at %s: %d iterations, %d operands", site.key, spec.where, loop.count, len(loop.operands))
+
+    def changed(site: Site) -> None:
+        row.status, row.distance = site.verdict, site.distance
+
+    site.on_change = changed
+    return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
+
+
+def region_spec(loop: Loop, ambient: Ambient, config: Config) -> RegionSpec:
+    assert loop.body is not None
+    outputs = [value_of(n) for n in loop.outputs]
+    tensors = [value_of(n) for n in (*loop.initial, *loop.operands) if is_tensor(n)]
+    body = BodySpec(
+        call=loop.body.forward,
+        hash=body_hash(loop.body),
+        ambient=ambient,
+        inner=config.inner,
+        inductor=tuple(sorted(config.inductor.items())),
+    )
+    return RegionSpec(
+        body=body,
+        dtypes=tuple(v.dtype for v in outputs),
+        orders=tuple(dim_order(v) for v in outputs),
+        iterations=loop.count,
+        grad=ambient.grad and any(t.requires_grad for t in tensors),
+        config=config,
+        where=str(loop.location),
+    )
+
+
+def usable(config: Config, values: Sequence[Any]) -> Config:
+    """The configuration with an inner backend that this machine can run."""
+    on_cpu = any(isinstance(v, torch.Tensor) and v.device.type == "cpu" for v in values)
+    if config.inner == "inductor" and on_cpu and not has_cpp_compiler():
+        return config.replace(inner="aot_eager")
+    return config
+
+
+@functools.cache
+def has_cpp_compiler() -> bool:
+    """Whether Inductor finds a C++ compiler; says so once where it does not."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        warnings.warn(
+            "no C++ compiler was found, so Inductor cannot compile for the CPU: the 'deq' backend goes on with "
+            "inner='aot_eager'. Fix: install g++ or clang++, or set CXX",
+            UserWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None) -> CompiledFn:
+    """Hand a graph to the inner backend."""
+    inputs = list(example_inputs)
+    inner = usable(config, inputs).inner
+    if inner == "eager":
+        return gm.forward
+    if inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, inputs)
+    import torch._inductor
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
+    return compile_fx(gm, inputs, config_patches=patches or None)
+
+
+def register_backend() -> None:
+    """Make `backend="deq"` known from a plain checkout; an installed package is found through its entry point."""
+    from importlib.metadata import entry_points
+
+    from torch._dynamo.backends import registry
+
+    if "deq" not in entry_points(group="torch_dynamo_backends").names and "deq" not in registry._COMPILER_FNS:
+        registry.register_backend(deq, name="deq")

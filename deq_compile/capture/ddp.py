@@ -1,0 +1,39 @@
+"""Keep DistributedDataParallel from cutting a loop in two.
+
+Dynamo's DDPOptimizer splits a graph by gradient buckets before a backend sees it, and so a loop of 10 iterations arrives as
+8 and 2. For our backend the graph is handed over whole; DDP's reducer works as before, it only overlaps less.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+
+def takes_whole_graphs(backend: Any) -> bool:
+    """Whether a backend, or what torch has wrapped around it, is ours."""
+    seen = 0
+    while backend is not None and seen < 8:
+        if getattr(backend, "takes_whole_graphs", False):
+            return True
+        backend = getattr(backend, "compiler_fn", None) or getattr(backend, "_torchdynamo_orig_backend", None)
+        seen += 1
+    return False
+
+
+def install() -> None:
+    """Patch DDPOptimizer once; all other backends see it unchanged."""
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    original = DDPOptimizer.compile_fn
+    if getattr(original, "hands_over_whole_graphs", False):
+        return
+
+    @functools.wraps(original)
+    def compile_fn(self: Any, gm: Any, example_inputs: Any, **configs: Any) -> Any:
+        if takes_whole_graphs(self.backend_compile_fn):
+            return self.backend_compile_fn(gm, example_inputs, **configs)
+        return original(self, gm, example_inputs, **configs)
+
+    compile_fn.hands_over_whole_graphs = True  # type: ignore[attr-defined]
+    DDPOptimizer.compile_fn = compile_fn

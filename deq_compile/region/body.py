@@ -1,0 +1,141 @@
+"""One application of a region's body on the flat state, and its vector-Jacobian products.
+
+Three ways to run a body, behind one interface: eager (autograd records the VJPs), the traced ATen graphs as they are
+(`aot_eager`), and the same graphs compiled by Inductor. Shapes are concrete here: one runner for each set of shapes.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import Layout
+from .modes import Ambient
+
+log = logging.getLogger("deq_compile.region")
+
+# Shapes beyond this many for one body run it eagerly: a model that is called with ever new sizes must not compile forever.
+MAX_COMPILED_SHAPES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class BodySpec:
+    """What a body is: a function of state, operands and sizes, its hash, and how to run it.
+
+    call     call(*state, *operands, *sizes) -> tuple of state tensors
+    hash     equal for bodies that compute the same
+    ambient  modes it was captured under
+    inner    "inductor", "aot_eager" or "eager"
+    inductor patches for Inductor's configuration, as sorted items
+    """
+
+    call: Callable[..., Sequence[Tensor]]
+    hash: str
+    ambient: Ambient
+    inner: str
+    inductor: tuple[tuple[str, Any], ...] = ()
+
+    def flat(self, layout: Layout, z: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+        """f on the flat state: (B, D) -> (B, D), a dense tensor of its own."""
+        with self.ambient.autocast_entered():
+            return layout.flatten(self.call(*layout.unflatten(z), *operands, *sizes))
+
+
+class Linearised(abc.ABC):
+    """A body linearised at one state: `vjp(w)` = J^T w, and `vjp_full(w)` = (J^T w, gradients of the operands asked for).
+
+    w, J^T w: (B, D). An operand that the body does not depend on has gradient None.
+    """
+
+    @abc.abstractmethod
+    def vjp(self, w: Tensor) -> Tensor: ...
+
+    @abc.abstractmethod
+    def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]: ...
+
+
+class Runner(abc.ABC):
+    """A body for one set of shapes, bound to nothing else: operands come with each call."""
+
+    @abc.abstractmethod
+    def apply(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor: ...
+
+    @abc.abstractmethod
+    def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised: ...
+
+
+class EagerRunner(Runner):
+    def __init__(self, spec: BodySpec, layout: Layout, sizes: Sequence[int]) -> None:
+        self.spec, self.layout, self.sizes = spec, layout, tuple(sizes)
+
+    def apply(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return self.spec.flat(self.layout, z, operands, self.sizes)
+
+    def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised:
+        with torch.enable_grad():
+            state = z.detach().requires_grad_()
+            own = [o.detach().requires_grad_(need) for o, need in zip(operands, needs, strict=True)]
+            out = self.spec.flat(self.layout, state, own, self.sizes)
+        return EagerLinearised(out, state, [o for o, need in zip(own, needs, strict=True) if need])
+
+
+class EagerLinearised(Linearised):
+    def __init__(self, out: Tensor, state: Tensor, operands: list[Tensor]) -> None:
+        self.out, self.state, self.operands = out, state, operands
+
+    def vjp(self, w: Tensor) -> Tensor:
+        if not self.out.requires_grad:
+            return torch.zeros_like(w)
+        (jtw,) = torch.autograd.grad(self.out, self.state, w, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(w) if jtw is None else jtw
+
+    def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        if not self.out.requires_grad:
+            return torch.zeros_like(w), [None] * len(self.operands)
+        jtw, *grads = torch.autograd.grad(
+            self.out, [self.state, *self.operands], w, retain_graph=True, allow_unused=True
+        )
+        return torch.zeros_like(w) if jtw is None else jtw, list(grads)
+
+
+_runners: dict[tuple[Any, ...], Runner] = {}
+_shapes_of: dict[tuple[Any, ...], int] = {}
+_lock = threading.RLock()
+
+
+def runner_for(spec: BodySpec, layout: Layout, operands: Sequence[Tensor], sizes: Sequence[int]) -> Runner:
+    """The runner of a body for these shapes. Compiled code is shared by all regions whose bodies have one hash."""
+    metas = tuple((o.shape, o.stride(), o.dtype, o.device) for o in operands)
+    body = (spec.hash, spec.inner, spec.ambient.autocast, spec.inductor)
+    key = (*body, layout, metas, tuple(sizes))
+    found = _runners.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        if key not in _runners:
+            if spec.inner == "eager":
+                _runners[key] = EagerRunner(spec, layout, sizes)
+            elif _shapes_of.get(body, 0) >= MAX_COMPILED_SHAPES:
+                log.info("body %s was compiled for %d sets of shapes: new ones run eagerly", spec.hash, MAX_COMPILED_SHAPES)
+                _runners[key] = EagerRunner(spec, layout, sizes)
+            else:
+                from .compiled import CompiledRunner
+
+                _shapes_of[body] = _shapes_of.get(body, 0) + 1
+                _runners[key] = CompiledRunner(spec, layout, sizes, _lock)
+        return _runners[key]
+
+
+def clear() -> None:
+    """Forget all compiled bodies."""
+    with _lock:
+        _runners.clear()
+        _shapes_of.clear()

@@ -1,0 +1,164 @@
+"""Bodies and their VJPs as ATen graphs, traced once for concrete shapes and called without Dynamo's guards.
+
+One joint graph of the body is split by the min-cut partitioner into `forward(z, operands) -> f, saved` and a backward
+from which two graphs are taken: the state's VJP (called many times) and the VJP of state and operands (called once).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .body import BodySpec, Linearised, Runner
+from .layout import Layout
+
+Call = Callable[[list[Any]], Sequence[Any]]
+
+
+
+class CompiledRunner(Runner):
+    def __init__(self, spec: BodySpec, layout: Layout, sizes: Sequence[int], lock: threading.RLock) -> None:
+        self.spec, self.layout, self.sizes, self.lock = spec, layout, tuple(sizes), lock
+        self.plain: Call | None = None
+        self.linear: dict[tuple[bool, ...], tuple[Call, Call, Call]] = {}
+
+    def apply(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            if self.plain is None:
+                self.plain = self._compile_plain(z, operands)
+            return self.plain([z, *operands])[0]
+
+    def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised:
+        with torch.no_grad():
+            if needs not in self.linear:
+                self.linear[needs] = self._compile_joint(z, operands, needs)
+            forward, state, full = self.linear[needs]
+            saved = list(forward([z, *operands]))[1:]
+        return CompiledLinearised(saved, state, full)
+
+    def _flat(self, z: Tensor, *operands: Tensor) -> Tensor:
+        return self.spec.flat(self.layout, z, operands, self.sizes)
+
+    def _compile_plain(self, z: Tensor, operands: Sequence[Tensor]) -> Call:
+        with self.lock:
+            return self._finish(self._trace(lambda *a: (self._flat(*a),), _distinct([z, *operands])))
+
+    def _compile_joint(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Call, Call, Call]:
+        def joint(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
+            with torch.enable_grad():
+                wanted = (True, *needs)
+                own = [p.detach().requires_grad_(w) for p, w in zip(primals, wanted, strict=True)]
+                out = self._flat(*own)
+                chosen = [p for p, w in zip(own, wanted, strict=True) if w]
+                if not out.requires_grad:
+                    grads: Sequence[Tensor | None] = [None] * len(chosen)
+                else:
+                    grads = torch.autograd.grad(out, chosen, tangents, allow_unused=True)
+            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(chosen, grads, strict=True)]
+            return [out.detach(), *filled]
+
+        inputs = [z, *operands]
+        with self.lock:
+            graph = self._trace(joint, _distinct(inputs), _distinct([z]))
+            _name_placeholders(graph, len(inputs))
+            graph.graph.eliminate_dead_code()
+            with tracing(TracingContext(_fake_mode(graph))):
+                forward, backward = min_cut_rematerialization_partition(graph, None, num_fwd_outputs=1)
+            ready = self._finish(forward)
+            # The compiled forward may lay out what it saves differently than the traced one: go on from what it returns.
+            saved = list(ready(list(inputs)))[1:]
+            count = 1 + sum(needs)
+            state = self._finish(self._retrace(_outputs_only(backward, [0]), [*saved, z]))
+            full = self._finish(self._retrace(_outputs_only(backward, list(range(count))), [*saved, z]))
+        return ready, state, full
+
+    def _trace(self, fn: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
+        decompositions = None
+        if self.spec.inner == "inductor":
+            from torch._inductor.decomposition import select_decomp_table
+
+            decompositions = select_decomp_table()
+        args = inputs if len(inputs) > 1 else tuple(inputs[0])
+        return make_fx(fn, decomposition_table=decompositions, tracing_mode="fake")(*args)
+
+    def _retrace(self, graph: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
+        return make_fx(graph, tracing_mode="fake")(*_distinct(inputs))
+
+    def _finish(self, graph: fx.GraphModule) -> Call:
+        """A function of a list of inputs. Inductor's is called below its wrapper of guards."""
+        graph.graph.eliminate_dead_code()
+        graph.recompile()
+        if self.spec.inner != "inductor":
+            return lambda inputs: graph(*inputs)
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        fake = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
+        patches = dict(self.spec.inductor)
+        with tracing(TracingContext(_fake_mode(graph))), config.patch(patches) if patches else contextlib.nullcontext():
+            compiled = compile_fx_inner(graph, fake)
+        return getattr(compiled, "current_callable", None) or compiled
+
+
+class CompiledLinearised(Linearised):
+    def __init__(self, saved: list[Any], state: Call, full: Call) -> None:
+        self.saved, self.state, self.full = saved, state, full
+
+    def vjp(self, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.state([*self.saved, w])[0]
+
+    def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        with torch.no_grad():
+            jtw, *grads = self.full([*self.saved, w])
+        return jtw, list(grads)
+
+
+def _distinct(inputs: Sequence[Any]) -> list[Any]:
+    """One object for each input: a tensor given twice would become one placeholder for two."""
+    return [i.detach() if isinstance(i, Tensor) else i for i in inputs]
+
+
+def _fake_mode(graph: fx.GraphModule) -> FakeTensorMode:
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return value.fake_mode
+    raise RuntimeError("expected at least one fake tensor in a traced body")
+
+
+def _name_placeholders(graph: fx.GraphModule, primals: int) -> None:
+    """The partitioner tells inputs from cotangents by their names."""
+    for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder"):
+        name = f"primals_{i + 1}" if i < primals else f"tangents_{i - primals + 1}"
+        node.target = name
+        node._rename(name)
+    graph.recompile()
+
+
+def _outputs_only(backward: fx.GraphModule, keep: list[int]) -> fx.GraphModule:
+    """The backward graph restricted to some outputs."""
+    graph = copy.deepcopy(backward)
+    (output,) = [n for n in graph.graph.nodes if n.op == "output"]
+    output.args = (tuple(output.args[0][i] for i in keep),)
+    graph.graph.eliminate_dead_code()
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.convolution_backward.default:
+            # dead-code elimination does not look inside: it would go on computing weight gradients nobody reads
+            read = {user.args[1] for user in node.users}
+            mask = [bool(wanted) and i in read for i, wanted in enumerate(node.args[-1])]
+            node.args = (*node.args[:-1], mask)
+        elif node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default  # saved tensors may have other strides than in the trace
+    graph.recompile()
+    return graph

@@ -1,0 +1,135 @@
+"""The forward solve: evaluate the body, let the solver move, until every sample has stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deq_compile.kernels.broyden import (
+    NORM_EPS,
+    RUNNING,
+    BroydenState,
+    Progress,
+    new_progress,
+    new_state,
+    observe,
+    step,
+)
+
+# Multiples of the body's eps below which stagnation is the precision's doing.
+FLOOR_EPS = 50
+
+SOLVERS = ("broyden", "picard")
+STOP_MODES = ("rel", "abs")
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """Outcome of :func:`solve`.
+
+    Attributes:
+        z: (B, D) each sample's iterate of smallest residual, a new tensor.
+        state: the factors for the backward; None where the solver builds none.
+        status: (B,) int8, values of :class:`~deq_compile.region.status.Status`.
+        iterations: (B,) int32, body evaluations at which each sample stopped.
+        residual: (B,) stopping residual at ``z``; inf where none was finite.
+        evaluations: body evaluations of the whole batch.
+    """
+
+    z: Tensor
+    state: BroydenState | None
+    status: Tensor
+    iterations: Tensor
+    residual: Tensor
+    evaluations: int
+
+
+@torch.no_grad()
+def solve(
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    *,
+    solver: str = "broyden",
+    tol: float = 1e-4,
+    stop_mode: str = "rel",
+    max_iter: int = 40,
+    memory: int | None = None,
+    factor_dtype: torch.dtype | None = None,
+    eta: float = 0.1,
+    body_eps: float | None = None,
+    S: Tensor | None = None,
+    C: Tensor | None = None,
+) -> Solution:
+    """Solve z = f(z) for each sample of a batch, without recording gradients.
+
+    A sample stops when its residual is at most ``tol``, stagnates at the floor of the body's precision, or is not
+    finite; it is then frozen while the others go on. The residual is |f(z) - z| / (|f(z)| + 1e-9), or its numerator.
+
+    Args:
+        f: body, (B, D) -> (B, D). It must not keep its argument, which changes in place afterwards.
+        z0: (B, D) initial iterates, float32 or float64; left as it is. Nothing is evaluated where B = 0.
+        solver: "broyden" (good Broyden with H_0 = -I, :mod:`deq_compile.kernels.broyden`) or "picard" (z <- f(z)).
+        tol: residual at which a sample stops.
+        stop_mode: "rel" or "abs".
+        max_iter: cap on body evaluations, at least 1.
+        memory: updates that Broyden stores before it restarts; None is ``max_iter``.
+        factor_dtype: dtype of the stored steps; None is that of ``z0``, or of ``S`` where that is given.
+        eta: Powell's guard of Broyden's update.
+        body_eps: eps of the precision that the body computes in; None is that of ``z0``'s dtype.
+        S: (B, memory + 1, D) buffer for the steps; its contents are never read.
+        C: (B, memory, memory) buffer for the coefficients, in ``z0``'s dtype; its contents are never read.
+
+    Raises:
+        ValueError: an argument that is not as above, or a body whose result has another shape than its argument.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"expected solver among {SOLVERS}, got {solver!r}")
+    if stop_mode not in STOP_MODES:
+        raise ValueError(f"expected stop_mode among {STOP_MODES}, got {stop_mode!r}")
+    if max_iter < 1:
+        raise ValueError(f"expected max_iter >= 1, got {max_iter}")
+    floor = FLOOR_EPS * (torch.finfo(z0.dtype).eps if body_eps is None else body_eps)
+    relative = stop_mode == "rel"
+    z = z0.clone(memory_format=torch.contiguous_format)
+    if solver == "picard":
+        progress = new_progress(z0, tol=tol, relative=relative, floor=floor)
+        _iterate(f, z, progress, max_iter, _picard_step)
+        return _solution(progress, None)
+    memory = max_iter if memory is None else memory
+    state = new_state(z0, memory, factor_dtype, eta, S, C, tol=tol, relative=relative, floor=floor)
+    _iterate(f, z, state, max_iter, step)
+    return _solution(state, state)
+
+
+def _iterate(
+    f: Callable[[Tensor], Tensor], z: Tensor, progress: Progress, max_iter: int, move: Callable[..., None]
+) -> None:
+    while progress.running:
+        fz = f(z)
+        if fz.shape != z.shape:
+            raise ValueError(f"expected a body that maps {tuple(z.shape)} to itself, got {tuple(fz.shape)}")
+        move(progress, z, fz, last=progress.evaluations + 1 == max_iter)
+
+
+def _picard_step(progress: Progress, z: Tensor, f: Tensor, *, last: bool) -> None:
+    f = f.to(z.dtype)
+    scale = torch.linalg.vector_norm(f, dim=1).add_(NORM_EPS)
+    observe(progress, z, torch.linalg.vector_norm(f - z, dim=1), scale, last=last)
+    if progress.frozen:
+        torch.where((progress.done == RUNNING)[:, None], f, z, out=z)
+    else:
+        z.copy_(f)
+
+
+def _solution(progress: Progress, state: BroydenState | None) -> Solution:
+    return Solution(
+        z=progress.z_best,
+        state=state,
+        status=progress.done,
+        iterations=progress.iterations,
+        residual=progress.best,
+        evaluations=progress.evaluations,
+    )

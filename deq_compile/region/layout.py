@@ -1,0 +1,81 @@
+"""The flat state: one (B, D) matrix a solver works on, and the tensors a body works on, as views into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def flat_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The solver's precision: fp64 if any state has it, else fp32 (bf16 and fp16 states are iterated on in fp32)."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How state tensors lie in the flat state.
+
+    shapes  of the state tensors
+    dtypes  of the state tensors
+    orders  dimensions of each from slowest to fastest in memory (channels_last: 0, 2, 3, 1)
+    rows    True: dimension 0 is a batch of independent samples, flat state (B, D).
+            False: all is one coupled system, flat state (1, D).
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[torch.dtype, ...]
+    orders: tuple[tuple[int, ...], ...]
+    rows: bool
+
+    @property
+    def batch(self) -> int:
+        return self.shapes[0][0] if self.rows else 1
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(math.prod(s[1:] if self.rows else s) for s in self.shapes)
+
+    @property
+    def width(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return flat_dtype(self.dtypes)
+
+    def _inner_orders(self) -> list[tuple[int, ...]]:
+        """Orders with which a flat row is read: a batch dimension has to be the slowest one."""
+        return [o if not self.rows or o[:1] == (0,) else tuple(range(len(o))) for o in self.orders]
+
+    def flatten(self, states: Sequence[Tensor]) -> Tensor:
+        """The states as one (B, D) matrix in the solver's dtype; may be a view where there is one state."""
+        columns = [
+            state.permute(order).reshape(self.batch, width).to(self.dtype)
+            for state, order, width in zip(states, self._inner_orders(), self.widths, strict=True)
+        ]
+        return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
+
+    def unflatten(self, flat: Tensor) -> list[Tensor]:
+        """State tensors in their own dtypes and memory orders, as views into `flat` where that is possible."""
+        states = []
+        for part, shape, dtype, order in zip(
+            flat.split(self.widths, 1), self.shapes, self.dtypes, self._inner_orders(), strict=True
+        ):
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            states.append(part.reshape([shape[d] for d in order]).permute(inverse).to(dtype))
+        return states
+
+    def outputs(self, flat: Tensor) -> list[Tensor]:
+        """As `unflatten`, with exactly the strides of `empty_permuted(shape, order)` and sharing nothing."""
+        found: list[Tensor] = []
+        for state, order in zip(self.unflatten(flat), self.orders, strict=True):
+            fresh = torch.empty_permuted(state.shape, order, dtype=state.dtype, device=state.device)
+            single = len(self.shapes) == 1 and state.stride() == fresh.stride()
+            found.append(state if single else fresh.copy_(state))
+        return found

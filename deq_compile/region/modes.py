@@ -1,0 +1,36 @@
+"""Modes a region was captured under, to be re-entered at run time: autograd's threads do not carry them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+_DEVICES = ("cpu", "cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class Ambient:
+    """Modes at one place: gradient recording, and (device type, enabled, dtype) of autocast for each device type."""
+
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @staticmethod
+    def now() -> Ambient:
+        """The modes of the calling thread."""
+        cast = tuple((d, torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in _DEVICES)
+        return Ambient(torch.is_grad_enabled(), cast)
+
+    @contextlib.contextmanager
+    def autocast_entered(self) -> Iterator[None]:
+        """Autocast as it was when the graph was captured: a thread of autograd's has it off."""
+        with contextlib.ExitStack() as stack:
+            for device, enabled, dtype in self.autocast:
+                if enabled != torch.is_autocast_enabled(device) or (
+                    enabled and dtype != torch.get_autocast_dtype(device)
+                ):
+                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            yield

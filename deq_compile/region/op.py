@@ -1,0 +1,182 @@
+"""The region as a pair of opaque operators, `deq::solve` and `deq::solve_backward`, in one whole graph.
+
+    solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region)
+        -> [state..., S, C, n, ticket]
+
+state  fresh tensors of the shapes of state0, in the memory orders of the region
+S, C   stored steps and coefficients, flat: B*(M+1)*D and B*M*M elements; empty where the backward does not reuse them
+n      (B,) int32, steps stored per sample
+ticket (3,) int64 on the CPU: kept, rows, serial number of the record
+
+Everything a backward needs is an output or an input: forward, forward, backward, backward and retain_graph are right.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import run
+from .site import site as find_site
+
+_TAGS = tuple(
+    tag
+    for tag in (getattr(torch.Tag, name, None) for name in ("pt2_compliant_tag", "cudagraph_unsafe"))
+    if tag is not None
+)
+
+_library = torch.library.Library("deq", "DEF")
+_library.define("solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> Tensor[]", tags=_TAGS)
+_library.define(
+    "solve_backward(Tensor?[] cotangents, Tensor[] state, Tensor S, Tensor C, Tensor n, Tensor ticket, Tensor[] state0, "
+    "Tensor[] operands, SymInt[] sizes, str region, bool[] needs_state0, bool[] needs_operands) -> Tensor[]",
+    tags=_TAGS,
+)
+
+EXTRAS = 4  # outputs after the state: S, C, n, ticket
+
+
+def _factor_sizes(region: str, state0: Sequence[Tensor]) -> tuple[Any, Any]:
+    """Elements of S and C; shapes may be symbolic."""
+    spec = find_site(region).spec
+    if not spec.stores_steps:
+        return 0, 0
+    memory = spec.config.memory
+    total = sum(math.prod(s.shape) for s in state0)
+    return total * (memory + 1), _samples(region, state0) * memory * memory
+
+
+def _samples(region: str, state0: Sequence[Tensor]) -> Any:
+    """Upper bound of B: rows or whole may be decided at run time only."""
+    if find_site(region).spec.config.batch == "whole" or any(s.dim() == 0 for s in state0):
+        return 1
+    return state0[0].shape[0]
+
+
+def _empty_factors(region: str, state0: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    spec, (steps, coefficients) = find_site(region).spec, _factor_sizes(region, state0)
+    S = state0[0].new_empty((steps,), dtype=spec.factor_dtype)
+    return S, state0[0].new_empty((coefficients,), dtype=spec.compute_dtype)
+
+
+def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> list[Tensor]:
+    S, C = _empty_factors(region, state0)
+    done = run.run_forward(find_site(region), state0, operands, sizes, S, C)
+    n = done.n
+    samples = _samples(region, state0)
+    if n.shape[0] != samples:  # one coupled system fills the first of the slots that were announced
+        n = torch.cat([n, n.new_zeros(samples - n.shape[0])])
+    ticket = torch.tensor([done.kept, done.rows, done.serial], dtype=torch.int64)
+    return [*done.states, S, C, n, ticket]
+
+
+def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:
+    spec = find_site(region).spec
+    states = [
+        torch.empty_permuted(s.shape, order, dtype=dtype, device=s.device)
+        for s, order, dtype in zip(state0, spec.orders, spec.dtypes, strict=True)
+    ]
+    S, C = _empty_factors(region, state0)
+    n = state0[0].new_empty((_samples(region, state0),), dtype=torch.int32)
+    return [*states, S, C, n, torch.empty(3, dtype=torch.int64, device="cpu")]
+
+
+def _solve_backward(
+    cotangents: list[Tensor | None],
+    state: list[Tensor],
+    S: Tensor,
+    C: Tensor,
+    n: Tensor,
+    ticket: Tensor,
+    state0: list[Tensor],
+    operands: list[Tensor],
+    sizes: list[int],
+    region: str,
+    needs_state0: list[bool],
+    needs_operands: list[bool],
+) -> list[Tensor]:
+    kept, rows, serial = ticket.tolist()
+    grad_state0, grad_operands = run.run_backward(
+        find_site(region),
+        cotangents,
+        state,
+        state0,
+        operands,
+        sizes,
+        (S, C, n),
+        (bool(kept), bool(rows), serial),
+        tuple(needs_operands),
+    )
+    wanted = [s for s, need in zip(state0, needs_state0, strict=True) if need]
+    found: list[Tensor | None] = [None] * len(wanted)
+    if grad_state0 is not None:
+        found = [g for g, need in zip(grad_state0, needs_state0, strict=True) if need]
+    wanted += [o for o, need in zip(operands, needs_operands, strict=True) if need]
+    return _fresh([*found, *grad_operands], wanted)
+
+
+def _fresh(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients with exactly the fake's strides, none of which shares memory with another."""
+    out: list[Tensor] = []
+    seen: set[int] = set()
+    for grad, tensor in zip(grads, like, strict=True):
+        if grad is None:
+            out.append(torch.zeros_like(tensor))
+            continue
+        expected = torch.empty_like(tensor)
+        storage = grad.untyped_storage().data_ptr()
+        own = grad._base is None and storage not in seen and grad.dtype == tensor.dtype
+        out.append(grad if own and grad.stride() == expected.stride() else expected.copy_(grad))
+        seen.add(storage)
+    return out
+
+
+def _solve_backward_fake(
+    cotangents: Any, state: Any, S: Any, C: Any, n: Any, ticket: Any, state0: list[Tensor], operands: list[Tensor],
+    sizes: Any, region: str, needs_state0: list[bool], needs_operands: list[bool],
+) -> list[Tensor]:  # fmt: skip
+    tensors, needs = [*state0, *operands], [*needs_state0, *needs_operands]
+    return [torch.empty_like(t) for t, need in zip(tensors, needs, strict=True) if need]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    state0, operands, sizes, region = inputs
+    states, extras = output[:-EXTRAS], output[-EXTRAS:]
+    ctx.set_materialize_grads(False)  # or autograd allocates zeros of the size of S
+    ctx.mark_non_differentiable(*extras)
+    ctx.save_for_backward(*states, *extras, *state0, *operands)
+    ctx.sizes, ctx.region, ctx.count = sizes, region, len(states)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved, k = list(ctx.saved_tensors), ctx.count
+    states, (S, C, n, ticket) = saved[:k], saved[k : k + EXTRAS]
+    state0, operands = saved[k + EXTRAS : 2 * k + EXTRAS], saved[2 * k + EXTRAS :]
+    cotangents = list(grads[:k])
+    no_grad_sizes = None if len(ctx.sizes) else []  # torch.library takes an empty list for a list of tensors
+    if all(c is None for c in cotangents):
+        return [None] * k, [None] * len(operands), no_grad_sizes, None
+    needs_state0, needs_operands = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    found = iter(
+        torch.ops.deq.solve_backward(
+            cotangents, states, S, C, n, ticket, state0, operands, ctx.sizes, ctx.region, list(needs_state0), list(needs_operands)
+        )
+    )
+    return (
+        [next(found) if need else None for need in needs_state0],
+        [next(found) if need else None for need in needs_operands],
+        no_grad_sizes,
+        None,
+    )
+
+
+_library.impl("solve", _solve, "CompositeExplicitAutograd")
+_library.impl("solve_backward", _solve_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("deq::solve", _solve_fake, lib=_library)
+torch.library.register_fake("deq::solve_backward", _solve_backward_fake, lib=_library)
+torch.library.register_autograd("deq::solve", _backward, setup_context=_setup_context, lib=_library)
+solve_op = torch.ops.deq.solve.default

@@ -1,0 +1,261 @@
+"""A region at run time: forward (solve, verify, or the loop as it was) and backward (adjoint, or the loop's gradient)."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from deq_compile.kernels.broyden import Factors, factors_of
+
+from . import records
+from .adjoint import AdjointSolution, jacobian_free, solve_adjoint
+from .agree import agreed
+from .body import Runner, runner_for
+from .forward import Solution, solve
+from .layout import Layout
+from .probe import rows_are_independent
+from .site import MISSES_BEFORE_KEPT, Site
+from .status import Status, converged
+
+
+class RegionWarning(UserWarning):
+    """A region did not do what was asked of it, and says so."""
+
+
+@dataclasses.dataclass
+class Forward:
+    """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows."""
+
+    states: list[Tensor]
+    n: Tensor
+    kept: bool
+    rows: bool
+    serial: int
+
+
+def run_forward(
+    site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int], S: Tensor, C: Tensor
+) -> Forward:
+    """Solve a region, or run its loop. `S` and `C` are flat buffers for the factors, empty where none are kept."""
+    spec, config = site.spec, site.spec.config
+    rows = _decide_rows(site, state0, operands, sizes)
+    layout = spec.layout([s.shape for s in state0], rows)
+    z0 = layout.flatten(state0).detach()
+    runner = runner_for(spec.body, layout, operands, sizes)
+    evaluations = 0
+
+    def body(z: Tensor) -> Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        return runner.apply(z, operands)
+
+    due = site.due()
+    solution = None
+    if due or site.verdict == "solve":
+        buffers = _buffers(S, C, layout, config.memory) if spec.stores_steps else {}
+        solution = solve(
+            body,
+            z0,
+            solver=config.solver,
+            tol=config.tol,
+            stop_mode=config.stop_mode,
+            max_iter=config.max_iter,
+            memory=config.memory,
+            factor_dtype=spec.factor_dtype,
+            body_eps=spec.body_eps,
+            **buffers,
+        )
+    loop = None
+    if due and spec.iterations is not None and solution is not None:
+        loop = _apply(body, z0, spec.iterations)
+        _verify(site, solution, loop)
+    elif solution is not None:
+        _count_misses(site, solution)
+    site.calls += layout.batch > 0
+    kept = site.verdict == "kept" and (loop is not None or solution is None)
+    if kept:
+        assert spec.iterations is not None
+        z = loop if loop is not None else _apply(body, z0, spec.iterations)
+        solution = None
+    else:
+        assert solution is not None
+        z = solution.z
+    serial = _record_forward(site, solution, z, evaluations, S, C)
+    n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
+    if solution is not None and solution.state is not None:
+        n = solution.state.n
+    return Forward(layout.outputs(z), n, kept, rows, serial)
+
+
+def run_backward(
+    site: Site,
+    cotangents: Sequence[Tensor | None],
+    states: Sequence[Tensor],
+    state0: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    sizes: Sequence[int],
+    factors: tuple[Tensor, Tensor, Tensor],
+    forward: tuple[bool, bool, int],
+    needs: tuple[bool, ...],
+) -> tuple[list[Tensor] | None, list[Tensor | None]]:
+    """Gradients of the initial state (None: zero) and of the operands marked in `needs`."""
+    spec, (kept, rows, serial) = site.spec, forward
+    layout = spec.layout([s.shape for s in states], rows)
+    q = layout.flatten([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
+    runner = runner_for(spec.body, layout, operands, sizes)
+    if kept:
+        return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
+    z = layout.flatten(states)
+    linear = runner.linearise(z, operands, needs)
+    config = spec.config
+    if config.backward == "jfb":
+        found: AdjointSolution = jacobian_free(linear.vjp_full, q)
+    else:
+        state: Factors | None = None
+        if spec.stores_steps:
+            S, C, n = factors
+            shaped = _buffers(S, C, layout, config.memory)
+            state = factors_of(shaped["S"], shaped["C"], n[: layout.batch])
+        found = solve_adjoint(
+            linear.vjp,
+            linear.vjp_full,
+            q,
+            state,
+            tol=config.backward_tol,
+            max_iter=max(1, config.backward_max_iter),
+            expected=site.expected_vjps,
+        )
+        site.expected_vjps = found.needed
+    if serial:
+        records.complete(
+            serial,
+            cotangent=q,
+            w=found.w,
+            vjps=found.vjps,
+            adjoint_residual=float(found.residuals.max()),
+            adjoint_residual_mean=float(found.residuals.mean()),
+            adjoint_residual_batch=float(found.residual),
+            adjoint_message=found.status.message,
+        )
+    return None, found.payload
+
+
+def _decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
+    """Whether dimension 0 is a batch of independent samples. Undecided, and harmless, below two samples."""
+    if site.rows is not None:
+        if site.rows and (any(s.dim() == 0 for s in state0) or len({s.shape[0] for s in state0}) > 1):
+            raise ValueError(
+                f"region at {site.spec.where}: expected state tensors with one batch size in dimension 0 for batch='rows', "
+                f"got shapes {[tuple(s.shape) for s in state0]}. Fix: batch='whole' or batch='auto'"
+            )
+        return site.rows
+    if any(s.dim() == 0 for s in state0) or len({s.shape[0] for s in state0}) > 1:
+        site.rows = False
+        return False
+    if state0[0].shape[0] < 2:
+        return True
+    layout = site.spec.layout([s.shape for s in state0], rows=True)
+    runner = runner_for(site.spec.body, layout, operands, sizes)
+    site.rows = rows_are_independent(lambda z: runner.apply(z, operands), layout.flatten(state0), site.spec.body_eps)
+    return site.rows
+
+
+def _buffers(S: Tensor, C: Tensor, layout: Layout, memory: int) -> dict[str, Tensor]:
+    """The flat buffers in the shapes the kernels work on. One coupled system uses the first block of C."""
+    batch = layout.batch
+    return {
+        "S": S.view(batch, memory + 1, layout.width),
+        "C": C[: batch * memory * memory].view(batch, memory, memory),
+    }
+
+
+def _apply(body: Callable[[Tensor], Tensor], z: Tensor, times: int) -> Tensor:
+    if not z.numel():
+        return z.clone()  # an output may not share memory with an input
+    for _ in range(times):
+        z = body(z)
+    return z
+
+
+def _verify(site: Site, solution: Solution, loop: Tensor) -> None:
+    """Compare the solve with the user's own loop: solve, or kept."""
+    if not solution.z.numel():
+        return
+    config = site.spec.config
+    # a sample whose fixed point is the origin is compared absolutely
+    scale = torch.linalg.vector_norm(solution.z, dim=1).clamp_min(torch.finfo(solution.z.dtype).eps)
+    distance = float((torch.linalg.vector_norm(loop - solution.z, dim=1) / scale).max())
+    allowed = max(config.verify_tol, 4 * site.spec.body_eps)
+    good = bool(converged(solution.status).all()) and distance <= allowed
+    site.misses = 0
+    site.decide("solve" if agreed(site.key, site.calls, good, site.spec.grad) else "kept", distance)
+
+
+def _count_misses(site: Site, solution: Solution) -> None:
+    """A fixed-count loop whose solve misses its tolerance again and again goes back to its own iterations."""
+    missed = solution.z.numel() > 0 and not bool(converged(solution.status).all())
+    site.misses = site.misses + 1 if missed else 0
+    if not missed:
+        return
+    if not site.warned:
+        site.warned = True
+        share = float(converged(solution.status).double().mean())
+        warnings.warn(
+            f"fixed-point region at {site.spec.where}: {1 - share:.0%} of the samples missed tol="
+            f"{site.spec.config.tol:g} within max_iter={site.spec.config.max_iter}; their best iterate is used "
+            f"(largest residual {float(solution.residual.max()):.1e}). Raise max_iter or tol, or make the body contract",
+            RegionWarning,
+            stacklevel=2,
+        )
+    if site.compares and site.misses >= MISSES_BEFORE_KEPT:
+        site.decide("kept", None)
+
+
+def _record_forward(
+    site: Site, solution: Solution | None, z: Tensor, evaluations: int, S: Tensor, C: Tensor
+) -> int:
+    if not records.recording():
+        return 0
+    record = records.SolveRecord(site.key, "kept" if solution is None else "solve", evaluations=evaluations)
+    record.z = z.detach().clone() if records.wants_tensors() else None
+    record.bytes = S.numel() * S.element_size() + C.numel() * C.element_size()
+    if solution is None:
+        record.iterations = record.iterations_max = site.spec.iterations or 0
+    elif z.numel():
+        record.iterations = float(solution.iterations.double().mean())
+        record.iterations_max = int(solution.iterations.max())
+        record.residual = float(solution.residual.max())
+        record.residual_mean = float(solution.residual.mean())
+        record.converged = float(converged(solution.status).double().mean())
+        record.message = Status(int(solution.status.max())).message
+    return records.open_record(record)
+
+
+def _loop_gradient(
+    site: Site,
+    layout: Layout,
+    runner: Runner,
+    z0: Tensor,
+    q: Tensor,
+    operands: Sequence[Tensor],
+    needs: tuple[bool, ...],
+    serial: int,
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """The exact gradient of a kept loop: recompute its N iterates, then one VJP at each, last to first."""
+    assert site.spec.iterations is not None
+    iterates = [z0]
+    for _ in range(site.spec.iterations - 1):
+        iterates.append(runner.apply(iterates[-1], operands))
+    total: list[Tensor | None] = [None] * sum(needs)
+    w = q
+    while iterates:
+        linear = runner.linearise(iterates.pop(), operands, needs)
+        w, grads = linear.vjp_full(w)
+        total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
+    if serial:
+        records.complete(serial, cotangent=q, w=q, vjps=site.spec.iterations, adjoint_message="the loop's own gradient")
+    return layout.unflatten(w), total

@@ -1,0 +1,138 @@
+"""One region of one compiled model: what it computes, what has been decided about it, and the process-wide registry.
+
+Compiled bodies are shared by hash (`body.py`); verdicts and counters belong to a site. The key of a site is a string that
+is the same in every process that compiles the same models in the same order, so that graph caches hit across processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import torch
+
+from deq_compile.config import Config
+
+from .body import BodySpec
+from .layout import Layout, flat_dtype
+
+log = logging.getLogger("deq_compile.region")
+
+VERIFY_EVERY = 200  # calls that record gradients
+MISSES_BEFORE_KEPT = 3  # consecutive solves of a fixed-count loop that miss the tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class RegionSpec:
+    """What a region computes; nothing in it changes.
+
+    body        the body and how it is run
+    dtypes      of the state tensors
+    orders      memory order of each state tensor that the region returns
+    iterations  N of the user's fixed-count loop; None where a fixed point was declared
+    grad        whether gradients are recorded through it
+    config      settled options
+    where       the user's file and line, for messages
+    """
+
+    body: BodySpec
+    dtypes: tuple[torch.dtype, ...]
+    orders: tuple[tuple[int, ...], ...]
+    iterations: int | None
+    grad: bool
+    config: Config
+    where: str = "<unknown>"
+
+    @property
+    def stores_steps(self) -> bool:
+        """Whether the forward leaves factors for the backward."""
+        return self.grad and self.config.solver == "broyden" and self.config.backward == "reuse"
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return flat_dtype(self.dtypes)
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        return self.config.factor_dtype or self.compute_dtype
+
+    @property
+    def body_eps(self) -> float:
+        """Unit round-off of the coarsest state dtype, or of autocast: what the body can resolve."""
+        coarse = [torch.finfo(d).eps for d in self.dtypes]
+        coarse += [torch.finfo(dtype).eps for _, enabled, dtype in self.body.ambient.autocast if enabled]
+        return max(coarse)
+
+    def layout(self, shapes: Sequence[Sequence[int]], rows: bool) -> Layout:
+        return Layout(tuple(tuple(s) for s in shapes), self.dtypes, self.orders, rows)
+
+
+class Site:
+    """The mutable side of a region: verdict, counters, and what was learnt from earlier calls.
+
+    verdict   "pending" before the first call, then "solve" or "kept"
+    rows      True: dimension 0 is a batch; False: one coupled system; None: not decided yet
+    distance  last measured max over samples of |z_N - z*| / |z*|
+    expected_vjps  what the last backward needed, for the next one to predict with
+    on_change called with the site when a verdict or distance changes (the report listens)
+    """
+
+    def __init__(self, key: str, spec: RegionSpec) -> None:
+        self.key, self.spec = key, spec
+        config = spec.config
+        self.rows: bool | None = {"rows": True, "whole": False}.get(config.batch)
+        self.compares = spec.iterations is not None and config.semantics == "loop" and config.verify != "never"
+        self.verdict = "pending" if self.compares else "solve"
+        self.distance: float | None = None
+        self.calls = 0
+        self.misses = 0
+        self.expected_vjps: int | None = None
+        self.warned = False
+        self.on_change: Callable[[Site], None] = lambda site: None
+
+    def due(self) -> bool:
+        """Whether this call, the `calls`-th from 0, compares the solve with the user's loop."""
+        if not self.compares:
+            return False
+        periodic = self.spec.config.verify == "periodic" and self.spec.grad
+        return self.calls == 0 or (periodic and self.calls % VERIFY_EVERY == 0)
+
+    def decide(self, verdict: str, distance: float | None) -> None:
+        if verdict != self.verdict or distance is not None:
+            log.log(
+                logging.INFO if verdict != self.verdict else logging.DEBUG,
+                "region %s at %s: %s (distance %s)", self.key, self.spec.where, verdict, distance,
+            )  # fmt: skip
+            self.verdict = verdict
+            self.distance = distance if distance is not None else self.distance
+            self.on_change(self)
+
+
+_sites: dict[str, Site] = {}
+_ordinals: dict[str, int] = defaultdict(int)
+_lock = threading.Lock()
+
+
+def register(spec: RegionSpec) -> Site:
+    """A new site for a region; its key is the hash of what it is, and how many like it there were before."""
+    base = f"{spec.body.hash}-{spec.config.key()}"
+    with _lock:
+        ordinal = _ordinals[base]
+        _ordinals[base] += 1
+        site = Site(f"{base}-{ordinal}", spec)
+        _sites[site.key] = site
+        return site
+
+
+def site(key: str) -> Site:
+    found = _sites.get(key)
+    if found is None:
+        raise RuntimeError(
+            f"deq::solve: expected a region registered in this process, got the unknown key {key!r}. A graph that was "
+            "exported or cached elsewhere does not carry the bodies of its regions. Fix: compile the model in this "
+            "process, with torch.compile(model, backend='deq') or @deq_compile"
+        )
+    return found

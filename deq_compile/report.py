@@ -1,0 +1,116 @@
+"""What was found in a model, what was done with it, and why not.
+
+Every room of the compiler speaks to the user through these types: a candidate that is left alone carries a `Reason`
+and the place in the user's file that caused it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+class Reason(enum.Enum):
+    """Why a candidate loop was left as it is. The value is the message."""
+
+    RANDOM = "the body draws random numbers (dropout in training, noise), so it is not one fixed map"
+    BATCH_NORM = "batch-norm in training updates its statistics in every iteration"
+    MUTATION = "the body writes to a tensor that lives on after it (a buffer, an input, a view)"
+    ESCAPES = "an iterate before the last one is used outside the loop (a trajectory, a list of residuals)"
+    DRIFT = "the state changes its shape or dtype between iterations"
+    HIGHER_ORDER = "an iteration reads iterates older than the last one (momentum)"
+    TOO_SHORT = "fewer repetitions than min_repeats"
+    OTHER_INPUT = "each iteration reads a different tensor (other weights, or an input sequence)"
+    OTHER_CONSTANT = "a constant changes from iteration to iteration"
+    GRAD_MODE = "the body switches gradients on or off, or detaches its state"
+    NOT_FLOATING = "the state is not a real floating-point tensor"
+    NON_TENSOR = "the body reads a value from outside that is neither a tensor nor an integer size"
+    CONTROL_FLOW = "the body contains a higher-order operator (cond, while_loop, checkpoint)"
+    UNTRACEABLE = "the body could not be executed on fake tensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """A line of the user's code. `file` is empty where the tracer left no trace."""
+
+    file: str = ""
+    line: int = 0
+    function: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.file else "<unknown>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A candidate that was left alone."""
+
+    reason: Reason
+    location: Location
+    detail: str = ""
+    repeats: int = 0
+
+    def __str__(self) -> str:
+        what = f" ({self.detail})" if self.detail else ""
+        return f"{self.location}: {self.reason.name}, {self.reason.value}{what}"
+
+
+@dataclasses.dataclass
+class Region:
+    """A fixed-point region that was replaced by one solve.
+
+    `status` is "solve" (a Broyden or Picard solve stands in for the loop), "kept" (the loop's own iterations are run)
+    or "pending" (not called yet, so not verified); `distance` is the last measured max over samples of
+    |z_N - z*| / |z*|, None before a verification or where none is asked for.
+    """
+
+    key: str
+    kind: str
+    location: Location
+    states: tuple[tuple[tuple[str, ...], str], ...]
+    iterations: int
+    operands: int
+    hoisted: int
+    solver: str
+    backward: str
+    status: str = "pending"
+    distance: float | None = None
+
+
+@dataclasses.dataclass
+class Report:
+    """Everything the compiler did to one model: regions, skipped candidates, graphs seen, pass timings in seconds."""
+
+    regions: list[Region] = dataclasses.field(default_factory=list)
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)
+    graphs: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The report as a JSON object (string)."""
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, enum.Enum):
+                return value.name
+            return value
+
+        def as_dict(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+            return {key: plain(value) for key, value in items}
+
+        return json.dumps(dataclasses.asdict(self, dict_factory=as_dict), indent=2)
+
+    def __str__(self) -> str:
+        rows = [("status", "kind", "where", "state", "iterations", "hoisted", "solver", "backward")]
+        for r in self.regions:
+            status = r.status if r.distance is None else f"{r.status} ({r.distance:.1e})"
+            state = " ".join(f"{dtype}[{','.join(shape)}]" for shape, dtype in r.states)
+            rows.append((status, r.kind, str(r.location), state, str(r.iterations), str(r.hoisted), r.solver, r.backward))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        if not self.regions:
+            lines = [f"no fixed-point region in {self.graphs} graph(s)"]
+        lines += [f"left alone  {skipped}" for skipped in self.skipped]
+        return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Batched tensor kernels; they know tensors and nothing else of the package."""

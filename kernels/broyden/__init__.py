@@ -1,0 +1,39 @@
+"""Limited-memory good Broyden with one stored vector an iteration.
+
+The one place where an implementation is chosen: callers use the names below and never an implementation's module.
+"""
+
+from .aten import advance, observe, step, step_residual
+from .state import (
+    CONVERGED,
+    FLOOR,
+    MAX_ITER,
+    NONFINITE,
+    NORM_EPS,
+    RUNNING,
+    BroydenState,
+    Factors,
+    Progress,
+    factors_of,
+    new_progress,
+    new_state,
+)
+
+__all__ = [
+    "CONVERGED",
+    "FLOOR",
+    "MAX_ITER",
+    "NONFINITE",
+    "NORM_EPS",
+    "RUNNING",
+    "BroydenState",
+    "Factors",
+    "Progress",
+    "advance",
+    "factors_of",
+    "new_progress",
+    "new_state",
+    "observe",
+    "step",
+    "step_residual",
+]

@@ -1,0 +1,198 @@
+"""What a batched fixed-point iteration keeps: where each sample stands, and the factors Broyden has built.
+
+All samples advance in lockstep, so those that still run have stored equally many steps: the host counts them without
+asking the device. A sample that stops is *frozen*: its iterate and its factors no longer change, whatever the others do.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# The codes in Progress.done. Those above RUNNING are final.
+RUNNING, CONVERGED, FLOOR, MAX_ITER, NONFINITE = range(5)
+
+# Keeps the relative residual finite where f(z) = 0; as in TorchDEQ, so that tolerances mean the same.
+NORM_EPS = 1e-9
+
+COMPUTE_DTYPES = (torch.float32, torch.float64)
+FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(kw_only=True, eq=False)
+class Factors:
+    """The inverse-Jacobian estimate H = -(I + S[1:]^T C S[:-1]) of each sample, as steps (Kelley's product form).
+
+    Two properties let every sample be used with the same slice, whatever its own ``n``: ``S[:, :high]`` is finite, and
+    row j of C is zero from j = n - 1 on.
+
+    Attributes:
+        S: (B, M+1, D) steps s_0 .. s_{n-1}; compute dtype, bfloat16 or float16. Uninitialised from slot ``high`` on.
+        C: (B, M, M) lower triangular, compute dtype.
+        n: (B,) int32, number of steps stored; n - 1 of them have a row in C.
+        high: number of slots of S that have ever been written.
+    """
+
+    S: Tensor
+    C: Tensor
+    n: Tensor
+    high: int = 0
+
+    @property
+    def memory(self) -> int:
+        """M, the number of updates that fit before a restart."""
+        return self.C.shape[1]
+
+
+@dataclass(kw_only=True, eq=False)
+class Progress:
+    """Where each sample of a batched fixed-point iteration stands.
+
+    Attributes:
+        done: (B,) int8, one of RUNNING, CONVERGED, FLOOR, MAX_ITER, NONFINITE.
+        best: (B,) smallest stopping residual so far, inf before the first finite one; compute dtype.
+        z_best: (B, D) the iterate it belongs to; the initial one before the first finite residual.
+        iterations: (B,) int32, body evaluations at which the sample stopped; 0 while it runs.
+        mark: (B,) best residual at the last improvement by ``STALL_GAIN``, once below the floor.
+        stall: (B,) int32, evaluations since then.
+        tol: a sample stops when its stopping residual is at most this.
+        relative: whether the stopping residual is |g| / (|f| + eps) or |g|.
+        floor: relative residual below which stagnation counts as having converged.
+        evaluations: body evaluations observed so far.
+        active: number of samples that still run.
+        near_floor: whether any sample has come below the floor.
+    """
+
+    done: Tensor
+    best: Tensor
+    z_best: Tensor
+    iterations: Tensor
+    mark: Tensor
+    stall: Tensor
+    tol: float
+    relative: bool
+    floor: float
+    active: int
+    evaluations: int = 0
+    near_floor: bool = False
+
+    @property
+    def running(self) -> bool:
+        """Whether any sample still runs."""
+        return self.active > 0
+
+    @property
+    def frozen(self) -> bool:
+        """Whether any sample has stopped."""
+        return self.active < self.done.shape[0]
+
+    def freeze(self, mask: Tensor, code: Tensor) -> None:
+        """Stop the samples of ``mask`` (B,) that still run, each with its ``code`` (B,) int8. Synchronises once."""
+        stopped = mask & (self.done == RUNNING)
+        torch.where(stopped, code, self.done, out=self.done)
+        self.iterations.masked_fill_(stopped, self.evaluations)
+        self.active = int((self.done == RUNNING).sum())
+
+
+@dataclass(kw_only=True, eq=False)
+class BroydenState(Progress, Factors):
+    """State of a batched Broyden iteration.
+
+    Attributes:
+        eta: Powell's guard: an update whose denominator is below eta in magnitude is damped; 0 for the textbook's.
+        count: steps stored by every sample that still runs; equals its ``n``.
+        guarded: whether samples were frozen before a restart, so that slots below ``high`` may be in use.
+    """
+
+    eta: float
+    count: int = 0
+    guarded: bool = False
+
+
+def factors_of(S: Tensor, C: Tensor, n: Tensor) -> Factors:
+    """Factors from the tensors that a finished solve left (S, C and n as in :class:`Factors`). Synchronises once."""
+    return Factors(S=S, C=C, n=n, high=int(n.max()) if n.numel() else 0)
+
+
+def new_progress(z0: Tensor, *, tol: float = 0.0, relative: bool = True, floor: float = 0.0) -> Progress:
+    """Progress of an iteration that starts at ``z0`` (B, D) and has seen no evaluation yet."""
+    return Progress(**_progress_fields(z0, tol, relative, floor))
+
+
+def new_state(
+    z0: Tensor,
+    memory: int,
+    factor_dtype: torch.dtype | None = None,
+    eta: float = 0.1,
+    S: Tensor | None = None,
+    C: Tensor | None = None,
+    *,
+    tol: float = 0.0,
+    relative: bool = True,
+    floor: float = 0.0,
+) -> BroydenState:
+    """A Broyden state with no stored step, H = -I.
+
+    Args:
+        z0: (B, D) initial iterate, float32 or float64; that dtype is the compute dtype. Copied.
+        memory: number of updates M that fit before a restart, at least 1.
+        factor_dtype: dtype of S; None is that of ``z0``, or of ``S`` where that is given.
+        eta: Powell's guard, 0 <= eta < 1.
+        S: (B, M+1, D) buffer to use; its contents are never read.
+        C: (B, M, M) buffer to use, in the compute dtype; cleared here.
+        tol: see :class:`Progress`; so are ``relative`` and ``floor``.
+
+    Raises:
+        ValueError: a shape, dtype or number that is not as above.
+    """
+    if z0.dim() != 2 or z0.dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"expected z0 of shape (B, D) in float32 or float64, got {tuple(z0.shape)} in {z0.dtype}")
+    if memory < 1:
+        raise ValueError(f"expected memory >= 1, got {memory}")
+    if not 0 <= eta < 1:
+        raise ValueError(f"expected 0 <= eta < 1, got {eta}")
+    if factor_dtype is None:
+        factor_dtype = z0.dtype if S is None else S.dtype
+    if factor_dtype not in FACTOR_DTYPES:
+        raise ValueError(f"expected factor_dtype among {FACTOR_DTYPES}, got {factor_dtype}")
+    B, D = z0.shape
+    return BroydenState(
+        S=_buffer("S", S, (B, memory + 1, D), factor_dtype, z0.device),
+        C=_buffer("C", C, (B, memory, memory), z0.dtype, z0.device).zero_(),
+        n=torch.zeros(B, dtype=torch.int32, device=z0.device),
+        eta=eta,
+        **_progress_fields(z0, tol, relative, floor),
+    )
+
+
+def _progress_fields(z0: Tensor, tol: float, relative: bool, floor: float) -> dict[str, Any]:
+    B = z0.shape[0]
+    return {
+        "done": torch.zeros(B, dtype=torch.int8, device=z0.device),
+        "best": z0.new_full((B,), math.inf),
+        "z_best": z0.clone(memory_format=torch.contiguous_format),
+        "iterations": torch.zeros(B, dtype=torch.int32, device=z0.device),
+        "mark": z0.new_full((B,), math.inf),
+        "stall": torch.zeros(B, dtype=torch.int32, device=z0.device),
+        "tol": tol,
+        "relative": relative,
+        "floor": floor,
+        "active": B,
+    }
+
+
+def _buffer(
+    name: str, given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    if given is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if given.shape != shape or given.dtype != dtype or given.device != device or not given.is_contiguous():
+        raise ValueError(
+            f"expected {name} contiguous, {shape} in {dtype} on {device}, got {tuple(given.shape)} in {given.dtype} "
+            f"on {given.device} with strides {given.stride()}"
+        )
+    return given

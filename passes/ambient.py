@@ -1,0 +1,39 @@
+"""The modes (gradient recording, autocast) that hold at a node of a Dynamo graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+
+from deq_compile.region.modes import Ambient
+
+GRAD_TARGETS = (torch._C._set_grad_enabled, torch.set_grad_enabled)
+AUTOCAST_TARGETS = (_enter_autocast, _exit_autocast)
+
+
+def ambient_at(graph: fx.Graph, place: fx.Node, start: Ambient) -> Ambient:
+    """The modes that hold just before `place`, when `start` held at the beginning of the graph."""
+    grad, cast = start.grad, dict((d, (e, t)) for d, e, t in start.autocast)
+    entered: dict[fx.Node, tuple[str, tuple[bool, torch.dtype]]] = {}
+    for node in graph.nodes:
+        if node is place:
+            break
+        if node.target in GRAD_TARGETS:
+            grad = bool(node.args[0])
+        elif node.target is _enter_autocast:
+            device, dtype, enabled = _enter_arguments(node)
+            if device in cast:
+                entered[node] = (device, cast[device])
+                cast[device] = (enabled, dtype or torch.get_autocast_dtype(device))
+        elif node.target is _exit_autocast and node.args[0] in entered:
+            device, before = entered.pop(node.args[0])  # type: ignore[arg-type]
+            cast[device] = before
+    return Ambient(grad, tuple((d, e, t) for d, (e, t) in cast.items()))
+
+
+def _enter_arguments(node: fx.Node) -> tuple[str, Any, bool]:
+    values = dict(zip(("device_type", "dtype", "enabled"), node.args, strict=False), **node.kwargs)
+    return values["device_type"], values.get("dtype"), bool(values.get("enabled", True))

@@ -1,0 +1,90 @@
+"""What every test shares: one thread, one seed, a clean Dynamo, and a bill for Inductor.
+
+Inductor takes seconds a graph, so a suite under ten minutes on two cores has to ration it: tests use ``inner="eager"``
+unless the compiled code is what they are about. The session counts the graphs that Inductor compiles, prints the
+number, and fails above the budget.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.compile_fx as compile_fx
+
+INDUCTOR_BUDGET = 40  # graphs a session; about 5 s each with an empty cache
+
+
+class InductorCounter:
+    """Counts the graphs handed to Inductor, forward and backward graphs apart; hits of its cache count too.
+
+    The wrapped name is the private ``_compile_fx_inner``, which the public ``compile_fx_inner`` looks up at every call:
+    others bind the public one at import or as a default argument, where a wrapper would miss it.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._original: Any = None
+
+    def install(self) -> None:
+        self._original = original = compile_fx._compile_fx_inner
+
+        @functools.wraps(original)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return original(*args, **kwargs)
+
+        compile_fx._compile_fx_inner = counted
+
+    def remove(self) -> None:
+        compile_fx._compile_fx_inner = self._original
+
+
+COUNTER = InductorCounter()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # One thread: the tensors of the tests are too small to share out, and the order of a reduction (hence a bitwise
+    # comparison) must not depend on the machine. Tests of threading set their own number.
+    torch.set_num_threads(1)
+    COUNTER.install()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    COUNTER.remove()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if COUNTER.count > INDUCTOR_BUDGET and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    line = f"Inductor compiled {COUNTER.count} graphs (budget {INDUCTOR_BUDGET})"
+    if COUNTER.count > INDUCTOR_BUDGET:
+        advice = "FAILED: use inner='eager' where compiled code is not the point"
+        terminalreporter.write_line(f"{line}: {advice}", red=True)
+    else:
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def inductor() -> InductorCounter:
+    """The session's counter: read ``.count`` before and after."""
+    return COUNTER
+
+
+@pytest.fixture(autouse=True)
+def clean_torch() -> Iterator[None]:
+    """Fix the seed, and drop what the test compiled (cheap where it compiled nothing: 20 µs)."""
+    torch.manual_seed(0)
+    threads, default_dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(default_dtype)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
