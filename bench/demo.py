@@ -33,6 +33,7 @@ from bench.demo_model import WeightTiedClassifier, batches, digits
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"eager": "eager loop", "inductor": "torch.compile", "deq": 'torch.compile(backend="deq")'}
 MISSING = "–"
+BUSY = 0.3  # cores; an idle machine shows less than 0.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +123,7 @@ def train(args: argparse.Namespace, row: str) -> dict[str, Any]:
         memory_before = peak_memory()
         losses: list[float] = []
         seconds: list[float] = []
+        others: machine.OtherLoad | None = None
         progress = stack.enter_context(tqdm(plan, desc=f"{ROWS[row]:<30}", unit="step", dynamic_ncols=True))
         for indices in progress:
             x, y = data.train_x[indices], data.train_y[indices]
@@ -132,8 +134,10 @@ def train(args: argparse.Namespace, row: str) -> dict[str, Any]:
             optimizer.step()
             losses.append(loss.item())
             seconds.append(time.perf_counter() - start)
+            others = others or machine.OtherLoad()  # from the second step on: no compiler processes
             progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     memory_after = peak_memory()  # before the evaluation: training only
+    other_cores = others.mean_cores() if others else None
 
     model.eval()
     result = {
@@ -144,6 +148,7 @@ def train(args: argparse.Namespace, row: str) -> dict[str, Any]:
         "accuracy": accuracy(step_model, data.test_x, data.test_y),
         "memory_before": memory_before,
         "memory": memory_after,
+        "other_cores": other_cores,
         "solves": summary(solves),
     }
     if row == "deq":
@@ -200,6 +205,7 @@ def format_table(results: dict[str, dict[str, Any]]) -> str:
     eager = results.get("eager", {})
     lines: list[list[str]] = [
         ["step, median (ms)"],
+        ["… quartiles"],
         ["speed-up against eager"],
         ["first step, with compilation (s)"],
         ["test accuracy"],
@@ -210,6 +216,7 @@ def format_table(results: dict[str, dict[str, Any]]) -> str:
         ["samples converged"],
         ["peak memory (MB)"],
         ["… of it for training (MB)"],
+        ["cores busy with other programs"],
     ]
     for result in results.values():
         if "error" in result:
@@ -223,6 +230,7 @@ def format_table(results: dict[str, dict[str, Any]]) -> str:
             residual = f"{solves['adjoint_residual']:.1e} ({number(solves['adjoint_residual_max'], '.1e')})"
         cells = [
             f"{1e3 * step:.1f}",
+            "–".join(f"{1e3 * edge:.1f}" for edge in machine.quartiles(result["seconds"][1:])),
             f"{steady(eager) / step:.2f}×" if eager and "error" not in eager else MISSING,
             f"{result['seconds'][0]:.2f}",
             f"{result['accuracy']:.1%}",
@@ -233,6 +241,7 @@ def format_table(results: dict[str, dict[str, Any]]) -> str:
             number(solves.get("converged"), ".1%"),
             number(result["memory"], ".0f"),
             number(growth, ".0f"),
+            number(result["other_cores"], ".1f"),
         ]
         for line, cell in zip(lines, cells, strict=True):
             line.append(cell)
@@ -272,6 +281,9 @@ def report(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None
         print(machine.one_line(next(iter(finished.values()))["machine"]))
         plot(results, args.plot)
         print(f"loss against wall time: {args.plot}")
+    busy = [row for row, result in finished.items() if (result["other_cores"] or 0.0) > BUSY]
+    if busy:
+        print(f"other programs ran beside {', '.join(busy)}: those times are not to be trusted", file=sys.stderr)
     statuses = finished.get("deq", {}).get("solves", {}).get("status")
     if statuses:
         counts = ", ".join(f"{name} {count}" for name, count in statuses.items())

@@ -1,12 +1,15 @@
-"""What the figures were measured on."""
+"""What the figures were measured on, and how they spread."""
 
 from __future__ import annotations
 
 import os
 import platform
+import statistics
+import time
 from importlib import metadata
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -50,3 +53,32 @@ def one_line(machine: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['system']}; "
         f"Python {machine['python']}, torch {machine['torch']}, deq_compile {machine['deq_compile']}"
     )
+
+
+class OtherLoad:
+    """Cores that other programs kept busy, on average, since this object was made.
+
+    Two threads that share two cores with anybody wait for each other at every parallel section: a figure taken so can
+    be five times too large, and nothing else in a table would show it.
+    """
+
+    def __init__(self) -> None:
+        self.start = self._sample()
+
+    @staticmethod
+    def _sample() -> tuple[float, float]:
+        every = psutil.cpu_times()
+        busy = sum(every) - every.idle - getattr(every, "iowait", 0.0) - getattr(every, "guest", 0.0)
+        return time.perf_counter(), busy - time.process_time()
+
+    def mean_cores(self) -> float:
+        now = self._sample()
+        return max(0.0, (now[1] - self.start[1]) / (now[0] - self.start[0]))
+
+
+def quartiles(values: list[float]) -> tuple[float, float]:
+    """The first and the third quartile."""
+    if len(values) < 2:
+        return (values[0], values[0]) if values else (float("nan"), float("nan"))
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high

@@ -56,11 +56,6 @@ def reference_gradients(name: str) -> list[torch.Tensor]:
     return gradients(module, x)
 
 
-def quartiles(values: list[float]) -> tuple[float, float]:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, high
-
-
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Time and check one problem."""
     torch._dynamo.reset()
@@ -102,7 +97,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "problem": name,
         "first_s": first,
         "ms": {which: 1e3 * median for which, median in medians.items()},
-        "quartiles_ms": {which: [1e3 * edge for edge in quartiles(series)] for which, series in times.items()},
+        "quartiles_ms": {which: [1e3 * edge for edge in machine.quartiles(series)] for which, series in times.items()},
         "ratio": medians["eager"] / medians["deq"],
         "gradient_error": errors,
         "solves": [

@@ -105,10 +105,10 @@ class Functionalise(Pass):
 
 
 def _rewrite(graph: fx.Graph, names: list[fx.Node], writers: list[fx.Node], order: dict[fx.Node, int]) -> int:
-    twins = [_twin(node) for node in writers]
-    if any(twin is None for twin in twins) or not _names_are_linear(names, writers, order):
+    if any(_twin(node) is None for node in writers) or not _names_are_linear(names, writers, order):
         return 0
-    for node, twin in zip(writers, twins, strict=True):
+    for node in writers:
+        twin = _twin(node)  # only now: the writers before have renamed its arguments
         assert twin is not None
         _replace(graph, node, twin, order)
     return len(writers)

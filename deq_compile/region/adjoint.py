@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from deq_compile.kernels.broyden import (
-    CONVERGED,
     MAX_ITER,
     NONFINITE,
     BroydenState,
@@ -73,6 +72,7 @@ def solve_adjoint(
     tol: float,
     max_iter: int = 20,
     expected: int | None = None,
+    body_eps: float | None = None,
 ) -> AdjointSolution:
     """Solve w = q + J^T w from w_0 = -H^T q, by Broyden's method with H_0 = H^T.
 
@@ -90,6 +90,8 @@ def solve_adjoint(
         max_iter: cap on VJPs, at least 1; returning another estimate than the last takes one more.
         expected: the VJP at which the iteration is expected to end, where ``vjp_full`` is called outright; None: 1.
 
+        body_eps: eps of the precision that the VJPs compute in; None is that of ``q``'s dtype.
+
     Raises:
         ValueError: ``max_iter`` < 1.
     """
@@ -100,8 +102,8 @@ def solve_adjoint(
     if math.isinf(tol):
         return _one_vjp(vjp_full, reuse(q), norms)
     # z_best starts as q: what a sample falls back to if it never has a finite residual.
-    adjoint = new_state(q, min(max_iter, MEMORY), tol=tol, floor=FLOOR_EPS * torch.finfo(q.dtype).eps)
-    adjoint.freeze(norms.zero, torch.full_like(adjoint.done, CONVERGED))
+    floor = FLOOR_EPS * (torch.finfo(q.dtype).eps if body_eps is None else body_eps)
+    adjoint = new_state(q, min(max_iter, MEMORY), tol=tol, floor=floor)
     # The step from w = 0, whose residual q needs no VJP, is -H^T q and the first that is stored.
     w = torch.zeros_like(q, memory_format=torch.contiguous_format)
     advance(adjoint, w, reuse(q))
@@ -178,8 +180,10 @@ def _refine(
 
 def _choose(adjoint: BroydenState, q: Tensor, w: Tensor, residuals: Tensor) -> tuple[Tensor, AdjointStatus]:
     """The estimate to return where ``tol`` was missed: ``w``, but for samples that failed or blew up."""
-    # Written so that NaN counts as blown up. Samples that failed have been put back to their best estimate, or to q.
-    blown = ~(residuals <= BLOWN_UP * adjoint.best.clamp(max=1.0))
+    # Below the tolerance or the floor is good, however good the best was. Written so that NaN counts as blown up.
+    limit = (BLOWN_UP * adjoint.best.clamp(max=1.0)).clamp(min=max(adjoint.tol, adjoint.floor))
+    blown = ~(residuals <= limit)
+    # Samples that failed have been put back to their best estimate, or to q.
     usable = adjoint.best <= BLOWN_UP
     replaced = blown | (adjoint.done == NONFINITE)
     if replaced.any():

@@ -174,8 +174,35 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     )
 
 
+class _Once(torch.autograd.Function):
+    """Passes gradients on, and raises where somebody differentiates them."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        raise RuntimeError(
+            "a double backward through a fixed-point region is not implemented: the implicit gradient would have to be "
+            "differentiated in turn. Fix: leave the region out of the compiled part, or run the loop in eager mode"
+        )
+
+
+def _solve_backward_autograd(keyset: Any, *args: Any) -> list[Tensor]:
+    """By hand, since torch.library's would run the kernel with autograd switched off, and eager bodies record their VJPs."""
+    with torch.no_grad():
+        grads = torch.ops.deq.solve_backward.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+    if not torch.is_grad_enabled():
+        return grads
+    tensors = [t for a in args if isinstance(a, list) for t in a if isinstance(t, Tensor)]
+    anchor = next((t for t in tensors if t.requires_grad), None)
+    return grads if anchor is None or not grads else list(_Once.apply(anchor, *grads))
+
+
 _library.impl("solve", _solve, "CompositeExplicitAutograd")
 _library.impl("solve_backward", _solve_backward, "CompositeExplicitAutograd")
+_library.impl("solve_backward", _solve_backward_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("deq::solve", _solve_fake, lib=_library)
 torch.library.register_fake("deq::solve_backward", _solve_backward_fake, lib=_library)
 torch.library.register_autograd("deq::solve", _backward, setup_context=_setup_context, lib=_library)

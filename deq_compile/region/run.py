@@ -128,6 +128,7 @@ def run_backward(
             tol=config.backward_tol,
             max_iter=max(1, config.backward_max_iter),
             expected=site.expected_vjps,
+            body_eps=spec.body_eps,
         )
         site.expected_vjps = found.needed
     if serial:

@@ -1,7 +1,7 @@
 """What a batched fixed-point iteration keeps: where each sample stands, and the factors Broyden has built.
 
-All samples advance in lockstep, so those that still run have stored equally many steps: the host counts them without
-asking the device. A sample that stops is *frozen*: its iterate and its factors no longer change, whatever the others do.
+All samples advance in lockstep, so those that still run have stored equally many steps: the host counts them without a
+question to the device. A sample that stops is *frozen*: its iterate and factors no longer change, whatever others do.
 """
 
 from __future__ import annotations

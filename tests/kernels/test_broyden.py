@@ -1,4 +1,4 @@
-"""The steps-only Broyden update against the textbook's dense one, and what freezing, failing and restarting leave intact."""
+"""The steps-only Broyden update against the textbook's, and what freezing, failing and restarting leave intact."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_factors_equal_the_dense_inverse(memory: int) -> None:
 
 
 def test_zero_and_orthogonal_steps() -> None:
-    # Sample 0: the body moves along one axis at a time, so s_k is orthogonal to the new residual: tau = 0 and gamma = 1.
+    # Sample 0: the body moves along one axis at a time, so s_k is orthogonal to the new residual: tau = 0, gamma = 1.
     # Sample 1 starts at its fixed point, with a tolerance that nothing reaches: |s| = 0, every update is skipped.
     shift = torch.diag(torch.ones(5, dtype=torch.float64), -1)[:6, :6]
     b = torch.zeros(2, 6, dtype=torch.float64)
@@ -145,10 +145,10 @@ def test_frozen_samples_keep_everything(memory: int, factor_dtype: torch.dtype) 
                 kept[i] = [z[i].clone(), *stored(state, i)]
     assert not state.running
     assert len({int(state.iterations[i]) for i in range(B)}) == B
+    assert torch.signbit(z[0]).all()  # -0.0 as at the start: frozen at once, and never added to
     for i, before in kept.items():
         for old, new in zip(before, [z[i], *stored(state, i)], strict=True):
             assert torch.equal(old, new)
-        assert torch.equal(torch.signbit(before[0]), torch.signbit(z[i]))
     x = torch.randn(B, D)
     reference = apply_transpose_reference(state.S, state.C, state.n, x).float()
     torch.testing.assert_close(apply_transpose(state, x), reference, rtol=1e-4, atol=1e-4)  # fp32 dots, |C| up to 1e6
@@ -232,10 +232,57 @@ def test_a_failing_sample_harms_no_other(when: int, bad: float, memory: int) -> 
     assert any(torch.equal(z_failing[2], z[2]) for z in seen[: max(when - 1, 1)])
     assert torch.equal(z_failing[2], failing.z_best[2])
     x = torch.randn(5, 31)
-    assert torch.isfinite(failing.S[2, : failing.n[2]]).all()
+    # The step that led there is taken back, from the factors too.
+    count = max(when - 2, 0) if when <= memory + 2 else 2 + (when - memory - 3) % memory - 1
+    assert failing.n[2] == count
+    assert torch.isfinite(failing.S[2, :count]).all()
+    assert not failing.C[2, max(count - 1, 0) :].any()
     expected = apply_transpose_reference(failing.S, failing.C, failing.n, x).float()
     torch.testing.assert_close(apply_transpose(failing, x), expected, rtol=1e-4, atol=1e-4)  # fp32 dots
     assert torch.equal(apply_transpose(healthy, x)[others], apply_transpose(failing, x)[others])
+
+
+@pytest.mark.parametrize("when", [1, 2, 4, 6, 7, 8])
+def test_factors_are_finite_when_the_last_sample_fails(when: int) -> None:
+    # Nobody goes on, so nothing overwrites what the failure left in S; after the restart (from 6 on) it would be read.
+    W, b = (t.float() for t in tanh_problem(1, 9))
+    z = torch.zeros(1, 9)
+    state = new_state(z, 4, tol=0.0)
+    for k in range(when):
+        step(state, z, torch.tanh(z @ W.T + b) if k < when - 1 else torch.full((1, 9), math.nan))
+    assert state.done.tolist() == [NONFINITE]
+    x = torch.randn(1, 9)
+    expected = apply_transpose_reference(state.S, state.C, state.n, x).float()
+    torch.testing.assert_close(apply_transpose(state, x), expected, rtol=1e-4, atol=1e-5)  # fp32 dots
+
+
+def test_a_restart_keeps_the_last_factor() -> None:
+    W, b = tanh_problem(3, 17)
+    z = torch.zeros(3, 17, dtype=torch.float64)
+    state = new_state(z, 2, eta=0.0, tol=0.0)
+    for _ in range(3):
+        step(state, z, torch.tanh(z @ W.T + b))
+    assert state.n.tolist() == [3, 3, 3]
+    last, before = state.S[:, 2].clone(), z.clone()
+    step(state, z, torch.tanh(z @ W.T + b))
+    assert state.n.tolist() == [2, 2, 2]
+    assert torch.equal(state.S[:, 0], last)
+    torch.testing.assert_close(state.S[:, 1], z - before)
+    torch.testing.assert_close(state.C[:, 0, 0], 1 / (last * last).sum(1))
+    assert not state.C[:, 1].any()
+
+
+def test_overflowing_products_do_not_reach_the_factors() -> None:
+    # |s_1|^2 overflows float32, so its pair is skipped: the coefficient is 0, but the row it multiplies is infinite.
+    z = torch.zeros(1, 8)
+    state = new_state(z, 5, tol=0.0)
+    low, high = (torch.arange(8)[None] < 4).float(), (torch.arange(8)[None] >= 4).float()
+    for g in (low, 1e30 * high, 1e10 * high):
+        step_residual(state, z, g, torch.ones(1))
+    assert state.n.tolist() == [3]
+    torch.testing.assert_close(state.C[0, :2, :2], torch.tensor([[0.25, 0.0], [0.0, 0.0]]))
+    x = torch.randn(1, 8)
+    assert torch.isfinite(apply_transpose(state, x)).all()
 
 
 def test_overflowing_steps_fail_cleanly() -> None:
@@ -274,7 +321,7 @@ def test_stop_norm_overrides_the_residual() -> None:
 
 
 def test_stagnation_is_each_samples_own() -> None:
-    # Sample 0 sits below the floor from the start, 1 sinks below it at the fourth evaluation, 2 keeps gaining, 3 is above.
+    # Sample 0 sits below the floor from the start, 1 sinks below it at the fourth evaluation, 2 gains, 3 is above.
     state = new_state(torch.zeros(4, 1), 5, tol=0.0, floor=1.0)
     z = torch.zeros(4, 1)
     for k in range(12):

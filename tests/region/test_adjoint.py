@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from deq_compile.kernels.broyden import factors_of
+from deq_compile.kernels.broyden.reference import dense_broyden
 from deq_compile.kernels.reuse import apply_transpose
 from deq_compile.region.adjoint import AdjointSolution, jacobian_free, solve_adjoint
 from deq_compile.region.forward import Solution, solve
@@ -68,6 +70,21 @@ def test_equals_the_dense_solve(B: int, D: int) -> None:
     assert found.residual <= 1e-11
     torch.testing.assert_close(found.w, p.exact(), rtol=1e-7, atol=1e-9)  # tol times the condition number, about 30
     assert torch.equal(p.q, q)
+
+
+def test_estimates_are_the_textbooks_from_zero() -> None:
+    # Broyden on the adjoint equation multiplied by -H^T, from w = 0 with the identity.
+    p = Problem()
+    factors = p.forward.state
+    assert factors is not None
+    eye = torch.eye(33, dtype=torch.float64)
+    for i in range(5):
+        one = factors_of(*(t[i : i + 1].expand(33, *t.shape[1:]) for t in (factors.S, factors.C, factors.n)))
+        P = apply_transpose(one, eye).T
+        iterates, _ = dense_broyden(lambda w, i=i, P=P: w + P @ (p.q[i] + w @ p.J[i] - w), torch.zeros(33), 6, eta=0.1)
+        for k in (1, 2, 5):
+            found = p.solve(tol=1e-12, max_iter=k)
+            torch.testing.assert_close(found.w[i], iterates[k], rtol=1e-8, atol=1e-9)  # rounding times cond(P)
 
 
 def test_without_factors_it_starts_at_the_cotangent() -> None:

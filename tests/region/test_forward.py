@@ -51,7 +51,8 @@ def test_reaches_the_tolerance(B: int, D: int, dtype: torch.dtype, stop_mode: st
     if stop_mode == "abs":
         residual = (body.map(found.z) - found.z).norm(dim=1)
     assert (residual <= 1.01e-4).all()
-    torch.testing.assert_close(found.residual, residual, rtol=1e-2, atol=0)  # float32: both are differences of near-equals
+    # In float32 both are differences of near-equals.
+    torch.testing.assert_close(found.residual, residual, rtol=1e-2, atol=0)
     assert found.evaluations == len(body.seen) == found.iterations.max()
     assert (found.state is None) == (solver == "picard")
     assert not z0.any()
@@ -138,9 +139,7 @@ def test_stagnation_at_the_floor_counts_as_converged(stop_mode: str, solver: str
 
 def test_body_eps_moves_the_floor() -> None:
     body = Body(4, 64, 0.5)
-    coarse = solve(
-        lambda z: body(z).bfloat16().float(), torch.zeros(4, 64), tol=1e-6, max_iter=400, body_eps=2**-7
-    )
+    coarse = solve(lambda z: body(z).bfloat16().float(), torch.zeros(4, 64), tol=1e-6, max_iter=400, body_eps=2**-7)
     assert converged(coarse.status).all()
     assert (coarse.status == Status.FLOOR).any()
     assert coarse.evaluations < 60
