@@ -109,7 +109,7 @@ def _copy_of(graph: fx.Graph) -> fx.Graph:
     new = copy.deepcopy(graph)
     for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
         if hasattr(old_node, "_dynamo_source"):
-            new_node._dynamo_source = old_node._dynamo_source  # type: ignore[attr-defined]
+            new_node._dynamo_source = old_node._dynamo_source
     return new
 
 
@@ -204,7 +204,8 @@ def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Conf
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
-    return compile_fx(gm, inputs, config_patches=patches or None)
+    compiled: CompiledFn = compile_fx(gm, inputs, config_patches=patches or None)  # type: ignore[assignment]
+    return compiled
 
 
 def register_backend() -> None:

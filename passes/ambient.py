@@ -16,7 +16,7 @@ AUTOCAST_TARGETS = (_enter_autocast, _exit_autocast)
 
 def ambient_at(graph: fx.Graph, place: fx.Node, start: Ambient) -> Ambient:
     """The modes that hold just before `place`, when `start` held at the beginning of the graph."""
-    grad, cast = start.grad, dict((d, (e, t)) for d, e, t in start.autocast)
+    grad, cast = start.grad, {d: (e, t) for d, e, t in start.autocast}
     entered: dict[fx.Node, tuple[str, tuple[bool, torch.dtype]]] = {}
     for node in graph.nodes:
         if node is place:
@@ -28,12 +28,12 @@ def ambient_at(graph: fx.Graph, place: fx.Node, start: Ambient) -> Ambient:
             if device in cast:
                 entered[node] = (device, cast[device])
                 cast[device] = (enabled, dtype or torch.get_autocast_dtype(device))
-        elif node.target is _exit_autocast and node.args[0] in entered:
-            device, before = entered.pop(node.args[0])  # type: ignore[arg-type]
+        elif node.target is _exit_autocast and isinstance(node.args[0], fx.Node) and node.args[0] in entered:
+            device, before = entered.pop(node.args[0])
             cast[device] = before
     return Ambient(grad, tuple((d, e, t) for d, (e, t) in cast.items()))
 
 
 def _enter_arguments(node: fx.Node) -> tuple[str, Any, bool]:
-    values = dict(zip(("device_type", "dtype", "enabled"), node.args, strict=False), **node.kwargs)
+    values: dict[str, Any] = dict(zip(("device_type", "dtype", "enabled"), node.args, strict=False), **node.kwargs)
     return values["device_type"], values.get("dtype"), bool(values.get("enabled", True))

@@ -33,10 +33,9 @@ _OPERATORS: dict[Any, Callable[..., Any]] = {
     operator.ixor: operator.xor,
 }
 # Tensor methods that end in "_" but are no arithmetic with a functional twin of the same name.
-_NO_TWIN = {"requires_grad_", "detach_", "set_", "resize_", "share_memory_", "as_strided_", "squeeze_", "unsqueeze_",
-            "transpose_", "t_", "swapaxes_", "swapdims_", "normal_", "uniform_", "random_", "bernoulli_", "exponential_",
-            "cauchy_", "geometric_", "log_normal_", "index_put_", "put_", "rename_", "apply_", "map_", "retain_grad_"}  # fmt: skip
-
+_RANDOM = {"normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "geometric_", "log_normal_"}
+_METADATA = {"requires_grad_", "detach_", "set_", "resize_", "share_memory_", "as_strided_", "squeeze_", "unsqueeze_", "rename_"}
+_NO_TWIN = _RANDOM | _METADATA | {"transpose_", "t_", "swapaxes_", "swapdims_", "index_put_", "put_", "apply_", "map_"}
 
 Twin = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
 

@@ -20,11 +20,10 @@ from deq_compile.report import Reason, Skipped
 from .ambient import GRAD_TARGETS, ambient_at
 from .base import Loop, Pass, PassContext, describe, hint, location_of, value_of
 
-
 Refusal = tuple[Reason, fx.Node, str]
 
-_TELLING = [reason for reason in Reason if reason not in (Reason.MUTATION, Reason.GRAD_MODE)]
-_TELLING += [Reason.MUTATION, Reason.GRAD_MODE]
+_LEAST_TELLING = (Reason.MUTATION, Reason.GRAD_MODE)
+_TELLING: list[Reason] = [*(r for r in Reason if r not in _LEAST_TELLING), *_LEAST_TELLING]
 
 
 class Judge(Pass):
@@ -83,8 +82,7 @@ class Judge(Pass):
                     refusals.append((Reason.GRAD_MODE, node, ""))
                     continue
                 args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
-                own = [t for t in _tensors((args, kwargs))]
-                watch = _Watch(own)
+                watch = _Watch(_tensors((args, kwargs)))
                 try:
                     with watch:
                         values[node] = _call(node, args, kwargs)

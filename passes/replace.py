@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
@@ -12,7 +13,7 @@ from .base import Loop, Pass, PassContext, value_of
 
 # From a loop to the arguments of the node that stands in for it: (target, arguments); the call returns a list of tensors
 # of which the first are the state.
-MakeCall = Callable[[Loop], tuple[Callable[..., object], tuple[object, ...]]]
+MakeCall = Callable[[Loop], tuple[Callable[..., object], tuple[Any, ...]]]
 
 
 class Replace(Pass):

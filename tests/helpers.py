@@ -16,7 +16,9 @@ from deq_compile.backend import Backend
 TIGHT: dict[str, Any] = {"tol": 1e-6, "backward_tol": 1e-5, "inner": "eager"}
 
 
-def compiled(model: Callable[..., Any], fullgraph: bool = True, dynamic: bool | None = None, **options: Any) -> tuple[Any, Report]:
+def compiled(
+    model: Callable[..., Any], fullgraph: bool = True, dynamic: bool | None = None, **options: Any
+) -> tuple[Any, Report]:
     """The model under the backend with TIGHT options, and the report its compilations fill."""
     report = Report()
     backend = Backend({**TIGHT, **options}, report)

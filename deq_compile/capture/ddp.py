@@ -36,4 +36,4 @@ def install() -> None:
         return original(self, gm, example_inputs, **configs)
 
     compile_fn.hands_over_whole_graphs = True  # type: ignore[attr-defined]
-    DDPOptimizer.compile_fn = compile_fn
+    DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]

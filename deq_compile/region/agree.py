@@ -25,7 +25,7 @@ def agreed(key: str, call: int, mine: bool, grad: bool) -> bool:
 
     store = _get_default_store()
     prefix = f"deq_compile/{key}/{call}"
-    store.set(f"{prefix}/{dist.get_rank()}", b"1" if mine else b"0")
+    store.set(f"{prefix}/{dist.get_rank()}", "1" if mine else "0")
     names = [f"{prefix}/{rank}" for rank in range(dist.get_world_size())]
     try:
         store.wait(names, PATIENCE)

@@ -157,7 +157,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     states, (S, C, n, ticket) = saved[:k], saved[k : k + EXTRAS]
     state0, operands = saved[k + EXTRAS : 2 * k + EXTRAS], saved[2 * k + EXTRAS :]
     cotangents = list(grads[:k])
-    no_grad_sizes = None if len(ctx.sizes) else []  # torch.library takes an empty list for a list of tensors
+    no_grad_sizes: list[None] | None = None if len(ctx.sizes) else []  # torch.library takes an empty list for a list of tensors
     if all(c is None for c in cotangents):
         return [None] * k, [None] * len(operands), no_grad_sizes, None
     needs_state0, needs_operands = ctx.needs_input_grad[0], ctx.needs_input_grad[1]

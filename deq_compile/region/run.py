@@ -19,7 +19,7 @@ from .forward import Solution, solve
 from .layout import Layout
 from .probe import rows_are_independent
 from .site import MISSES_BEFORE_KEPT, Site
-from .status import Status, converged
+from .status import converged, message_of
 
 
 class RegionWarning(UserWarning):
@@ -56,7 +56,7 @@ def run_forward(
     due = site.due()
     solution = None
     if due or site.verdict == "solve":
-        buffers = _buffers(S, C, layout, config.memory) if spec.stores_steps else {}
+        steps, coefficients = _buffers(S, C, layout, config.memory) if spec.stores_steps else (None, None)
         solution = solve(
             body,
             z0,
@@ -67,7 +67,8 @@ def run_forward(
             memory=config.memory,
             factor_dtype=spec.factor_dtype,
             body_eps=spec.body_eps,
-            **buffers,
+            S=steps,
+            C=coefficients,
         )
     loop = None
     if due and spec.iterations is not None and solution is not None:
@@ -118,8 +119,7 @@ def run_backward(
         state: Factors | None = None
         if spec.stores_steps:
             S, C, n = factors
-            shaped = _buffers(S, C, layout, config.memory)
-            state = factors_of(shaped["S"], shaped["C"], n[: layout.batch])
+            state = factors_of(*_buffers(S, C, layout, config.memory), n[: layout.batch])
         found = solve_adjoint(
             linear.vjp,
             linear.vjp_full,
@@ -165,13 +165,11 @@ def _decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor
     return site.rows
 
 
-def _buffers(S: Tensor, C: Tensor, layout: Layout, memory: int) -> dict[str, Tensor]:
+def _buffers(S: Tensor, C: Tensor, layout: Layout, memory: int) -> tuple[Tensor, Tensor]:
     """The flat buffers in the shapes the kernels work on. One coupled system uses the first block of C."""
     batch = layout.batch
-    return {
-        "S": S.view(batch, memory + 1, layout.width),
-        "C": C[: batch * memory * memory].view(batch, memory, memory),
-    }
+    steps = S.view(batch, memory + 1, layout.width)
+    return steps, C[: batch * memory * memory].view(batch, memory, memory)
 
 
 def _apply(body: Callable[[Tensor], Tensor], z: Tensor, times: int) -> Tensor:
@@ -232,7 +230,7 @@ def _record_forward(
         record.residual = float(solution.residual.max())
         record.residual_mean = float(solution.residual.mean())
         record.converged = float(converged(solution.status).double().mean())
-        record.message = Status(int(solution.status.max())).message
+        record.message = message_of(solution.status)
     return records.open_record(record)
 
 

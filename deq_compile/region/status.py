@@ -50,3 +50,9 @@ class AdjointStatus(_Code):
 def converged(codes: Tensor) -> Tensor:
     """Bool of the shape of ``codes`` (values of :class:`Status`): reached the tolerance or the precision's floor."""
     return (codes == Status.CONVERGED) | (codes == Status.FLOOR)
+
+
+def message_of(codes: Tensor) -> str:
+    """The worst of ``codes`` (int, values of :class:`Status`, at least one) in words."""
+    worst = int(codes.max())
+    return next(status.message for status in Status if status == worst)
