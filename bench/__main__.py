@@ -6,9 +6,10 @@ import argparse
 import sys
 
 from bench import demo, step
+from bench.fuzz import cli as fuzz
 
 # A command is a module with `add_arguments(parser)`, `main(args) -> exit status`, and a docstring.
-COMMANDS = {"demo": demo, "step": step}
+COMMANDS = {"demo": demo, "fuzz": fuzz, "step": step}
 
 
 def main(argv: list[str] | None = None) -> int:

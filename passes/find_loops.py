@@ -34,8 +34,12 @@ class FindLoops(Pass):
     def run(self, graph: fx.Graph, context: PassContext) -> int:
         chain = Chain(graph)
         taken: list[tuple[int, int]] = []
+        refused: list[tuple[int, int, int, Skipped]] = []
         for start, stop, period in chain.runs(2):
             if any(start < b and a < stop for a, b in taken):
+                continue
+            # A run that is no loop may hold one of shorter period: the inner of two nested loops.
+            if any(start < b and a < stop and period >= p for a, b, p, _ in refused):
                 continue
             found = chain.loop(start, stop, period, context.min_repeats)
             if isinstance(found, Loop):
@@ -43,8 +47,13 @@ class FindLoops(Pass):
                 first = chain.position[found.nodes[0]]
                 taken.append((first, first + len(found.nodes)))
             elif found is not None:
-                context.skip(found)
-                taken.append((start, stop))
+                refused.append((start, stop, period, found))
+        told: list[tuple[int, int]] = []
+        for start, stop, _, skipped in refused:
+            if not any(start < b and a < stop for a, b in taken + told):
+                context.skip(skipped)
+                told.append((start, stop))
+        taken += told
         for skipped in chain.near_misses(taken):
             context.skip(skipped)
         context.loops.sort(key=lambda loop: chain.position[loop.nodes[0]])

@@ -23,12 +23,17 @@ class Replace(Pass):
         self.make_call = make_call
 
     def run(self, graph: fx.Graph, context: PassContext) -> int:
+        replaced: dict[fx.Node, fx.Node] = {}
         for loop in context.loops:
-            self._replace(graph, loop)
+            # an earlier loop's result may be this one's operand or initial state
+            loop.initial = tuple(replaced.get(node, node) for node in loop.initial)
+            loop.operands = tuple(replaced.get(node, node) for node in loop.operands)
+            replaced |= self._replace(graph, loop)
         graph.lint()
         return len(context.loops)
 
-    def _replace(self, graph: fx.Graph, loop: Loop) -> None:
+    def _replace(self, graph: fx.Graph, loop: Loop) -> dict[fx.Node, fx.Node]:
+        """Put the call in; what now stands for each output of the loop."""
         outputs = loop.outputs
         target, args = self.make_call(loop)
         with graph.inserting_before(loop.segment(1)[0]):
@@ -49,3 +54,4 @@ class Replace(Pass):
         for node in reversed(loop.nodes):
             if node not in keep:
                 graph.erase_node(node)
+        return dict(zip(outputs, states, strict=True))

@@ -224,7 +224,7 @@ def test_unknown_option() -> None:
 
 
 def test_wrong_target() -> None:
-    with pytest.raises(TypeError, match="expected an nn.Module class, an nn.Module or a function"):
+    with pytest.raises(TypeError, match=r"expected an nn\.Module class, an nn\.Module or a function"):
         deq_compile(3)
 
 
@@ -288,3 +288,34 @@ def test_this_machine_has_a_compiler() -> None:
 
 def test_version() -> None:
     assert dq.__version__ in (ROOT / "pyproject.toml").read_text()
+
+
+def test_backend_is_registered_on_import_of_a_plain_checkout() -> None:
+    """No distribution metadata, hence no entry point: the import registers the backend."""
+    hide = """
+import importlib.metadata as metadata
+real = metadata.entry_points
+def without(**query):
+    found = real(**query)
+    return metadata.EntryPoints(e for e in found if e.name != "deq")
+metadata.entry_points = without
+import deq_compile
+"""
+    done = python(hide + SCRIPT % "eager", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+
+
+def test_keys_are_the_same_in_every_process() -> None:
+    code = """
+import torch, deq_compile
+f = torch.nn.Linear(4, 4)
+def loop(x):
+    z = torch.zeros_like(x)
+    for _ in range(20):
+        z = torch.tanh(0.1 * f(z) + x)
+    return z
+print([r.key for r in deq_compile.explain(loop, inner="eager")(torch.ones(2, 4)).regions])
+"""
+    first, second = (python(code, PYTHONHASHSEED=seed).stdout for seed in ("1", "2"))
+    assert first == second
+    assert "-0']" in first

@@ -47,10 +47,11 @@ def test_inductor_channels_last_and_autocast() -> None:
 
     model, x = Case(lambda: Mixed(CASES["conv"].build().f), 1, shape=(2, 8, 6, 6)).make()
     model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
-    run, report = compiled(model, inner="inductor", tol=1e-2, backward_tol=1e-2)
-    found = value_and_grads(run, model, x)
+    run, report = compiled(model, inner="inductor")
+    found, eager, exact = value_and_grads(run, model, x), value_and_grads(model, model, x), reference(model, x)
     assert report.regions[0].status == "solve"
-    assert largest_error(found[:2], value_and_grads(model, model, x)[:2]) < 5e-2
+    # bf16 flips ReLUs, in eager as well: no farther from float64 than that
+    assert largest_error(found, exact) < 1.5 * largest_error(eager, exact)
 
 
 def test_a_kept_loop_through_inductor() -> None:
@@ -155,22 +156,30 @@ def test_vjps_agree_with_eager(name: str, inner: str) -> None:
 
 
 def test_distributed_data_parallel_does_not_cut_a_loop(tmp_path: Any) -> None:
-    """Default bucket splitting, with buckets so small that Dynamo would cut between the parameters of one body."""
+    """Default bucket splitting, with buckets of one weight, so that Dynamo would cut inside the loop."""
     import torch.distributed as dist
 
     class Head(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.loop, self.last = nn.Linear(16, 16), Loop(Linear(), 40), nn.Linear(16, 4)
+            self.first, self.loop, self.last = nn.Linear(512, 512), Loop(Linear(512), 40), nn.Linear(512, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.loop(self.first(x)))
 
-    model, x = Case(Head, 1).make()
+    def count_graphs(gm: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    graphs: list[torch.fx.GraphModule] = []
+    model, x = Case(Head, 1, shape=(4, 512)).make()
     expected = reference(model, x)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        parallel = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-4)
+        parallel = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
+        torch.compile(parallel, backend=count_graphs)(x)
+        assert len(graphs) > 1  # any other backend gets the pieces
+        torch._dynamo.reset()
         report = Report()
         run = torch.compile(parallel, backend=Backend(TIGHT, report))
         with record_solves() as solves:

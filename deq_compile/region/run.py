@@ -19,7 +19,7 @@ from .forward import Solution, solve
 from .layout import Layout
 from .probe import rows_are_independent
 from .site import MISSES_BEFORE_KEPT, Site
-from .status import converged, message_of
+from .status import AdjointStatus, converged, message_of
 
 
 class RegionWarning(UserWarning):
@@ -142,7 +142,25 @@ def run_backward(
             adjoint_residual_batch=float(found.residual),
             adjoint_message=found.status.message,
         )
+    if _adjoint_missed(site, found.status):
+        return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
     return None, found.payload
+
+
+def _adjoint_missed(site: Site, status: AdjointStatus) -> bool:
+    """Whether the loop's own gradient is needed; repeated misses send a fixed-count loop back to its iterations.
+
+    A loop may agree with its fixed point and yet have no implicit gradient: a state that is carried unchanged, or that
+    an idempotent map is applied to (J has the eigenvalue 1), depends on where it started. Its adjoint equation has no
+    solution, and the residual tells. `backward_max_iter=0` asks for no refinement, so there nothing is missed.
+    """
+    if not site.compares or site.spec.config.backward_max_iter < 1:
+        return False
+    missed = status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR)
+    site.adjoint_misses = site.adjoint_misses + 1 if missed else 0
+    if site.adjoint_misses >= MISSES_BEFORE_KEPT:
+        site.decide("kept", None)
+    return missed
 
 
 def _decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:

@@ -7,6 +7,7 @@ is the same in every process that compiles the same models in the same order, so
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import threading
 from collections import defaultdict
@@ -66,6 +67,12 @@ class RegionSpec:
         coarse += [torch.finfo(dtype).eps for _, enabled, dtype in self.body.ambient.autocast if enabled]
         return max(coarse)
 
+    @property
+    def fingerprint(self) -> str:
+        """The same for equal regions, in every process: body, modes, dtypes, memory orders, count and options."""
+        facts = (self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key())
+        return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
+
     def layout(self, shapes: Sequence[Sequence[int]], rows: bool) -> Layout:
         return Layout(tuple(tuple(s) for s in shapes), self.dtypes, self.orders, rows)
 
@@ -89,6 +96,7 @@ class Site:
         self.distance: float | None = None
         self.calls = 0
         self.misses = 0
+        self.adjoint_misses = 0
         self.expected_vjps: int | None = None
         self.warned = False
         self.on_change: Callable[[Site], None] = lambda site: None
@@ -118,7 +126,7 @@ _lock = threading.Lock()
 
 def register(spec: RegionSpec) -> Site:
     """A new site for a region; its key is the hash of what it is, and how many like it there were before."""
-    base = f"{spec.body.hash}-{spec.config.key()}"
+    base = spec.fingerprint
     with _lock:
         ordinal = _ordinals[base]
         _ordinals[base] += 1

@@ -22,6 +22,7 @@ from deq_compile.passes.replace import Replace
 from deq_compile.region.modes import Ambient
 from deq_compile.report import Reason
 
+
 def stand_in(states: Any, operands: Any, sizes: Any) -> list[Tensor]:
     """What Replace puts in the place of a loop here."""
     raise NotImplementedError

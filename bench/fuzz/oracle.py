@@ -1,0 +1,179 @@
+"""The verdict on one program: what the compiler did with it, and whether value and gradients are eager's.
+
+Tolerances. What is kept or refused runs the user's own operations in their order, so it may differ by rounding only,
+amplified by the program's own sensitivity: that is measured, as the change under a disturbance of 1e-14 of the input. A
+solve stands in only where it agrees with the loop to `VERIFY_TOL`; its gradient is the limit of the loop's, hence the
+wider margins there. A program that is rewritten wrongly is off by far more: by the size of one iteration.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import linecache
+import sys
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deq_compile import Report
+from deq_compile.backend import Backend
+
+VERIFY_TOL = 1e-6
+OPTIONS: dict[str, Any] = {
+    "inner": "eager", "tol": 1e-9, "backward_tol": 1e-8, "verify_tol": VERIFY_TOL, "max_iter": 60, "backward_max_iter": 80,
+}  # fmt: skip
+OPTIONS32: dict[str, Any] = {**OPTIONS, "tol": 1e-6, "backward_tol": 1e-5, "verify_tol": 1e-5}
+
+EXACT, SOLVED, SOLVED_GRADIENT = 1e-9, 1e-4, 1e-3
+# The same in float32, whose eps is 1e-7.
+EXACT32, SOLVED32, SOLVED_GRADIENT32 = 1e-4, 1e-3, 1e-2
+NUDGE = 1e-14
+
+VERDICTS = ("rewritten-right", "kept-right", "refused-right", "not-a-loop", "eager-fails", "ill-conditioned", "WRONG")
+
+
+@dataclasses.dataclass
+class Verdict:
+    """`kind` is one of VERDICTS; `reasons` are the names of the compiler's reasons; `detail` says what is wrong."""
+
+    kind: str
+    reasons: tuple[str, ...] = ()
+    detail: str = ""
+    error: float = 0.0
+
+    @property
+    def wrong(self) -> bool:
+        return self.kind == "WRONG"
+
+
+@dataclasses.dataclass
+class Outcome:
+    """Outputs, buffers after the call, and gradients (None where there is none), named."""
+
+    values: dict[str, Tensor]
+    grads: dict[str, Tensor | None]
+
+
+def judge(text: str, filename: str = "<program>") -> Verdict:
+    """Compile the program in `text`, run it twice, compare with eager."""
+    module = load(text, filename)
+    torch.manual_seed(0)
+    double, inputs = module.Model().double(), module.make_inputs()
+    single = inputs[0].dtype == torch.float32
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = run(double, double, [x.double() for x in inputs])
+            nudged = run(double, double, [x.double() * (1 + NUDGE) for x in inputs])
+    except Exception as error:
+        return Verdict("eager-fails", detail=f"{type(error).__name__}: {error}")
+    finite = all(bool(torch.isfinite(t).all()) for t in [*expected.values.values(), *_present(expected.grads)])
+    if not finite:
+        return Verdict("eager-fails", detail="eager's result is not finite")
+    sensitivity = max((e for _, e in differences(nudged, expected)), default=0.0)
+    if sensitivity > (1e-11 if single else 1e-7):
+        return Verdict("ill-conditioned", detail=f"a disturbance of {NUDGE} grows to {sensitivity:.1e}")
+
+    torch._dynamo.reset()
+    report = Report()
+    model = copy.deepcopy(double).float() if single else double
+    compiled = torch.compile(model, backend=Backend(OPTIONS32 if single else OPTIONS, report))
+    for call in ("first", "second"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = run(compiled, model, inputs)
+        except Exception as error:
+            frames = traceback.format_exc().strip().splitlines()
+            return Verdict("WRONG", detail=f"{call} call raises {type(error).__name__}: {error}\n" + "\n".join(frames[-12:]))
+        solved = any(region.status == "solve" for region in report.regions)
+        exact, value, gradient = (EXACT32, SOLVED32, SOLVED_GRADIENT32) if single else (EXACT, SOLVED, SOLVED_GRADIENT)
+        grown = 100 * sensitivity * (1e7 if single else 1)
+        for name, error in differences(found, expected):
+            allowed = (gradient if name.startswith("grad") else value) if solved else exact
+            if not error <= max(allowed, grown):
+                return Verdict("WRONG", detail=f"{call} call: {name} is off by {error:.2e}\n{report}", error=error)
+    reasons = tuple(dict.fromkeys(s.reason.name for s in report.skipped))
+    if report.regions:
+        return Verdict("rewritten-right" if solved else "kept-right", reasons)
+    return Verdict("refused-right" if reasons else "not-a-loop", reasons)
+
+
+def load(text: str, filename: str) -> types.ModuleType:
+    """The program as a module; its lines are known to tracebacks."""
+    module = types.ModuleType("fuzz_program")
+    sys.modules["fuzz_program"] = module  # dataclasses look their module up
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    exec(compile(text, filename, "exec"), module.__dict__)
+    return module
+
+
+def run(call: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) -> Outcome:
+    """One forward and backward, from the same seed and the same buffers."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(1)
+    own = [x.detach().clone().requires_grad_() for x in inputs]
+    # A leaf that requires gradients may not be written to in place; an activation may.
+    outputs = [t for t in torch.utils._pytree.tree_leaves(call(*[x.view_as(x) for x in own])) if isinstance(t, Tensor)]
+    generator = torch.Generator().manual_seed(7)
+    loss = torch.zeros((), dtype=torch.float64)
+    for t in outputs:
+        weights = torch.randn(t.shape, generator=generator, dtype=torch.float64)
+        if t.requires_grad:
+            loss = loss + (t.double() * weights).sum()
+    if loss.requires_grad:
+        loss.backward()
+    values = {f"output {i}": t.detach().double() for i, t in enumerate(outputs)}
+    values |= {f"buffer {name}": b.detach().clone().double() for name, b in model.named_buffers()}
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    grads = {f"grad of input {i}": x.grad for i, x in enumerate(own)}
+    grads |= {f"grad of {name}": p.grad for name, p in model.named_parameters()}
+    return Outcome(values, {name: None if g is None else g.detach().double() for name, g in grads.items()})
+
+
+def differences(found: Outcome, expected: Outcome) -> list[tuple[str, float]]:
+    """Errors by name, relative to the larger of the tensor's own norm and 1e-4 of that of all outputs or gradients."""
+    errors = []
+    if list(found.values) != list(expected.values):
+        return [(f"number of outputs, {len(found.values)} for {len(expected.values)}", float("inf"))]
+    # A returned residual is zero but for rounding: it is compared with what it is a residual of.
+    largest = max((float(b.norm()) for b in expected.values.values()), default=0.0)
+    for name, b in expected.values.items():
+        errors.append((name, _error(found.values[name], b, 1e-4 * largest)))
+    total = sum(float(g.norm()) ** 2 for g in _present(expected.grads)) ** 0.5
+    for name, b in expected.grads.items():
+        a = found.grads[name]
+        like = next((t for t in (a, b) if t is not None), None)
+        if like is not None:
+            zero = torch.zeros_like(like)
+            errors.append((name, _error(zero if a is None else a, zero if b is None else b, 1e-4 * total)))
+    return errors
+
+
+def _error(a: Tensor, b: Tensor, floor: float) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    scale = max(float(b.norm()), floor)
+    return float((a - b).norm()) / (scale if scale > 1e-30 else 1.0)
+
+
+def _present(grads: dict[str, Tensor | None]) -> list[Tensor]:
+    return [g for g in grads.values() if g is not None]
+
+
+def main(path: str) -> int:
+    """Judge a saved program: its own `__main__` calls this."""
+    torch.set_num_threads(1)
+    verdict = judge(Path(path).read_text(), path)
+    print(f"{verdict.kind} {' '.join(verdict.reasons)}\n{verdict.detail}")
+    return int(verdict.wrong)
