@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.fx.traceback import annotate
 
 from . import scope
@@ -105,8 +107,10 @@ def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Repor
         # a decorated module would run its own compiled call: explain what it calls
         call = model._call_impl if isinstance(model, nn.Module) else getattr(model, "_torchdynamo_orig_callable", model)
         # each explanation is one more compilation of the same code, which is no sign of a model that recompiles
+        before = Counter(counters["graph_break"])
         with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
             torch.compile(call, backend=backend)(*args, **kwargs)
+        report.graph_breaks = list((Counter(counters["graph_break"]) - before).elements())
         return report
 
     return run

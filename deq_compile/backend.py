@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._logging import trace_structured
 
 from .config import Config, Options
 from .passes.ambient import ambient_at
-from .passes.base import Loop, Pass, PassContext, is_tensor, value_of
+from .passes.base import Loop, Pass, PassContext, describe, is_tensor, value_of
 from .passes.extract import Extract, body_hash, dim_order
 from .passes.find_loops import FindLoops, deduplicate_constants
 from .passes.functionalise import Functionalise
@@ -101,6 +102,11 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> int:
     Replace(lambda loop: _call(loop, modes[id(loop)], options, report))(graph, context)
     gm.graph = graph
     gm.recompile()
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "deq_rewritten_graph", "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False),
+    )
     return len(context.loops)
 
 
@@ -126,7 +132,7 @@ def _call(loop: Loop, ambient: Ambient, options: Options, report: Report) -> tup
         states=states,
         iterations=loop.count,
         operands=len(loop.operands),
-        hoisted=len(loop.kept_nodes),
+        hoisted=tuple(describe(n) for n in loop.kept_nodes),
         solver=config.solver,
         backward=config.backward if spec.grad else "-",
         status=site.verdict,

@@ -95,7 +95,7 @@ _positive = _real("a finite number above 0", lambda x: x > 0 and math.isfinite(x
 _positive_or_inf = _real("a number above 0 (inf is allowed)", lambda x: x > 0)
 _fraction = _real("a number in (0, 1]", lambda x: 0 < x <= 1)
 
-# The one table. A default of None is settled in `Options.resolve`, except that of factor_dtype, which is a value.
+# The one table. A default of None is settled in `Options.resolve`, except those of factor_dtype and loop_memory, which are values.
 _RULES: dict[str, _Rule] = {
     "tol": _Rule(1e-4, _positive),
     "stop_mode": _Rule("rel", _choice("rel", "abs")),
@@ -114,6 +114,7 @@ _RULES: dict[str, _Rule] = {
     "semantics": _Rule("loop", _choice("loop", "equilibrium")),
     "verify": _Rule("periodic", _choice("periodic", "first", "never")),
     "verify_tol": _Rule(1e-3, _positive_or_inf),
+    "loop_memory": _Rule(None, _integer(1)),
     "hooks": _Rule("take", _choice("take", "keep")),
     "inner": _Rule("inductor", _choice("inductor", "aot_eager", "eager")),
     "inductor": _Rule({}, _patches),
@@ -185,6 +186,8 @@ class Options:
     ``verify``                 "periodic"     when a loop is compared with the user's own: "periodic", "first",
                                               "never"
     ``verify_tol``             1e-3           largest relative difference of that comparison
+    ``loop_memory``            None           iterates held at a time by the backward of a kept loop; None: all N. With
+                                              m < N, segments of m are recomputed, at N more evaluations
     ``hooks``                  "take"         "take" recognised adjoint-solving hooks over, or "keep" them
     ``inner``                  "inductor"     the backend of the rest: "inductor", "aot_eager", "eager"
     ``inductor``               {}             settings passed on to Inductor
@@ -211,6 +214,7 @@ class Options:
     semantics: str | None = None
     verify: str | None = None
     verify_tol: float | None = None
+    loop_memory: int | None = None
     hooks: str | None = None
     inner: str | None = None
     inductor: dict[str, Any] | None = None
@@ -320,6 +324,7 @@ class Config:
     semantics: str
     verify: str
     verify_tol: float
+    loop_memory: int | None
     hooks: str
     inner: str
     inductor: dict[str, Any]
@@ -343,7 +348,7 @@ class Config:
         for name in changes:
             _check_name(name)
         checked: dict[str, Any] = {
-            name: value if value is None and name == "factor_dtype" else _parse(name, value)
+            name: value if value is None and name in ("factor_dtype", "loop_memory") else _parse(name, value)
             for name, value in changes.items()
         }
         return dataclasses.replace(self, **checked)

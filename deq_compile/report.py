@@ -62,7 +62,7 @@ class Skipped:
 class Region:
     """A fixed-point region that was replaced by one solve.
 
-    `status` is "solve" (a Broyden or Picard solve stands in for the loop), "kept" (the loop's own iterations are run)
+    `hoisted` names the operations that were moved out of the loop. `status` is "solve" (a Broyden or Picard solve stands in for the loop), "kept" (the loop's own iterations are run)
     or "pending" (not called yet, so not verified); `distance` is the last measured max over samples of
     |z_N - z*| / |z*|, None before a verification or where none is asked for.
     """
@@ -73,7 +73,7 @@ class Region:
     states: tuple[tuple[tuple[str, ...], str], ...]
     iterations: int
     operands: int
-    hoisted: int
+    hoisted: tuple[str, ...]
     solver: str
     backward: str
     status: str = "pending"
@@ -82,12 +82,14 @@ class Region:
 
 @dataclasses.dataclass
 class Report:
-    """Everything the compiler did to one model: regions, skipped candidates, graphs seen, pass timings in seconds."""
+    """Everything the compiler did to one model: regions, skipped candidates, graphs seen, seconds spent in each pass, and
+    Dynamo's graph breaks (only `explain` collects those)."""
 
     regions: list[Region] = dataclasses.field(default_factory=list)
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
     graphs: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    graph_breaks: list[str] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> str:
         """The report as a JSON object (string)."""
@@ -107,10 +109,11 @@ class Report:
         for r in self.regions:
             status = r.status if r.distance is None else f"{r.status} ({r.distance:.1e})"
             state = " ".join(f"{dtype}[{','.join(shape)}]" for shape, dtype in r.states)
-            rows.append((status, r.kind, str(r.location), state, str(r.iterations), str(r.hoisted), r.solver, r.backward))
+            rows.append((status, r.kind, str(r.location), state, str(r.iterations), str(len(r.hoisted)), r.solver, r.backward))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if not self.regions:
             lines = [f"no fixed-point region in {self.graphs} graph(s)"]
         lines += [f"left alone  {skipped}" for skipped in self.skipped]
+        lines += [f"graph break {' '.join(text.split())}" for text in self.graph_breaks]
         return "\n".join(lines)

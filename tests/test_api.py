@@ -180,7 +180,7 @@ def test_explain() -> None:
 
     report = explain(Two(), inner="eager")(torch.randn(3, 16))
     (region,) = report.regions
-    assert (region.status, region.iterations, region.kind, region.hoisted) == ("solve", 40, "loop of 40", 1)
+    assert (region.status, region.iterations, region.kind, region.hoisted) == ("solve", 40, "loop of 40", ("linear",))
     assert region.location.file == __file__ or region.location.file.endswith("loops.py")
     assert region.distance is not None
     (skipped,) = report.skipped
@@ -191,6 +191,28 @@ def test_explain() -> None:
     assert f"{__file__}:{skipped.location.line}: RANDOM" in text
     assert json.loads(report.to_json())["skipped"][0]["reason"] == "RANDOM"
     assert set(report.seconds) >= {"find_loops", "judge", "replace"}
+
+
+def test_explain_names_graph_breaks() -> None:
+    model = Decorated()
+
+    def broken(x: Tensor) -> Tensor:
+        x = x * 2
+        torch._dynamo.graph_break()
+        return Decorated.forward(model, x)
+
+    report = explain(broken, inner="eager")(torch.randn(2, 16))
+    assert (report.graphs, len(report.regions), len(report.graph_breaks)) == (2, 1, 1)
+    assert "graph break " in str(report)
+
+
+def test_rewritten_graph_is_in_the_structured_trace(tmp_path: Path) -> None:
+    done = python(SCRIPT % "eager", TORCH_TRACE=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    (log,) = tmp_path.iterdir()
+    text = log.read_text()
+    assert "deq_rewritten_graph" in text
+    assert "torch.ops.deq.solve.default" in text
 
 
 def test_explain_a_decorated_model_with_its_own_options() -> None:

@@ -34,6 +34,7 @@ DEFAULTS = {
     "semantics": "loop",
     "verify": "periodic",
     "verify_tol": 1e-3,
+    "loop_memory": None,
     "hooks": "take",
     "inner": "inductor",
     "inductor": {},

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import deq_compile
 from deq_compile import RegionWarning, record_solves
 from deq_compile.region import site as sites
+from deq_compile.region.run import _iterates_backwards
 from tests.helpers import compiled, largest_error, reference, value_and_grads
 from tests.models.loops import CASES, Case, Linear, Loop, Parts
 
@@ -51,6 +52,31 @@ def test_equilibrium_semantics_means_the_fixed_point() -> None:
     assert largest_error(value_and_grads(run, model, x), reference(long, x)) < 2e-3
     assert report.regions[0].status == "solve"
     assert report.regions[0].distance is None
+
+
+@pytest.mark.parametrize("memory", [1, 3, 4, 9, 10, 50])
+def test_kept_loop_with_little_memory(memory: int) -> None:
+    """The same gradient, whatever is stored."""
+    model, x = contracting(0.95, 10)
+    run, report = compiled(model, loop_memory=memory)
+    assert largest_error(value_and_grads(run, model, x), reference(model, x)) < 1e-5
+    assert report.regions[0].status == "kept"
+
+
+def test_iterates_backwards_are_those_of_the_loop_and_few_at_a_time() -> None:
+    class Doubling:
+        applied = 0
+
+        def apply(self, z: Tensor, operands: object) -> Tensor:
+            self.applied += 1
+            return 2 * z
+
+    for count in (1, 2, 7, 10):
+        for memory in (None, 1, 2, 3, 10, 20):
+            runner = Doubling()
+            found = list(_iterates_backwards(runner, torch.ones(1, 1), [], count, memory))  # type: ignore[arg-type]
+            assert [int(z) for z in found] == [2**k for k in reversed(range(count))]
+            assert runner.applied <= 2 * count
 
 
 class FromInput(Parts):

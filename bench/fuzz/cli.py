@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     tally, start = Tally(), time.monotonic()
     limit = args.programs if args.programs is not None else 10**9
-    with tqdm(total=args.programs, unit="program", dynamic_ncols=True) as progress:
+    with tqdm(total=args.programs, unit="program", dynamic_ncols=True, mininterval=2.0) as progress:
         for index in range(limit):
             if time.monotonic() - start > 60 * args.minutes:
                 break
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
             if verdict.wrong:
                 path = save(recipe, args.failures, f"seed{args.seed}-{index}-{recipe.form}.py")
                 progress.write(f"WRONG {path}: {verdict.detail.splitlines()[0]}")
-            progress.set_postfix(wrong=tally.verdicts["WRONG"], solved=tally.verdicts["rewritten-right"])
+            progress.set_postfix(wrong=tally.verdicts["WRONG"], solved=tally.verdicts["rewritten-right"], refresh=False)
             progress.update()
     print(tally.text(time.monotonic() - start))
     return int(tally.verdicts["WRONG"] > 0)

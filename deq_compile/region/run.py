@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,12 +14,16 @@ from deq_compile.kernels.broyden import Factors, factors_of
 from . import records
 from .adjoint import AdjointSolution, jacobian_free, solve_adjoint
 from .agree import agreed
-from .body import Runner, runner_for
+from .body import Linearised, Runner, runner_for
 from .forward import Solution, solve
 from .layout import Layout
 from .probe import rows_are_independent
 from .site import MISSES_BEFORE_KEPT, Site
 from .status import AdjointStatus, converged, message_of
+
+# What may be left of the adjoint after N steps back, in units of what may be left of the distance to the fixed point: both
+# shrink as the N-th power of the Jacobian, from another start.
+GRADIENT_MARGIN = 10.0
 
 
 class RegionWarning(UserWarning):
@@ -142,25 +146,40 @@ def run_backward(
             adjoint_residual_batch=float(found.residual),
             adjoint_message=found.status.message,
         )
-    if _adjoint_missed(site, found.status):
-        return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
-    return None, found.payload
+    if _gradient_is_the_loops(site, linear, found):
+        return None, found.payload
+    return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
 
 
-def _adjoint_missed(site: Site, status: AdjointStatus) -> bool:
-    """Whether the loop's own gradient is needed; repeated misses send a fixed-count loop back to its iterations.
+def _gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution) -> bool:
+    """Whether the implicit gradient may stand in for that of a fixed-count loop.
 
-    A loop may agree with its fixed point and yet have no implicit gradient: a state that is carried unchanged, or that
-    an idempotent map is applied to (J has the eigenvalue 1), depends on where it started. Its adjoint equation has no
-    solution, and the residual tells. `backward_max_iter=0` asks for no refinement, so there nothing is missed.
+    A loop may agree with its fixed point in value and not in gradient: a state that is carried unchanged, projected or
+    averaged (J has the eigenvalue 1) remembers where it started, and a fixed point that repels may be one that the loop
+    never leaves. Two signs: the adjoint solve misses its tolerance; or w is not forgotten in N steps back, since the
+    loop's adjoint, the sum of the first N terms of the Neumann series, is w - (J^T)^N w. The second is looked at where
+    the forward compared values.
     """
-    if not site.compares or site.spec.config.backward_max_iter < 1:
-        return False
-    missed = status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR)
+    config, check = site.spec.config, site.verify_gradient
+    site.verify_gradient = False
+    if not site.compares or config.backward == "jfb":  # jfb asks for another gradient than the loop's
+        return True
+    if check and site.spec.iterations is not None and found.w.numel():
+        w = found.w
+        for _ in range(site.spec.iterations):
+            w = linear.vjp(w)
+        norms = torch.linalg.vector_norm(found.w, dim=1)
+        left = (torch.linalg.vector_norm(w, dim=1) / norms).masked_fill(norms == 0, 0.0)
+        good = bool((left <= GRADIENT_MARGIN * site.allowed_distance).all())
+        if not agreed(f"{site.key}/adjoint", site.calls, good, site.spec.grad):
+            site.decide("kept", None)
+            return False
+    # backward_max_iter=0 asks for no refinement, so there nothing is missed
+    missed = config.backward_max_iter > 0 and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR)
     site.adjoint_misses = site.adjoint_misses + 1 if missed else 0
     if site.adjoint_misses >= MISSES_BEFORE_KEPT:
         site.decide("kept", None)
-    return missed
+    return not missed
 
 
 def _decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
@@ -202,13 +221,12 @@ def _verify(site: Site, solution: Solution, loop: Tensor) -> None:
     """Compare the solve with the user's own loop: solve, or kept."""
     if not solution.z.numel():
         return
-    config = site.spec.config
     # a sample whose fixed point is the origin is compared absolutely
     scale = torch.linalg.vector_norm(solution.z, dim=1).clamp_min(torch.finfo(solution.z.dtype).eps)
     distance = float((torch.linalg.vector_norm(loop - solution.z, dim=1) / scale).max())
-    allowed = max(config.verify_tol, 4 * site.spec.body_eps)
-    good = bool(converged(solution.status).all()) and distance <= allowed
+    good = bool(converged(solution.status).all()) and distance <= site.allowed_distance
     site.misses = 0
+    site.verify_gradient = good and site.spec.grad
     site.decide("solve" if agreed(site.key, site.calls, good, site.spec.grad) else "kept", distance)
 
 
@@ -264,15 +282,33 @@ def _loop_gradient(
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The exact gradient of a kept loop: recompute its N iterates, then one VJP at each, last to first."""
     assert site.spec.iterations is not None
-    iterates = [z0]
-    for _ in range(site.spec.iterations - 1):
-        iterates.append(runner.apply(iterates[-1], operands))
     total: list[Tensor | None] = [None] * sum(needs)
     w = q
-    while iterates:
-        linear = runner.linearise(iterates.pop(), operands, needs)
-        w, grads = linear.vjp_full(w)
+    for iterate in _iterates_backwards(runner, z0, operands, site.spec.iterations, site.spec.config.loop_memory):
+        w, grads = runner.linearise(iterate, operands, needs).vjp_full(w)
         total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
     if serial:
         records.complete(serial, cotangent=q, w=q, vjps=site.spec.iterations, adjoint_message="the loop's own gradient")
     return layout.unflatten(w), total
+
+
+def _iterates_backwards(
+    runner: Runner, z0: Tensor, operands: Sequence[Tensor], count: int, memory: int | None
+) -> Iterator[Tensor]:
+    """z_{N-1}, ..., z_0. With `memory` m < N, at most about N/m + m of them are held: every m-th is stored, and the segment
+    behind it is computed again when its turn comes."""
+    stride = count if memory is None else min(memory, count)
+    stored = [z0]
+    while len(stored) * stride < count:
+        z = stored[-1]
+        for _ in range(stride):
+            z = runner.apply(z, operands)
+        stored.append(z)
+    left = count - (len(stored) - 1) * stride
+    while stored:
+        segment = [stored.pop()]
+        for _ in range(left - 1):
+            segment.append(runner.apply(segment[-1], operands))
+        while segment:
+            yield segment.pop()
+        left = stride

@@ -97,9 +97,15 @@ class Site:
         self.calls = 0
         self.misses = 0
         self.adjoint_misses = 0
+        self.verify_gradient = False  # the next backward looks at its gradient as the forward did at the value
         self.expected_vjps: int | None = None
         self.warned = False
         self.on_change: Callable[[Site], None] = lambda site: None
+
+    @property
+    def allowed_distance(self) -> float:
+        """The largest relative difference from the loop's own result that counts as agreement."""
+        return max(self.spec.config.verify_tol, 4 * self.spec.body_eps)
 
     def due(self) -> bool:
         """Whether this call, the `calls`-th from 0, compares the solve with the user's loop."""

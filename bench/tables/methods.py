@@ -1,0 +1,162 @@
+"""The rows: each way to run one training step, behind one interface."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .cases import Case
+
+Counts = dict[str, Any]
+Clock = tuple[float, float]
+
+
+def clocks() -> Clock:
+    """Process CPU time and wall time, in seconds."""
+    return time.process_time(), time.perf_counter()
+
+
+class Step:
+    """One training step, one way. `run` leaves outputs here and gradients in the case."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.call: Callable[..., Any] = case.model
+        self.outputs: Any = None
+
+    def forward(self) -> Any:
+        return self.call(*self.case.inputs)
+
+    def run(self) -> tuple[Clock, Clock, Clock]:
+        """Clocks before the forward, between forward and backward, and after the backward."""
+        self.case.clear()
+        self.outputs = None
+        start = clocks()
+        self.outputs = self.forward()
+        loss = self.case.loss(self.outputs)
+        middle = clocks()
+        loss.backward()
+        return start, middle, clocks()
+
+    def counts(self) -> Counts:
+        """Iterations, VJPs and status, from a step of its own that is not timed."""
+        return {"iterations": self.case.n_iter, "vjps": self.case.n_iter, "status": "loop"}
+
+
+class CompiledLoop(Step):
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.call = torch.compile(case.model)
+
+
+class Deq(Step):
+    """The product as users call it."""
+
+    def __init__(self, case: Case, **options: Any) -> None:
+        super().__init__(case)
+        self.call = torch.compile(case.model, backend="deq", options=options)
+
+    def counts(self) -> Counts:
+        from deq_compile import record_solves
+        from deq_compile.region.compiled import CompiledRunner
+
+        linearised = 0
+        original = CompiledRunner.linearise
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            nonlocal linearised
+            linearised += 1
+            return original(*args, **kwargs)
+
+        CompiledRunner.linearise = counting  # type: ignore[method-assign]
+        try:
+            with record_solves() as solves:
+                self.run()
+        finally:
+            CompiledRunner.linearise = original  # type: ignore[method-assign]
+        if not solves:
+            return {"status": "no region"}
+        adjoint = [s.adjoint_residual_batch for s in solves if s.adjoint_residual_batch is not None]
+        return {
+            "iterations": sum(s.iterations for s in solves),
+            "iterations_max": sum(s.iterations_max for s in solves),
+            "linearised": linearised,
+            "vjps": sum(s.vjps or 0 for s in solves),
+            "adjoint_residual": max(adjoint, default=None),
+            "regions": len(solves),
+            "status": "+".join(sorted({s.status for s in solves})),
+        }
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the tables.
+
+    kind    "loop": the user's own loop; "peer": a solver with an implicit gradient; "cheap": a peer whose gradient is
+            not meant to be the implicit one, never a contender; "ours"; "bound": what no implementation can beat
+    make    builds the step; for "bound" the counts of the row "deq" come along
+    forms   forms of the loop it is timed on by default
+    memory  whether its memory is measured
+    needs   packages without which the row is skipped
+    body    whether it needs the body of the loop as a function, which a real model does not offer
+    """
+
+    key: str
+    label: str
+    kind: str
+    make: Callable[..., Step]
+    forms: tuple[str, ...] = ("before", "own")
+    memory: bool = False
+    needs: tuple[str, ...] = ()
+    body: bool = False
+
+    def skip(self, case: Case) -> str | None:
+        """Why this row is left out, or None."""
+        missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"not installed: {', '.join(missing)}"
+        if self.body and case.loop is None:
+            return "the model does not offer its body as a function"
+        return None
+
+
+def all_methods() -> dict[str, Method]:
+    from . import peers
+    from .bound import Bound
+
+    everywhere = ("before", "inside", "own")
+    inf = float("inf")
+
+    def torchdeq(solver: str, phantom: bool = False) -> Callable[[Case], Step]:
+        return lambda case: peers.TorchDEQ(case, solver, phantom)
+
+    def deq(**options: Any) -> Callable[[Case], Step]:
+        return lambda case: Deq(case, **options)
+
+    rows = [
+        Method("eager", "eager loop", "loop", Step, everywhere, memory=True),
+        Method("inductor", "torch.compile of the loop", "loop", CompiledLoop, everywhere, memory=True),
+        Method("torchdeq-broyden", "TorchDEQ Broyden, ift", "peer", torchdeq("broyden"), everywhere, True, ("torchdeq",), True),
+        Method(
+            "torchdeq-fixed", "TorchDEQ fixed-point, ift", "peer", torchdeq("fixed_point_iter"), everywhere, True, ("torchdeq",), True
+        ),
+        Method("torchdeq-anderson", "TorchDEQ Anderson, ift", "peer", torchdeq("anderson"), needs=("torchdeq",), body=True),
+        Method(
+            "torchdeq-phantom", "TorchDEQ fixed-point, phantom-1", "cheap", torchdeq("fixed_point_iter", True),
+            needs=("torchdeq",), body=True,
+        ),  # fmt: skip
+        Method("silva", "silva-networks", "peer", peers.silva, needs=("silva_networks",), body=True),
+        Method("jaxopt", "jaxopt fixed-point, jitted", "jax", peers.Jaxopt, needs=("jax", "jaxopt"), body=True),
+        Method("optimistix", "optimistix fixed-point, jitted", "jax", peers.Optimistix, needs=("jax", "optimistix"), body=True),
+        Method("deq-raw", "deq, raw reuse", "ours", deq(backward_tol=inf)),
+        Method("deq", "deq, default", "ours", deq(), everywhere, memory=True),
+        Method("deq-peer-tol", "deq, adjoint 1e-4", "ours", deq(backward_tol=1e-4), everywhere),
+        Method("deq-exact", "deq, exact", "ours", deq(backward="exact")),
+        Method("bound", "bound: the bodies of deq alone", "bound", Bound, ("before", "inside"), body=True),
+    ]  # fmt: skip
+    return {method.key: method for method in rows}
