@@ -20,6 +20,7 @@ from .passes.extract import Extract, body_hash, dim_order
 from .passes.find_loops import FindLoops, deduplicate_constants
 from .passes.functionalise import Functionalise
 from .passes.hoist import Hoist
+from .passes.inline import InlineCheckpoints
 from .passes.judge import Judge
 from .passes.replace import Replace
 from .region.body import BodySpec
@@ -93,7 +94,7 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> int:
         return scoped_options(nodes, options).resolve().min_repeats
 
     context = PassContext(min_repeats, report)
-    find: list[Pass] = [Functionalise(), FindLoops(), Judge(start), Hoist(), Extract(gm)]
+    find: list[Pass] = [InlineCheckpoints(gm), Functionalise(), FindLoops(), Judge(start), Hoist(), Extract(gm)]
     for step in find:
         step(graph, context)
     if not context.loops:

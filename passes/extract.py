@@ -58,8 +58,11 @@ def _impure(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or node.target in AUTOCAST_TARGETS
 
 
-def body_hash(body: fx.GraphModule) -> str:
-    """A hash of what a body computes: operations, constants, dtypes, devices and layouts; not names, not sizes."""
+def body_hash(body: fx.GraphModule, roles: bool = True) -> str:
+    """A hash of what a body computes: operations, constants, dtypes, devices and layouts; not names, not sizes.
+
+    roles: the names of placeholders count, which tell state from operands.
+    """
     index = {node: i for i, node in enumerate(body.graph.nodes)}
 
     def spell(a: Any) -> str:
@@ -69,6 +72,7 @@ def body_hash(body: fx.GraphModule) -> str:
     for node in body.graph.nodes:
         what = target_name(node.target) if node.op == "call_function" else str(node.target)
         made = value_of(node) if node.op == "placeholder" else None
+        what = "" if node.op == "placeholder" and not roles else what
         if isinstance(made, torch.Tensor):
             what += f" {made.dtype} {made.device} {made.dim()} {dim_order(made)}"
         lines.append(f"{node.op} {what} {spell(node.args)} {spell(node.kwargs)}")

@@ -260,6 +260,8 @@ class Chain:
     def _difference(self, start: int, p: int) -> tuple[Reason, fx.Node]:
         for i in range(start, start + p):
             a, b = self.nodes[i], self.nodes[i + p]
+            if isinstance(b.target, torch._ops.HigherOrderOperator):  # reads a submodule of its own each time
+                return Reason.CONTROL_FLOW, b
             if constants(a) != constants(b):
                 return Reason.OTHER_CONSTANT, b
             if str(meta_key(value_of(a))) != str(meta_key(value_of(b))):

@@ -1,6 +1,6 @@
 """Turn in-place operations on the graph's own temporaries into their functional twins.
 
-`nn.ReLU(inplace=True)`, `y += x` and `y.add_(x)` are common in real loop bodies, and hide the data flow from a pass that
+`nn.ReLU(inplace=True)`, `y += x`, `y.add_(x)` and `y[:, 0] = x` are common in real loop bodies, and hide the data flow from a pass that
 compares segments. Where the written storage was made in this graph and no other name of it is read afterwards, the
 operation is replaced by its functional twin and later uses of the old name are moved to the new one. Anything else is
 left as it stands; `judge` then refuses a loop that contains it.
@@ -83,10 +83,25 @@ def _inplace_argument(node: fx.Node) -> tuple[str, int] | None:
     return ("inplace", position) if len(node.args) > position and node.args[position] is True else None
 
 
+def with_item(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor:
+    """The twin of `tensor[index] = value`."""
+    result = tensor.clone()
+    result[index] = value
+    return result
+
+
+def with_copy(tensor: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """The twin of `tensor.copy_(source)`: broadcast to the shape, and cast to the dtype, of `tensor`."""
+    return torch.empty_like(tensor).copy_(source, non_blocking)
+
+
 class Functionalise(Pass):
     name = "functionalise"
 
     def run(self, graph: fx.Graph, context: PassContext) -> int:
+        for node in graph.nodes:
+            if node.target is operator.setitem:
+                _part_by_part(node)
         order = {node: i for i, node in enumerate(graph.nodes)}
         foreign = {storage_of(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")}
         names: dict[int, list[fx.Node]] = defaultdict(list)
@@ -101,6 +116,23 @@ class Functionalise(Pass):
                 writers[storage].append(node)
         # A storage is rewritten as a whole or not at all: after a twin, other names would show the old value.
         return sum(_rewrite(graph, names[storage], found, order) for storage, found in writers.items())
+
+
+def _part_by_part(store: fx.Node) -> None:
+    """`y[i] += x` is read, add in place, write back: the middle need not be in place, since the last does it all."""
+    base, index, value = store.args
+    if not isinstance(value, fx.Node) or value.target not in _OPERATORS or len(value.users) > 1:
+        return
+    part = value.args[0]
+    if not isinstance(part, fx.Node) or part.target is not operator.getitem or len(part.users) > 1:
+        return
+    if part.args[0] is base and str(part.args[1]) == str(index) and value.next is store:
+        twin = _OPERATORS[value.target]
+        other = value.args[1]
+        if isinstance(other, fx.Node) and is_tensor(other) and value_of(other).dtype != value_of(part).dtype:
+            return
+        value.target = twin
+        value.meta["example_value"] = value_of(part).clone()
 
 
 def _rewrite(graph: fx.Graph, names: list[fx.Node], writers: list[fx.Node], order: dict[fx.Node, int]) -> int:
@@ -128,10 +160,14 @@ def _names_are_linear(names: list[fx.Node], writers: list[fx.Node], order: dict[
 def _twin(node: fx.Node) -> Twin | None:
     """(op, target, args, kwargs) of the functional twin."""
     target = node.target
+    if target is operator.setitem:
+        return "call_function", with_item, node.args, {}
     if node.op == "call_method":
         name = str(target)
         twin = name[:-1]
-        if name == "copy_" or name == "fill_" or name == "zero_":
+        if name == "copy_":
+            return "call_function", with_copy, node.args, dict(node.kwargs)
+        if name == "fill_" or name == "zero_":
             return _constant_twin(node, name)
         if name in _NO_TWIN or not hasattr(torch.Tensor, twin):
             return None
@@ -162,14 +198,16 @@ def _constant_twin(node: fx.Node, name: str) -> Twin | None:
 
 def _replace(graph: fx.Graph, node: fx.Node, twin: Twin, order: dict[fx.Node, int]) -> None:
     op, target, args, kwargs = twin
-    old, value = node.args[0], value_of(node)
+    old = node.args[0]
     assert isinstance(old, fx.Node)
+    value = value_of(old if target is with_item else node)  # setitem returns None
     with graph.inserting_before(node):
         new = graph.create_node(op, target, args, kwargs)
         new.meta = dict(node.meta)
         result = new
         other = next((value_of(a) for a in args[1:] if isinstance(a, fx.Node)), None)
-        if isinstance(other, torch.Tensor) and other.dtype != value.dtype:
+        keeps_dtype = target in (with_item, with_copy)
+        if not keeps_dtype and isinstance(other, torch.Tensor) and other.dtype != value.dtype:
             # in place keeps the dtype of the left operand, the twin promotes
             result = graph.call_method("to", (new, value.dtype))
             result.meta = dict(node.meta)

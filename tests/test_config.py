@@ -238,6 +238,7 @@ OTHER_VALUES: dict[str, Any] = {
     "semantics": "equilibrium",
     "verify": "first",
     "verify_tol": 1e-2,
+    "loop_memory": 5,
     "hooks": "keep",
     "inner": "eager",
     "inductor": {"max_autotune": True},

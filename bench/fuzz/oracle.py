@@ -84,6 +84,9 @@ def judge(text: str, filename: str = "<program>") -> Verdict:
     torch._dynamo.reset()
     report = Report()
     model = copy.deepcopy(double).float() if single else double
+    grown = 100 * sensitivity
+    if single:  # what eager itself loses in float32
+        grown = 10 * max((e for _, e in differences(run(model, model, inputs), expected)), default=0.0)
     compiled = torch.compile(model, backend=Backend(OPTIONS32 if single else OPTIONS, report))
     for call in ("first", "second"):
         try:
@@ -94,10 +97,11 @@ def judge(text: str, filename: str = "<program>") -> Verdict:
             frames = traceback.format_exc().strip().splitlines()
             return Verdict("WRONG", detail=f"{call} call raises {type(error).__name__}: {error}\n" + "\n".join(frames[-12:]))
         solved = any(region.status == "solve" for region in report.regions)
+        # A backward may send a region back to its loop; the value of that call is still the solve's.
+        lenient = solved or (call == "first" and any((r.distance or 1.0) < 2 * VERIFY_TOL for r in report.regions))
         exact, value, gradient = (EXACT32, SOLVED32, SOLVED_GRADIENT32) if single else (EXACT, SOLVED, SOLVED_GRADIENT)
-        grown = 100 * sensitivity * (1e7 if single else 1)
         for name, error in differences(found, expected):
-            allowed = (gradient if name.startswith("grad") else value) if solved else exact
+            allowed = (gradient if name.startswith("grad") else value) if lenient else exact
             if not error <= max(allowed, grown):
                 return Verdict("WRONG", detail=f"{call} call: {name} is off by {error:.2e}\n{report}", error=error)
     reasons = tuple(dict.fromkeys(s.reason.name for s in report.skipped))
@@ -142,21 +146,21 @@ def run(call: Callable[..., Any], model: nn.Module, inputs: Sequence[Tensor]) ->
 
 
 def differences(found: Outcome, expected: Outcome) -> list[tuple[str, float]]:
-    """Errors by name, relative to the larger of the tensor's own norm and 1e-4 of that of all outputs or gradients."""
+    """Errors by name, relative to the tensor's own norm, or to a small part of that of all outputs or all gradients."""
     errors = []
     if list(found.values) != list(expected.values):
         return [(f"number of outputs, {len(found.values)} for {len(expected.values)}", float("inf"))]
     # A returned residual is zero but for rounding: it is compared with what it is a residual of.
     largest = max((float(b.norm()) for b in expected.values.values()), default=0.0)
     for name, b in expected.values.items():
-        errors.append((name, _error(found.values[name], b, 1e-4 * largest)))
+        errors.append((name, _error(found.values[name], b, 0.1 * largest)))
     total = sum(float(g.norm()) ** 2 for g in _present(expected.grads)) ** 0.5
     for name, b in expected.grads.items():
         a = found.grads[name]
         like = next((t for t in (a, b) if t is not None), None)
-        if like is not None:
+        if like is not None:  # that of an initial guess is 0 in a solve, and what is left of it after N steps in the loop
             zero = torch.zeros_like(like)
-            errors.append((name, _error(zero if a is None else a, zero if b is None else b, 1e-4 * total)))
+            errors.append((name, _error(zero if a is None else a, zero if b is None else b, 1e-2 * total)))
     return errors
 
 

@@ -21,6 +21,10 @@ def clocks() -> Clock:
     return time.process_time(), time.perf_counter()
 
 
+class NotApplicable(Exception):
+    """A row that says nothing here; its message is the reason that the table shows."""
+
+
 class Step:
     """One training step, one way. `run` leaves outputs here and gradients in the case."""
 
@@ -98,12 +102,13 @@ class Method:
     """A row of the tables.
 
     kind    "loop": the user's own loop; "peer": a solver with an implicit gradient; "cheap": a peer whose gradient is
-            not meant to be the implicit one, never a contender; "ours"; "bound": what no implementation can beat
-    make    builds the step; for "bound" the counts of the row "deq" come along
+            not meant to be the implicit one, never a contender; "jax": not PyTorch; "ours"; "bound": no solver at all
+    make    builds the step; for "bound" the counts of the deq row that solves come along
     forms   forms of the loop it is timed on by default
     memory  whether its memory is measured
     needs   packages without which the row is skipped
     body    whether it needs the body of the loop as a function, which a real model does not offer
+    after   the status that the row "deq" must have for this one to say anything new; None for any
     """
 
     key: str
@@ -114,9 +119,12 @@ class Method:
     memory: bool = False
     needs: tuple[str, ...] = ()
     body: bool = False
+    after: str | None = None
 
-    def skip(self, case: Case) -> str | None:
-        """Why this row is left out, or None."""
+    def skip(self, case: Case, deq: Counts | None) -> str | None:
+        """Why this row is left out, or None. ``deq``: what the default row did, as far as it has run."""
+        if self.after is not None and (deq or {}).get("status") != self.after:
+            return f"of interest where deq's default ends as {self.after!r} only"
         missing = [name for name in self.needs if importlib.util.find_spec(name) is None]
         if missing:
             return f"not installed: {', '.join(missing)}"
@@ -138,18 +146,15 @@ def all_methods() -> dict[str, Method]:
     def deq(**options: Any) -> Callable[[Case], Step]:
         return lambda case: Deq(case, **options)
 
+    broyden, fixed, anderson = torchdeq("broyden"), torchdeq("fixed_point_iter"), torchdeq("anderson")
+    phantom, needs = torchdeq("fixed_point_iter", True), ("torchdeq",)
     rows = [
         Method("eager", "eager loop", "loop", Step, everywhere, memory=True),
         Method("inductor", "torch.compile of the loop", "loop", CompiledLoop, everywhere, memory=True),
-        Method("torchdeq-broyden", "TorchDEQ Broyden, ift", "peer", torchdeq("broyden"), everywhere, True, ("torchdeq",), True),
-        Method(
-            "torchdeq-fixed", "TorchDEQ fixed-point, ift", "peer", torchdeq("fixed_point_iter"), everywhere, True, ("torchdeq",), True
-        ),
-        Method("torchdeq-anderson", "TorchDEQ Anderson, ift", "peer", torchdeq("anderson"), needs=("torchdeq",), body=True),
-        Method(
-            "torchdeq-phantom", "TorchDEQ fixed-point, phantom-1", "cheap", torchdeq("fixed_point_iter", True),
-            needs=("torchdeq",), body=True,
-        ),  # fmt: skip
+        Method("torchdeq-broyden", "TorchDEQ Broyden, ift", "peer", broyden, everywhere, True, needs, body=True),
+        Method("torchdeq-fixed", "TorchDEQ fixed-point, ift", "peer", fixed, everywhere, True, needs, body=True),
+        Method("torchdeq-anderson", "TorchDEQ Anderson, ift", "peer", anderson, needs=needs, body=True),
+        Method("torchdeq-phantom", "TorchDEQ fixed-point, phantom-1", "cheap", phantom, needs=needs, body=True),
         Method("silva", "silva-networks", "peer", peers.silva, needs=("silva_networks",), body=True),
         Method("jaxopt", "jaxopt fixed-point, jitted", "jax", peers.Jaxopt, needs=("jax", "jaxopt"), body=True),
         Method("optimistix", "optimistix fixed-point, jitted", "jax", peers.Optimistix, needs=("jax", "optimistix"), body=True),
@@ -157,6 +162,7 @@ def all_methods() -> dict[str, Method]:
         Method("deq", "deq, default", "ours", deq(), everywhere, memory=True),
         Method("deq-peer-tol", "deq, adjoint 1e-4", "ours", deq(backward_tol=1e-4), everywhere),
         Method("deq-exact", "deq, exact", "ours", deq(backward="exact")),
+        Method("deq-equilibrium", "deq, semantics='equilibrium'", "ours", deq(semantics="equilibrium"), after="kept"),
         Method("bound", "bound: the bodies of deq alone", "bound", Bound, ("before", "inside"), body=True),
-    ]  # fmt: skip
+    ]
     return {method.key: method for method in rows}

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from bench import problems
 
 from .cases import Case
 from .methods import Clock, Counts, Step, clocks
@@ -20,8 +23,7 @@ class TorchDEQ(Step):
     """TorchDEQ as its users call it, forward and backward to a relative tolerance of 1e-4, at most 40 iterations."""
 
     def __init__(self, case: Case, solver: str, phantom: bool) -> None:
-        from torchdeq import get_deq
-
+        get_deq = importlib.import_module("torchdeq").get_deq
         super().__init__(case)
         assert case.loop is not None
         self.loop = case.loop
@@ -41,8 +43,7 @@ class TorchDEQ(Step):
         return z
 
     def counts(self) -> Counts:
-        import torchdeq.grad
-
+        gradients: Any = importlib.import_module("torchdeq.grad")
         solving = vjps = 0
 
         def body(z: Tensor, u: Tensor) -> Tensor:
@@ -55,13 +56,13 @@ class TorchDEQ(Step):
             vjps += 1
             return torch.autograd.grad(*args, **kwargs)
 
-        original = torchdeq.grad.autograd
-        torchdeq.grad.autograd = types.SimpleNamespace(grad=grad)
+        original = gradients.autograd
+        gradients.autograd = types.SimpleNamespace(grad=grad)
         self.body = body
         try:
             self.run()
         finally:
-            torchdeq.grad.autograd = original
+            gradients.autograd = original
             self.body = self.loop.body
         return {"iterations": solving, "vjps": vjps + 1, "status": "peer"}  # one more VJP: the attached step's
 
@@ -74,9 +75,7 @@ class _Jax(Step):
     """A jitted forward and backward; both are timed as one, as the backward."""
 
     def __init__(self, case: Case) -> None:
-        import jax
-        import jax.numpy as jnp
-
+        jax, jnp = importlib.import_module("jax"), importlib.import_module("jax.numpy")
         super().__init__(case)
         assert case.loop is not None
         names = [name for name, _ in case.model.named_parameters()]
@@ -112,26 +111,21 @@ class _Jax(Step):
 
 class Jaxopt(_Jax):
     def solve(self, fn: Callable[[Any, Any], Any], z0: Any, operands: Any) -> Any:
-        import jaxopt
-
+        jaxopt = importlib.import_module("jaxopt")
         solver = jaxopt.FixedPointIteration(fn, maxiter=10 * MAX_ITER, tol=TOL, implicit_diff=True)
         return solver.run(z0, operands).params
 
 
 class Optimistix(_Jax):
     def solve(self, fn: Callable[[Any, Any], Any], z0: Any, operands: Any) -> Any:
-        import optimistix
-
+        optimistix = importlib.import_module("optimistix")
         solver = optimistix.FixedPointIteration(rtol=TOL, atol=TOL)
         return optimistix.fixed_point(fn, solver, z0, operands, max_steps=10 * MAX_ITER, throw=False).value
 
 
 def _jax_body(loop: Any) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any, Any], Any]]:
     """Injection and body of a problem in jax.numpy, on a dict of the module's parameters."""
-    import jax
-    import jax.numpy as jnp
-
-    from bench import problems
+    jax, jnp = importlib.import_module("jax"), importlib.import_module("jax.numpy")
 
     def linear(p: Any, name: str, x: Any) -> Any:
         y = x @ p[f"{name}.weight"].T

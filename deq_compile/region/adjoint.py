@@ -24,7 +24,7 @@ from deq_compile.kernels.broyden import (
     new_state,
     step_residual,
 )
-from deq_compile.kernels.reuse import apply_transpose
+from deq_compile.kernels.reuse import adjoint_residual, apply_transpose
 from deq_compile.region.forward import FLOOR_EPS
 from deq_compile.region.status import AdjointStatus
 
@@ -128,8 +128,8 @@ class _Norms:
 
     def residual(self, w: Tensor, jw: Tensor) -> tuple[Tensor, Tensor, float]:
         """r = q + J^T w - w (B, D), its relative norm of each sample (B,), and that of the batch."""
-        r = (self.q + jw).sub_(w)
-        norms = torch.linalg.vector_norm(r, dim=1).masked_fill_(self.zero, 0.0)
+        r, norms = adjoint_residual(self.q, jw.to(self.q.dtype).contiguous(), w)
+        norms.masked_fill_(self.zero, 0.0)
         batch = float(torch.linalg.vector_norm(norms))
         return r, norms.div_(self.norms), batch / self.batch if batch else 0.0
 

@@ -4,7 +4,7 @@
         -> [state..., S, C, n, ticket]
 
 state  fresh tensors of the shapes of state0, in the memory orders of the region
-S, C   stored steps and coefficients, flat: B*(M+1)*D and B*M*M elements; empty where the backward does not reuse them
+S, C   stored steps and coefficients, flat: B*(M+1)*D and B*M*ceil16(M) elements; empty where the backward does not reuse them
 n      (B,) int32, steps stored per sample
 ticket (3,) int64 on the CPU: kept, rows, serial number of the record
 
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from deq_compile.kernels.broyden import coefficient_width
 
 from . import run
 from .site import site as find_site
@@ -47,7 +49,7 @@ def _factor_sizes(region: str, state0: Sequence[Tensor]) -> tuple[Any, Any]:
         return 0, 0
     memory = spec.config.memory
     total = sum(math.prod(s.shape) for s in state0)
-    return total * (memory + 1), _samples(region, state0) * memory * memory
+    return total * (memory + 1), _samples(region, state0) * memory * coefficient_width(memory)
 
 
 def _samples(region: str, state0: Sequence[Tensor]) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import Factors, factors_of
+from deq_compile.kernels.broyden import Factors, coefficient_width, factors_of
 
 from . import records
 from .adjoint import AdjointSolution, jacobian_free, solve_adjoint
@@ -206,7 +206,8 @@ def _buffers(S: Tensor, C: Tensor, layout: Layout, memory: int) -> tuple[Tensor,
     """The flat buffers in the shapes the kernels work on. One coupled system uses the first block of C."""
     batch = layout.batch
     steps = S.view(batch, memory + 1, layout.width)
-    return steps, C[: batch * memory * memory].view(batch, memory, memory)
+    width = coefficient_width(memory)
+    return steps, C[: batch * memory * width].view(batch, memory, width)
 
 
 def _apply(body: Callable[[Tensor], Tensor], z: Tensor, times: int) -> Tensor:

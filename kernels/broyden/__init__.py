@@ -3,7 +3,8 @@
 The one place where an implementation is chosen: callers use the names below and never an implementation's module.
 """
 
-from .aten import advance, observe, step, step_residual
+from .aten import observe
+from .dispatch import advance, new_state, step, step_residual
 from .state import (
     CONVERGED,
     FLOOR,
@@ -14,9 +15,9 @@ from .state import (
     BroydenState,
     Factors,
     Progress,
+    coefficient_width,
     factors_of,
     new_progress,
-    new_state,
 )
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Factors",
     "Progress",
     "advance",
+    "coefficient_width",
     "factors_of",
     "new_progress",
     "new_state",

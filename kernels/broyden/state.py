@@ -32,7 +32,7 @@ class Factors:
 
     Attributes:
         S: (B, M+1, D) steps s_0 .. s_{n-1}; compute dtype, bfloat16 or float16. Uninitialised from slot ``high`` on.
-        C: (B, M, M) lower triangular, compute dtype.
+        C: (B, M, coefficient_width(M)) lower triangular, compute dtype; columns from M on are padding.
         n: (B,) int32, number of steps stored; n - 1 of them have a row in C.
         high: number of slots of S that have ever been written.
     """
@@ -123,32 +123,15 @@ def new_progress(z0: Tensor, *, tol: float = 0.0, relative: bool = True, floor: 
     return Progress(**_progress_fields(z0, tol, relative, floor))
 
 
-def new_state(
-    z0: Tensor,
-    memory: int,
-    factor_dtype: torch.dtype | None = None,
-    eta: float = 0.1,
-    S: Tensor | None = None,
-    C: Tensor | None = None,
-    *,
-    tol: float = 0.0,
-    relative: bool = True,
-    floor: float = 0.0,
-) -> BroydenState:
-    """A Broyden state with no stored step, H = -I.
+def coefficient_width(memory: int) -> int:
+    """Row length of C: M rounded up to 16, so that rows are whole vectors."""
+    return (memory + 15) // 16 * 16
 
-    Args:
-        z0: (B, D) initial iterate, float32 or float64; that dtype is the compute dtype. Copied.
-        memory: number of updates M that fit before a restart, at least 1.
-        factor_dtype: dtype of S; None is that of ``z0``, or of ``S`` where that is given.
-        eta: Powell's guard, 0 <= eta < 1.
-        S: (B, M+1, D) buffer to use; its contents are never read.
-        C: (B, M, M) buffer to use, in the compute dtype; cleared here.
-        tol: see :class:`Progress`; so are ``relative`` and ``floor``.
 
-    Raises:
-        ValueError: a shape, dtype or number that is not as above.
-    """
+def check_start(
+    z0: Tensor, memory: int, factor_dtype: torch.dtype | None, eta: float, S: Tensor | None
+) -> torch.dtype:
+    """The factor dtype that is meant; ValueError for an argument that :func:`~.dispatch.new_state` does not take."""
     if z0.dim() != 2 or z0.dtype not in COMPUTE_DTYPES:
         raise ValueError(f"expected z0 of shape (B, D) in float32 or float64, got {tuple(z0.shape)} in {z0.dtype}")
     if memory < 1:
@@ -159,11 +142,26 @@ def new_state(
         factor_dtype = z0.dtype if S is None else S.dtype
     if factor_dtype not in FACTOR_DTYPES:
         raise ValueError(f"expected factor_dtype among {FACTOR_DTYPES}, got {factor_dtype}")
+    return factor_dtype
+
+
+def new_buffers(
+    z0: Tensor, memory: int, factor_dtype: torch.dtype, S: Tensor | None, C: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """S and C, uninitialised; those that are given are checked."""
     B, D = z0.shape
+    S = _buffer("S", S, (B, memory + 1, D), factor_dtype, z0.device)
+    return S, _buffer("C", C, (B, memory, coefficient_width(memory)), z0.dtype, z0.device)
+
+
+def new_aten_state(
+    z0: Tensor, S: Tensor, C: Tensor, *, eta: float, tol: float, relative: bool, floor: float
+) -> BroydenState:
+    """A state for the lockstep implementation; C is cleared."""
     return BroydenState(
-        S=_buffer("S", S, (B, memory + 1, D), factor_dtype, z0.device),
-        C=_buffer("C", C, (B, memory, memory), z0.dtype, z0.device).zero_(),
-        n=torch.zeros(B, dtype=torch.int32, device=z0.device),
+        S=S,
+        C=C.zero_(),
+        n=torch.zeros(z0.shape[0], dtype=torch.int32, device=z0.device),
         eta=eta,
         **_progress_fields(z0, tol, relative, floor),
     )

@@ -187,7 +187,7 @@ def test_a_low_precision_body_and_low_precision_factors() -> None:
 
 def test_given_buffers_are_the_factors() -> None:
     body = Body(4, 31, 0.7)
-    S, C = torch.full((4, 13, 31), math.nan), torch.full((4, 12, 12), math.nan)
+    S, C = torch.full((4, 13, 31), math.nan), torch.full((4, 12, 16), math.nan)
     found = solve(body, torch.zeros(4, 31), memory=12, S=S, C=C)
     own = solve(body, torch.zeros(4, 31), memory=12)
     assert found.state is not None

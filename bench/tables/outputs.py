@@ -1,0 +1,103 @@
+"""Shorter views of the derived rows: Markdown for the README, targets, an older run beside a new one, bars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from .report import FOOTNOTE, MISSING, UNCONVERGED, Row, grouped, label_of, number, step_ms, title
+
+
+def markdown(rows: Sequence[Row], labels: dict[str, str], clock: str) -> str:
+    """One compact table for each problem and form; the fastest row that converged is in bold."""
+    headers = ["", "step (ms)", "against the eager loop", "against TorchDEQ Broyden", "gradient error", "memory (MB)"]
+    parts = []
+    for group in grouped(rows):
+        timed = [row for row in group if clock in row]
+        winners = [row for row in timed if row["converged"]]
+        best = min(winners, key=lambda row: row[clock]["step_ms"]) if winners else None
+        lines = []
+        for row in timed:
+            mark = f" {UNCONVERGED}" if row["converged"] is False else ""
+            step = f"{row[clock]['step_ms']:.1f}"
+            lines.append(
+                [
+                    label_of(row, labels) + mark,
+                    f"**{step}**" if row is best else step,
+                    number(row["ratio"].get("eager"), ".1f", "×"),
+                    number(row["ratio"].get("torchdeq"), ".1f", "×"),
+                    MISSING if row["method"] == "bound" else number(row.get("gradient_error"), ".1e"),
+                    number(row.get("memory_mb"), ".0f"),
+                ]
+            )
+        alignment = ("left", *["right"] * (len(headers) - 1))
+        table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True, colalign=alignment)
+        parts.append(f"**{title(group)}**\n\n{table}")
+    return "\n\n".join([*parts, FOOTNOTE])
+
+
+def targets(rows: Sequence[Row], clock: str) -> str:
+    """What the rows of deq come to, one line for each problem and form."""
+    headers = ["problem", "x", "equal adjoint tol. vs TorchDEQ", "default vs TorchDEQ", "vs best peer", "vs eager", "vs compiled"]
+    headers += ["of bound", "gradient error", "status"]
+    lines = []
+    for group in grouped(rows):
+        by_method = {row["method"]: row for row in group}
+        ours, equal = by_method.get("deq"), by_method.get("deq-peer-tol")
+        if ours is None or step_ms(ours, clock) is None:
+            continue
+        ratio = ours["ratio"]
+        lines.append(
+            [
+                ours["problem"],
+                ours["inject"],
+                number((equal or {}).get("ratio", {}).get("torchdeq"), ".1f", "×"),
+                *(number(ratio.get(name), ".2f", "×") for name in ("torchdeq", "peer", "eager", "inductor", "bound")),
+                number(ours.get("gradient_error"), ".1e"),
+                ours.get("status", MISSING),
+            ]
+        )
+    return tabulate(lines, headers=headers, disable_numparse=True)
+
+
+def compare(new: Sequence[Row], old: Sequence[Row], labels: dict[str, str], clock: str) -> str:
+    """Medians of an older run over those of this one: above 1 is faster now."""
+    before = {(row["problem"], row["inject"], row["method"]): row for row in old}
+    lines = []
+    for row in new:
+        then = before.get((row["problem"], row["inject"], row["method"]))
+        now_ms, then_ms = step_ms(row, clock), step_ms(then, clock)
+        if now_ms is None or then_ms is None:
+            continue
+        label = label_of(row, labels)
+        lines.append([row["problem"], row["inject"], label, f"{then_ms:.2f}", f"{now_ms:.2f}", f"{then_ms / now_ms:.2f}×"])
+    headers = ["problem", "x", "row", "old ms", "new ms", "old / new"]
+    return tabulate(lines, headers=headers, disable_numparse=True)
+
+
+def plot(rows: Sequence[Row], labels: dict[str, str], clock: str, path: Path) -> None:
+    """Bars: how many times faster than the eager loop each row is, hatched where it did not converge."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = [group for group in grouped(rows) if any("eager" in row.get("ratio", {}) for row in group)]
+    figure, axes = plt.subplots(len(groups), 1, figsize=(8, 0.6 + 2.6 * len(groups)), layout="constrained", squeeze=False)
+    for ax, group in zip(axes[:, 0], groups, strict=True):
+        shown = [row for row in group if "eager" in row["ratio"]]
+        for place, row in enumerate(reversed(shown)):
+            weak = row["converged"] is False
+            ours = row["method"].startswith("deq")
+            colour = "C0" if ours else "C7" if row["method"] == "bound" else "C1"
+            ax.barh(place, row["ratio"]["eager"], color=colour, alpha=0.35 if weak else 1.0, hatch="//" if weak else None)
+            ax.text(row["ratio"]["eager"], place, f" {row['ratio']['eager']:.2f}×", va="center", fontsize="x-small")
+        names = [label_of(row, labels) for row in reversed(shown)]
+        ax.set_yticks(range(len(shown)), names, fontsize="x-small")
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set_title(title(group), fontsize="small")
+    axes[-1, 0].set_xlabel("times as fast as the eager loop; hatched: not converged")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,271 @@
+// The Broyden step for a CPU: one call an iteration over all samples. Same mathematics as aten.py, which is the reference for
+// signs and guards; here every sample has its own number of stored steps, so nothing is computed for samples that stopped.
+//
+// A sample's row of S, f, z is read once for the residual, its steps once for both sets of dot products, and once for the
+// update: 2n + 8 words a state element.
+
+#include <omp.h>
+
+enum Code : int8_t { RUNNING, CONVERGED, FLOOR, MAX_ITER, NONFINITE };
+enum Flag : i64 { LAST = 1, NO_OBSERVATION = 2, RESIDUAL_GIVEN = 4 };
+
+template <class T>
+struct Broyden {
+  i64 B, D, M, ld, threads, relative;  // ld: row stride of C
+  double tol, floor, eta;
+  T *S, *C, *best, *mark, *z_best;  // (B, M+1, D), (B, M, ld), (B,), (B,), (B, D)
+  int32_t *n, *iterations, *stall;  // (B,)
+  int8_t* done;                     // (B,)
+};
+
+template <class T>
+static inline bool finite(T x) {
+  return std::fabs(x) <= std::numeric_limits<T>::max();
+}
+
+// Call work(lo, hi, c) for the chunks of a row, over threads where `split` says so.
+template <class F>
+static inline void over_chunks(i64 D, i64 threads, bool split, F work) {
+  i64 count = chunks_of(D);
+  if (count == 1) return work(i64(0), D, i64(0));
+#pragma omp parallel for num_threads(threads) if (split)
+  for (i64 c = 0; c < count; c++) work(c * CHUNK, c * CHUNK + CHUNK < D ? c * CHUNK + CHUNK : D, c);
+}
+
+// g = f - z; returns |g|^2 and |f|^2 of a chunk.
+template <class T>
+static inline void residual(const T* f, const T* z, T* g, i64 len, T& gg, T& ff) {
+  constexpr int N = Vec<T>::N;
+  typename Vec<T>::type G[2] = {}, F[2] = {};
+  i64 d = 0;
+  for (; d + 2 * N <= len; d += 2 * N)
+    for (int u = 0; u < 2; u++) {
+      auto x = load(f + d + u * N), y = x - load(z + d + u * N);
+      store(g + d + u * N, y);
+      G[u] += y * y;
+      F[u] += x * x;
+    }
+  gg = sum<T>(G[0] + G[1]);
+  ff = sum<T>(F[0] + F[1]);
+  for (; d < len; d++) {
+    T x = f[d], y = x - z[d];
+    g[d] = y;
+    gg += y * y;
+    ff += x * x;
+  }
+}
+
+// g = scale * (g + sum_j c[j] S[j]); kept = z where given; z += g. U vectors of columns stay in registers.
+template <class T, int U>
+static inline void update_columns(const T* S, i64 D, i64 rows, const T* c, T scale, T* g, T* z, T* kept, i64 d) {
+  constexpr int N = Vec<T>::N;
+  typename Vec<T>::type A[U];
+#pragma GCC unroll 8
+  for (int u = 0; u < U; u++) A[u] = load(g + d + u * N);
+  for (i64 j = 0; j < rows; j++) {
+    auto cj = broadcast(c[j]);
+    const T* s = S + j * D + d;
+#pragma GCC unroll 8
+    for (int u = 0; u < U; u++) A[u] += cj * load(s + u * N);
+  }
+#pragma GCC unroll 8
+  for (int u = 0; u < U; u++) {
+    auto p = A[u] * scale;
+    store(g + d + u * N, p);
+    if (!z) continue;
+    auto old = load(z + d + u * N);
+    if (kept) store(kept + d + u * N, old);
+    store(z + d + u * N, old + p);
+  }
+}
+
+template <class T>
+static void update(const T* S, i64 D, i64 rows, const T* c, T scale, T* g, T* z, T* kept, i64 lo, i64 hi) {
+  constexpr int N = Vec<T>::N;
+  i64 d = lo;
+  for (; d + 8 * N <= hi; d += 8 * N) update_columns<T, 8>(S, D, rows, c, scale, g, z, kept, d);
+  for (; d + N <= hi; d += N) update_columns<T, 1>(S, D, rows, c, scale, g, z, kept, d);
+  for (; d < hi; d++) {
+    T p = g[d];
+    for (i64 j = 0; j < rows; j++) p += c[j] * S[j * D + d];
+    p *= scale;
+    g[d] = p;
+    if (!z) continue;
+    if (kept) kept[d] = z[d];
+    z[d] += p;
+  }
+}
+
+// Scratch of one thread: vectors of coefficients, partial dot products, and a row for the residual of a full sample.
+template <class T>
+struct Scratch {
+  std::vector<T> a, r, y, t, parts, row;
+  void fit(i64 ld, i64 chunks) {
+    if (i64(a.size()) < ld + 16) a.resize(ld + 16), r.resize(ld + 16), y.resize(ld + 16), t.resize(ld + 16);
+    if (i64(parts.size()) < chunks * 2 * (ld + 16)) parts.resize(chunks * 2 * (ld + 16));
+  }
+};
+
+// a[i] = S[i] . g, r[i] = S[i] . s for i < rows, over the chunks of the row.
+template <class T, bool TWO>
+static void row_dots(Scratch<T>& w, const T* S, i64 D, i64 rows, const T* g, const T* s, i64 ld, i64 threads, bool split) {
+  i64 count = chunks_of(D), room = ld + 16;
+  if (count == 1) return dots<T, TWO>(S, D, D, rows, g, s, w.a.data(), w.r.data());
+  T* parts = w.parts.data();
+  over_chunks(D, threads, split, [&](i64 lo, i64 hi, i64 c) {
+    T* p = parts + c * 2 * room;
+    dots<T, TWO>(S + lo, D, hi - lo, rows, g + lo, s + lo, p, p + room);
+  });
+  for (i64 i = 0; i < rows; i++) {
+    T a = 0, r = 0;
+    for (i64 c = 0; c < count; c++) {
+      a += parts[c * 2 * room + i];
+      if (TWO) r += parts[c * 2 * room + room + i];
+    }
+    w.a[i] = a;
+    if (TWO) w.r[i] = r;
+  }
+}
+
+// One step of sample b with residual g (its slot of S, or scratch where S is full); keep: z is the best iterate so far.
+template <class T>
+static void advance(const Broyden<T>& s, Scratch<T>& w, i64 b, T* z, T* g, bool keep, bool split) {
+  i64 D = s.D, M = s.M, ld = s.ld, n = s.n[b];
+  T* S = s.S + b * (M + 1) * D;
+  T* C = s.C + b * M * ld;
+  T* kept = keep ? s.z_best + b * D : nullptr;
+  T denominator = 1;
+  i64 rows = 0;
+  if (n > 0) {
+    row_dots<T, true>(w, S, D, n, g, S + (n - 1) * D, ld, s.threads, split);
+    T *a = w.a.data(), *r = w.r.data(), *y = w.y.data(), *t = w.t.data();
+    T sigma = r[n - 1], minus_tau = a[n - 1];
+    rows = n - 1;
+    for (i64 i = rows; i < ld; i++) a[i] = 0;
+    algebra<T>(C, ld, rows, a, r + 1, y, t);  // y = C a = -c, t = r^T C
+    for (i64 j = 0; j < rows; j++) minus_tau += y[j] * r[j + 1];
+    // Powell's guard: see _guard in aten.py
+    T gamma = 1 - minus_tau / sigma, kappa = 1 / sigma;
+    denominator = gamma;
+    if (s.eta > 0 && std::fabs(gamma) < T(s.eta)) {
+      denominator = gamma >= 0 ? T(s.eta) : -T(s.eta);
+      kappa = (1 - denominator) / minus_tau;
+    }
+    if (!finite(kappa / denominator)) denominator = 1, kappa = 0;
+    if (n > M) {  // full: keep the last step only, as the first of a new product
+      std::memcpy(S, S + M * D, sizeof(T) * D);
+      n = 1;
+      for (i64 v = 0; v < ld; v++) t[v] = 0;
+    }
+    T* row = C + (n - 1) * ld;
+    for (i64 v = 0; v < ld; v++) {
+      T x = kappa * t[v];
+      row[v] = kappa != 0 && finite(x) ? x : T(0);
+    }
+    row[n - 1] = kappa;
+  }
+  T scale = 1 / denominator;
+  T* slot = S + n * D;
+  const T* first = S + D;
+  const T* weights = w.y.data();
+  if (g != slot) {  // the memory was full: S[0] has been overwritten, the rows that are read here have not
+    over_chunks(D, s.threads, split, [&](i64 lo, i64 hi, i64) {
+      update<T>(first, D, rows, weights, scale, g, z, kept, lo, hi);
+      std::memcpy(slot + lo, g + lo, sizeof(T) * (hi - lo));
+    });
+  } else {
+    over_chunks(D, s.threads, split,
+                [&](i64 lo, i64 hi, i64) { update<T>(first, D, rows, weights, scale, g, z, kept, lo, hi); });
+  }
+  s.n[b] = int32_t(n + 1);
+}
+
+// What aten.py's observe, _stalled and _stop_samples do, for one sample: whether it goes on.
+template <class T>
+static bool observe(const Broyden<T>& s, i64 b, T* z, T stop, T scale, i64 evaluation, bool last, bool& improved) {
+  T *best = s.best + b, *mark = s.mark + b, *z_best = s.z_best + b * s.D;
+  Code code = last ? MAX_ITER : RUNNING;
+  improved = stop < *best;
+  if (improved) *best = stop;
+  if (!finite(stop)) {
+    code = NONFINITE;
+    std::memcpy(z, z_best, sizeof(T) * s.D);
+    if (s.n[b] > 0) s.n[b]--;  // the step that led here is no good to anybody
+  } else {
+    if (s.floor > 0) {
+      bool below = *best < T(s.floor) * scale, gained = below && *best < T(0.9) * *mark;
+      if (gained) *mark = *best;
+      s.stall[b] = gained || !below ? 0 : s.stall[b] + 1;
+      if (s.stall[b] >= 5) code = FLOOR;
+    }
+    if (stop <= T(s.tol)) code = CONVERGED;
+  }
+  if (code == RUNNING) return true;
+  if (improved) std::memcpy(z_best, z, sizeof(T) * s.D);
+  s.done[b] = code;
+  s.iterations[b] = int32_t(evaluation);
+  return false;
+}
+
+// One sample: residual, stopping test, step. Returns whether it still runs.
+template <class T>
+static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms, i64 evaluation, i64 flags, bool split) {
+  static thread_local Scratch<T> w;
+  w.fit(s.ld, chunks_of(s.D));
+  i64 D = s.D, n = s.n[b];
+  if (n > s.M && i64(w.row.size()) < D) w.row.resize(D);
+  T* g = n > s.M ? w.row.data() : s.S + (b * (s.M + 1) + n) * D;
+  T stop, scale = 1;
+  if (flags & RESIDUAL_GIVEN) {
+    std::memcpy(g, f, sizeof(T) * D);
+    stop = norms ? norms[b] : T(0);
+  } else {
+    i64 count = chunks_of(D);
+    T gg = 0, ff = 0;
+    T* parts = w.parts.data();
+    over_chunks(D, s.threads, split,
+                [&](i64 lo, i64 hi, i64 c) { residual<T>(f + lo, z + lo, g + lo, hi - lo, parts[2 * c], parts[2 * c + 1]); });
+    for (i64 c = 0; c < count; c++) gg += parts[2 * c], ff += parts[2 * c + 1];
+    stop = norms ? norms[b] : std::sqrt(gg);
+    if (!norms) scale = std::sqrt(ff) + T(1e-9);
+    if (!norms && s.relative) stop /= scale, scale = 1;
+  }
+  bool improved = false;
+  if (!(flags & NO_OBSERVATION) && !observe<T>(s, b, z, stop, scale, evaluation, flags & LAST, improved)) return false;
+  advance<T>(s, w, b, z, g, improved, split);
+  return true;
+}
+
+template <class T>
+static i64 step(const Broyden<T>* s, T* z, const T* f, const T* norms, i64 evaluation, i64 flags) {
+  i64 active = 0;
+  bool rows = s->B >= s->threads;  // else the threads share the chunks of one row after the other
+#pragma omp parallel for num_threads(s->threads) reduction(+ : active) if (s->threads > 1 && rows)
+  for (i64 b = 0; b < s->B; b++)
+    if (s->done[b] == RUNNING)
+      active += sample<T>(*s, b, z + b * s->D, f + b * s->D, norms, evaluation, flags, s->threads > 1 && !rows);
+  return active;
+}
+
+template <class T>
+static void start(const Broyden<T>* s, const T* z0) {
+  std::memcpy(s->z_best, z0, sizeof(T) * s->B * s->D);
+  for (i64 b = 0; b < s->B; b++) {
+    s->n[b] = s->iterations[b] = s->stall[b] = 0;
+    s->done[b] = RUNNING;
+    s->best[b] = s->mark[b] = std::numeric_limits<T>::infinity();
+  }
+}
+
+extern "C" {
+void broyden_start_f32(const Broyden<float>* s, const float* z0) { start(s, z0); }
+void broyden_start_f64(const Broyden<double>* s, const double* z0) { start(s, z0); }
+int64_t broyden_step_f32(const Broyden<float>* s, float* z, const float* f, const float* norms, int64_t evaluation,
+                         int64_t flags) {
+  return step(s, z, f, norms, evaluation, flags);
+}
+int64_t broyden_step_f64(const Broyden<double>* s, double* z, const double* f, const double* norms, int64_t evaluation,
+                         int64_t flags) {
+  return step(s, z, f, norms, evaluation, flags);
+}
+}

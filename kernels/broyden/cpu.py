@@ -1,0 +1,81 @@
+"""The fused C++ step: one call an iteration, every sample with its own number of stored steps."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import native
+from .state import BroydenState, Factors
+
+_LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN = 1, 2, 4
+
+
+def describe(factors: Factors, threads: int) -> native.Broyden:
+    """The C++ view of factors alone."""
+    B, slots, D = factors.S.shape
+    struct = native.Broyden(B=B, D=D, M=slots - 1, ld=factors.C.shape[2], threads=threads)
+    struct.S, struct.C, struct.n = factors.S.data_ptr(), factors.C.data_ptr(), factors.n.data_ptr()
+    return struct
+
+
+@dataclass(kw_only=True, eq=False)
+class CpuState(BroydenState):
+    """A Broyden state that C++ works on. `count`, `high` and `guarded` of the lockstep implementation are not used."""
+
+    functions: native.Functions
+    struct: native.Broyden
+
+    @staticmethod
+    def create(
+        z0: Tensor, S: Tensor, C: Tensor, *, eta: float, tol: float, relative: bool, floor: float, functions: native.Functions
+    ) -> CpuState:
+        """No step stored yet; all tensors but z0 are uninitialised before, and filled here."""
+        B = z0.shape[0]
+        z0 = z0.contiguous()
+        small = torch.empty((2, B), dtype=z0.dtype)
+        counts = torch.empty((3, B), dtype=torch.int32)
+        (best, mark), (n, iterations, stall) = small.unbind(), counts.unbind()
+        done, z_best = torch.empty(B, dtype=torch.int8), torch.empty_like(z0)
+        struct = native.Broyden(
+            B=B,
+            D=z0.shape[1],
+            M=C.shape[1],
+            ld=C.shape[2],
+            threads=native.threads_for(z0.numel()),
+            relative=relative,
+            tol=tol,
+            floor=floor,
+            eta=eta,
+        )
+        for name, tensor in (("S", S), ("C", C), ("best", best), ("mark", mark), ("z_best", z_best), ("n", n)):
+            setattr(struct, name, tensor.data_ptr())
+        struct.iterations, struct.stall, struct.done = iterations.data_ptr(), stall.data_ptr(), done.data_ptr()
+        functions.start(ctypes.addressof(struct), z0.data_ptr())
+        return CpuState(
+            S=S, C=C, n=n, done=done, best=best, z_best=z_best, iterations=iterations, mark=mark, stall=stall, tol=tol,
+            relative=relative, floor=floor, active=B, eta=eta, functions=functions, struct=struct,
+        )  # fmt: skip
+
+    def _call(self, z: Tensor, f: Tensor, norms: Tensor | None, flags: int) -> None:
+        f = f.to(z.dtype).contiguous()
+        if not z.is_contiguous():
+            raise ValueError(f"expected z contiguous, got strides {z.stride()} for shape {tuple(z.shape)}")
+        norms_at = 0 if norms is None else norms.to(z.dtype).contiguous().data_ptr()
+        self.active = self.functions.step(
+            ctypes.addressof(self.struct), z.data_ptr(), f.data_ptr(), norms_at, self.evaluations, flags
+        )
+
+    def step(self, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
+        self.evaluations += 1
+        self._call(z, f, stop_norm, _LAST if last else 0)
+
+    def step_residual(self, z: Tensor, g: Tensor, stop_norm: Tensor, *, last: bool = False) -> None:
+        self.evaluations += 1
+        self._call(z, g, stop_norm, _RESIDUAL_GIVEN | (_LAST if last else 0))
+
+    def advance(self, z: Tensor, g: Tensor) -> None:
+        self._call(z, g, None, _RESIDUAL_GIVEN | _NO_OBSERVATION)

@@ -1,0 +1,77 @@
+"""Which implementation works on a state: the fused C++ step where it can, ATen everywhere else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import native
+from . import aten
+from .cpu import CpuState
+from .state import BroydenState, check_start, new_aten_state, new_buffers
+
+
+def new_state(
+    z0: Tensor,
+    memory: int,
+    factor_dtype: torch.dtype | None = None,
+    eta: float = 0.1,
+    S: Tensor | None = None,
+    C: Tensor | None = None,
+    *,
+    tol: float = 0.0,
+    relative: bool = True,
+    floor: float = 0.0,
+) -> BroydenState:
+    """A Broyden state with no stored step, H = -I.
+
+    Args:
+        z0: (B, D) initial iterate, float32 or float64; that dtype is the compute dtype. Copied.
+        memory: number of updates M that fit before a restart, at least 1.
+        factor_dtype: dtype of S; None is that of ``z0``, or of ``S`` where that is given.
+        eta: Powell's guard, 0 <= eta < 1.
+        S: (B, M+1, D) buffer to use; its contents are never read.
+        C: (B, M, coefficient_width(M)) buffer to use, in the compute dtype; its contents are never read.
+        tol: see :class:`~.state.Progress`; so are ``relative`` and ``floor``.
+
+    Raises:
+        ValueError: a shape, dtype or number that is not as above.
+    """
+    factor_dtype = check_start(z0, memory, factor_dtype, eta, S)
+    S, C = new_buffers(z0, memory, factor_dtype, S, C)
+    functions = native.functions(S, C) if factor_dtype == z0.dtype and z0.device.type == "cpu" else None
+    if functions is not None:
+        return CpuState.create(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor, functions=functions)
+    return new_aten_state(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor)
+
+
+def step(state: BroydenState, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
+    """Observe f = body(z), then move every sample that still runs to its next Broyden iterate. In place.
+
+    Args:
+        state: of the iteration; changed in place.
+        z: (B, D) current iterates, contiguous, compute dtype; changed in place.
+        f: (B, D) body(z); any floating dtype.
+        stop_norm: (B,) relative residual to stop on, where |f - z| is not the one that counts.
+        last: no evaluation will follow: samples that would go on get MAX_ITER, and nothing is updated.
+    """
+    if isinstance(state, CpuState):
+        state.step(z, f, stop_norm=stop_norm, last=last)
+    else:
+        aten.step(state, z, f, stop_norm=stop_norm, last=last)
+
+
+def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, *, last: bool = False) -> None:
+    """:func:`step` where the residual ``g`` (B, D) itself is known: f = z + g would cost its last digits."""
+    if isinstance(state, CpuState):
+        state.step_residual(z, g, stop_norm, last=last)
+    else:
+        aten.step_residual(state, z, g, stop_norm, last=last)
+
+
+def advance(state: BroydenState, z: Tensor, g: Tensor) -> None:
+    """One Broyden step from ``z`` with residual ``g`` (both (B, D)), for the samples that still run; nothing is observed."""
+    if isinstance(state, CpuState):
+        state.advance(z, g)
+    else:
+        aten.advance(state, z, g)

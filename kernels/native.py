@@ -1,0 +1,87 @@
+"""The C++ kernels for a CPU: compiled once by Inductor's code cache, called through ctypes.
+
+`library()` is None where there is no compiler, where compilation fails, or where DEQ_COMPILE_NATIVE=0 is set; callers then
+use ATen. Compilation takes two to three seconds and is cached on disk by a hash of source and flags.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+log = logging.getLogger("deq_compile.kernels")
+
+_SOURCES = ("vector.h", "broyden/cpu.cpp", "reuse/cpu.cpp")
+_SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
+# Below this many elements a parallel region costs more than it saves.
+_PARALLEL_ELEMENTS = 1 << 15
+
+_P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+
+
+class Broyden(ctypes.Structure):
+    """The C++ struct of the same name."""
+
+    _fields_ = [
+        *((name, _I) for name in ("B", "D", "M", "ld", "threads", "relative")),
+        *((name, _D) for name in ("tol", "floor", "eta")),
+        *((name, _P) for name in ("S", "C", "best", "mark", "z_best", "n", "iterations", "stall", "done")),
+    ]
+
+
+class Functions:
+    """The entry points for one dtype."""
+
+    def __init__(self, library: ctypes.CDLL, suffix: str) -> None:
+        def entry(name: str, arguments: list[Any], result: Any = None) -> Any:
+            function = getattr(library, f"{name}_{suffix}")
+            function.argtypes, function.restype = arguments, result
+            return function
+
+        self.start = entry("broyden_start", [_P, _P])
+        self.step = entry("broyden_step", [_P, _P, _P, _P, _I, _I], _I)
+        self.transpose = entry("reuse_transpose", [_P, _P, _P])
+        self.adjoint_residual = entry("adjoint_residual", [_I, _I, _P, _P, _P, _P, _P])
+
+
+def source() -> str:
+    folder = Path(__file__).resolve().parent
+    return "\n".join((folder / name).read_text() for name in _SOURCES)
+
+
+@functools.cache
+def _load() -> dict[torch.dtype, Functions] | None:
+    if os.environ.get("DEQ_COMPILE_NATIVE") == "0":
+        return None
+    flags = ["-ffp-contract=fast"]  # Inductor's flags switch contraction off
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags.append("-mprefer-vector-width=512")
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        loaded = CppCodeCache.load(source(), device_type="cpu", extra_flags=tuple(flags))
+        library = getattr(loaded, "lib", loaded)
+        return {dtype: Functions(library, suffix) for dtype, suffix in _SUFFIX.items()}
+    except Exception as error:  # whatever a compiler or a loader may say: ATen serves
+        log.info("no C++ kernels, going on with ATen: %s: %s", type(error).__name__, str(error).splitlines()[0][:200])
+        return None
+
+
+def functions(*tensors: torch.Tensor) -> Functions | None:
+    """The entry points for these tensors: all contiguous, on the CPU and of one dtype, fp32 or fp64; else None."""
+    dtype = tensors[0].dtype
+    if dtype not in _SUFFIX or any(t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
+        return None
+    loaded = _load()
+    return None if loaded is None else loaded[dtype]
+
+
+def threads_for(elements: int) -> int:
+    return torch.get_num_threads() if elements >= _PARALLEL_ELEMENTS else 1

@@ -1,0 +1,108 @@
+// Vectors of 64 bytes, in the compiler's own extension: x86 and Arm, gcc and clang, no intrinsics of one machine.
+// Inductor's flags switch the loop vectoriser off, so the loops below say what they want.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+using i64 = int64_t;
+
+template <class T>
+struct Vec {
+  static constexpr int N = 64 / sizeof(T);
+  typedef T type __attribute__((vector_size(64)));
+};
+
+template <class T>
+static inline typename Vec<T>::type load(const T* p) {
+  typename Vec<T>::type v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+static inline void store(T* p, typename Vec<T>::type v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+static inline typename Vec<T>::type broadcast(T x) {
+  return x - typename Vec<T>::type{};  // x + {} would turn -0 into 0
+}
+
+// Sum of the lanes, halves first: the same order on every machine.
+template <class T>
+static inline T sum(typename Vec<T>::type v) {
+  typedef T half __attribute__((vector_size(32)));
+  typedef T quarter __attribute__((vector_size(16)));
+  half h[2];
+  std::memcpy(h, &v, sizeof v);
+  half a = h[0] + h[1];
+  quarter q[2];
+  std::memcpy(q, &a, sizeof a);
+  quarter b = q[0] + q[1];
+  T s = b[0] + b[1];
+  if (sizeof(T) == 4) s = (b[0] + b[2 % (16 / sizeof(T))]) + (b[1] + b[3 % (16 / sizeof(T))]);
+  return s;
+}
+
+// Elements of a row that are worked on at a time: a chunk of every operand stays in the second-level cache. Sums run over
+// chunks in order, so that splitting a row over threads changes no bit.
+static constexpr i64 CHUNK = 8192;
+
+static inline i64 chunks_of(i64 D) { return D > CHUNK ? (D + CHUNK - 1) / CHUNK : 1; }
+
+// a[i] = S[i] . g and, where r is given, r[i] = S[i] . s for R rows of S at a time; row stride D, length len.
+template <class T, int R, bool TWO>
+static inline void dots_rows(const T* S, i64 D, i64 len, const T* g, const T* s, T* a, T* r) {
+  constexpr int N = Vec<T>::N;
+  typename Vec<T>::type A[R] = {}, Q[R] = {};
+  i64 d = 0;
+  for (; d + N <= len; d += N) {
+    auto x = load(g + d);
+    auto y = TWO ? load(s + d) : x;
+#pragma GCC unroll 8
+    for (int i = 0; i < R; i++) {
+      auto v = load(S + i * D + d);
+      A[i] += v * x;
+      if (TWO) Q[i] += v * y;
+    }
+  }
+  for (int i = 0; i < R; i++) {
+    T t = sum<T>(A[i]), u = TWO ? sum<T>(Q[i]) : T(0);
+    for (i64 e = d; e < len; e++) {
+      t += S[i * D + e] * g[e];
+      if (TWO) u += S[i * D + e] * s[e];
+    }
+    a[i] = t;
+    if (TWO) r[i] = u;
+  }
+}
+
+template <class T, bool TWO>
+static void dots(const T* S, i64 D, i64 len, i64 rows, const T* g, const T* s, T* a, T* r) {
+  constexpr int R = TWO ? 4 : 8;
+  i64 j = 0;
+  for (; j + R <= rows; j += R) dots_rows<T, R, TWO>(S + j * D, D, len, g, s, a + j, r + j);
+  for (; j + 2 <= rows; j += 2) dots_rows<T, 2, TWO>(S + j * D, D, len, g, s, a + j, r + j);
+  if (j < rows) dots_rows<T, 1, TWO>(S + j * D, D, len, g, s, a + j, r + j);
+}
+
+// The n x n algebra of one row: y[j] = C[j] . a for j < n, and t = sum_j r[j] C[j]. C has row stride ld, a multiple of the
+// vector's length, and zeros right of its diagonal; a is padded with zeros to ld, and y and t have room for ld.
+template <class T>
+static void algebra(const T* C, i64 ld, i64 n, const T* a, const T* r, T* y, T* t) {
+  constexpr int N = Vec<T>::N;
+  for (i64 v = 0; v < ld; v += N) store(t + v, typename Vec<T>::type{});
+  for (i64 j = 0; j < n; j++) {
+    typename Vec<T>::type acc = {};
+    auto rj = broadcast(r[j]);
+    for (i64 v = 0; v <= j; v += N) {
+      auto c = load(C + j * ld + v);
+      acc += c * load(a + v);
+      store(t + v, load(t + v) + rj * c);
+    }
+    y[j] = sum<T>(acc);
+  }
+}
