@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from .config import Config, Options
 from .passes.ambient import ambient_at

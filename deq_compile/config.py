@@ -95,7 +95,7 @@ _positive = _real("a finite number above 0", lambda x: x > 0 and math.isfinite(x
 _positive_or_inf = _real("a number above 0 (inf is allowed)", lambda x: x > 0)
 _fraction = _real("a number in (0, 1]", lambda x: 0 < x <= 1)
 
-# The one table. A default of None is settled in `Options.resolve`, except those of factor_dtype and loop_memory, which are values.
+# The one table. A default of None is settled in `Options.resolve`, except those that mean something.
 _RULES: dict[str, _Rule] = {
     "tol": _Rule(1e-4, _positive),
     "stop_mode": _Rule("rel", _choice("rel", "abs")),

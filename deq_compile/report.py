@@ -62,9 +62,9 @@ class Skipped:
 class Region:
     """A fixed-point region that was replaced by one solve.
 
-    `hoisted` names the operations that were moved out of the loop. `status` is "solve" (a Broyden or Picard solve stands in for the loop), "kept" (the loop's own iterations are run)
-    or "pending" (not called yet, so not verified); `distance` is the last measured max over samples of
-    |z_N - z*| / |z*|, None before a verification or where none is asked for.
+    `hoisted` names the operations that were moved out of the loop. `status` is "solve" (a Broyden or Picard solve stands in
+    for the loop), "kept" (the loop's own iterations are run) or "pending" (not called yet, so not verified); `distance` is
+    the last measured max over samples of |z_N - z*| / |z*|, None before a verification or where none is asked for.
     """
 
     key: str

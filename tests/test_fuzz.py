@@ -50,14 +50,13 @@ def test_a_recipe_names_one_program() -> None:
 def test_what_is_expected() -> None:
     plain = Recipe(form="plain", first=("linear_tanh",))
     assert oracle.judge(source(plain)).kind == "rewritten-right"
-    assert oracle.judge(source(dataclasses.replace(plain, gain=1.5, end="tanh", count=12))).kind == "kept-right"
+    assert oracle.judge(source(dataclasses.replace(plain, gain=0.6, count=6))).kind == "kept-right"
     trajectory = oracle.judge(source(dataclasses.replace(plain, form="trajectory", count=8)))
     assert (trajectory.kind, trajectory.reasons) == ("refused-right", ("ESCAPES",))
 
 
 def test_a_failure_is_shrunk_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A compiler that is off by 1 % wherever tanh is called: the saved program is the shortest that shows it."""
-    broken = oracle.judge
+    """A judge to whom every tanh is wrong: the saved program is the shortest that has one."""
 
     def judge(text: str) -> oracle.Verdict:
         return oracle.Verdict("WRONG" if "torch.tanh(h" in text or "torch.tanh(z" in text else "not-a-loop")
@@ -66,7 +65,7 @@ def test_a_failure_is_shrunk_and_saved(monkeypatch: pytest.MonkeyPatch, tmp_path
     recipe = Recipe(form="momentum", first=("roll", "tanh", "linear"), second=("gelu",), batch=4, place="closure")
     path = save(recipe, tmp_path, "failure.py")
     assert shrink(recipe, lambda r: judge(source(r)).wrong) == Recipe(form="plain", first=("tanh",))
-    assert broken(path.read_text()).kind == "rewritten-right"
+    assert oracle.judge(path.read_text()).kind == "rewritten-right"
     done = subprocess.run([sys.executable, str(path)], cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("rewritten-right")

@@ -44,6 +44,8 @@ def test_solved(name: str) -> None:
     assert error < 2e-3
 
 
+# torch's own: Dynamo makes an instance of every autograd.Function it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_simulation_is_left_alone() -> None:
     """Thresholds and a surrogate gradient: no region, no difference but float32's."""
     report, error = run_and_error("spiking")

@@ -99,7 +99,7 @@ class MDEQ(nn.Module):
     """
 
     def __init__(
-        self, channels: tuple[int, ...] = (4, 4, 8, 8), classes: int = 10, iterations: int = 30, gain: float = 0.1
+        self, channels: tuple[int, ...] = (4, 4, 8, 8), classes: int = 10, iterations: int = 25, gain: float = 0.1
     ) -> None:
         super().__init__()
         self.channels, self.iterations = channels, iterations
@@ -110,9 +110,9 @@ class MDEQ(nn.Module):
         # A norm divides by its input's size, so a body contracts where norms on the state's way are small beside those on
         # the injection's way: the first of a block, those between scales, and the last of all.
         with torch.no_grad():
-            for norm in [branch.gn1 for branch in self.f.branches] + [post[-1] for post in self.f.post]:
-                norm.weight.fill_(gain)
-            for norm in self.f.fuse.modules():
+            for branch in self.f.branches:
+                branch.gn1.weight.fill_(0.2 * gain)  # type: ignore[union-attr]
+            for norm in [*self.f.fuse.modules(), *self.f.post.modules()]:
                 if isinstance(norm, nn.GroupNorm):
                     norm.weight.fill_(gain)
 

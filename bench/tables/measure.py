@@ -18,7 +18,7 @@ from bench import machine
 
 from . import memory
 from .cases import Case, floating, load
-from .methods import Clock, Counts, Method, NotApplicable, Step, all_methods
+from .methods import Counts, Method, NotApplicable, Reading, Step, all_methods, between
 from .reference import Reference, reference, relative_error, residual
 
 Row = dict[str, Any]
@@ -87,7 +87,7 @@ def errors(step: Step, truth: Reference) -> Row:
 
 def interleave(steps: dict[str, Step], rows: dict[str, Row], repeats: int, what: str) -> Iterator[Row]:
     """Run all steps in turns, so that a slow moment of the machine falls on all; then the finished rows."""
-    samples: dict[str, list[tuple[Clock, Clock, Clock]]] = {key: [] for key in steps}
+    samples: dict[str, list[tuple[Reading, Reading, Reading]]] = {key: [] for key in steps}
     load_of_others = machine.OtherLoad()
     gc.collect()
     gc.freeze()  # what has been compiled is here to stay: it need not be visited again in each collection
@@ -115,12 +115,12 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
-def timings(samples: Sequence[tuple[Clock, Clock, Clock]]) -> Row:
+def timings(samples: Sequence[tuple[Reading, Reading, Reading]]) -> Row:
     """Medians in ms on both clocks, quartiles, and the raw steps."""
     found: Row = {"repeats": len(samples)}
-    for index, clock in enumerate(("cpu", "wall")):
-        forward = [1e3 * (b[index] - a[index]) for a, b, _ in samples]
-        backward = [1e3 * (c[index] - b[index]) for _, b, c in samples]
+    for clock in ("cpu", "wall"):
+        forward = [1e3 * between(a, b)[clock] for a, b, _ in samples]
+        backward = [1e3 * between(b, c)[clock] for _, b, c in samples]
         step = [f + b for f, b in zip(forward, backward, strict=True)]
         found[clock] = {
             "forward_ms": statistics.median(forward),

@@ -13,12 +13,20 @@ import torch
 from .cases import Case
 
 Counts = dict[str, Any]
-Clock = tuple[float, float]
+Reading = tuple[float, float, float]
 
 
-def clocks() -> Clock:
-    """Process CPU time and wall time, in seconds."""
-    return time.process_time(), time.perf_counter()
+def clocks() -> Reading:
+    """Wall time on entering, process CPU time, wall time on leaving, in seconds.
+
+    Asking for CPU time may take milliseconds in a virtual machine that is busy: a wall time must not contain that.
+    """
+    return time.perf_counter(), time.process_time(), time.perf_counter()
+
+
+def between(start: Reading, end: Reading) -> dict[str, float]:
+    """Seconds from one reading to the next, on both clocks."""
+    return {"cpu": end[1] - start[1], "wall": end[0] - start[2]}
 
 
 class NotApplicable(Exception):
@@ -36,7 +44,7 @@ class Step:
     def forward(self) -> Any:
         return self.call(*self.case.inputs)
 
-    def run(self) -> tuple[Clock, Clock, Clock]:
+    def run(self) -> tuple[Reading, Reading, Reading]:
         """Clocks before the forward, between forward and backward, and after the backward."""
         self.case.clear()
         self.outputs = None

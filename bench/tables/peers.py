@@ -13,7 +13,7 @@ from torch import Tensor
 from bench import problems
 
 from .cases import Case
-from .methods import Clock, Counts, Step, clocks
+from .methods import Counts, Reading, Step, clocks
 
 TOL = 1e-4
 MAX_ITER = 40
@@ -95,7 +95,7 @@ class _Jax(Step):
     def solve(self, fn: Callable[[Any, Any], Any], z0: Any, operands: Any) -> Any:
         raise NotImplementedError
 
-    def run(self) -> tuple[Clock, Clock, Clock]:
+    def run(self) -> tuple[Reading, Reading, Reading]:
         start = clocks()
         (_, z), (values, x) = self.block(self.step(self.values, self.x))
         end = clocks()

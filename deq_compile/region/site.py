@@ -23,6 +23,9 @@ from .layout import Layout, flat_dtype
 log = logging.getLogger("deq_compile.region")
 
 VERIFY_EVERY = 200  # calls that record gradients
+# Part of every key. Inductor caches graphs on disk by the text of our node: code cached by an earlier version of this
+# package expects that version's outputs. To be raised with every change of the operators' outputs.
+OUTPUT_FORMAT = 2
 MISSES_BEFORE_KEPT = 3  # consecutive solves of a fixed-count loop that miss the tolerance
 
 
@@ -70,7 +73,7 @@ class RegionSpec:
     @property
     def fingerprint(self) -> str:
         """The same for equal regions, in every process: body, modes, dtypes, memory orders, count and options."""
-        facts = (self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key())
+        facts = (OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key())
         return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
     def layout(self, shapes: Sequence[Sequence[int]], rows: bool) -> Layout:
