@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import demo, step
+from bench import demo, kernels, step
 from bench.fuzz import cli as fuzz
 from bench.tables import cli as tables
 from bench.tables import compile_time
 
 # A command is a module with `add_arguments(parser)`, `main(args) -> exit status`, and a docstring.
-COMMANDS = {"compile-time": compile_time, "demo": demo, "fuzz": fuzz, "step": step, "tables": tables}
+COMMANDS = {"compile-time": compile_time, "demo": demo, "fuzz": fuzz, "kernels": kernels, "step": step, "tables": tables}
 
 
 def main(argv: list[str] | None = None) -> int:

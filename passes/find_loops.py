@@ -36,7 +36,8 @@ class FindLoops(Pass):
         taken: list[tuple[int, int]] = []
         refused: list[tuple[int, int, int, Skipped]] = []
         for start, stop, period in chain.runs(2):
-            if any(start < b and a < stop for a, b in taken):
+            start, stop = clip(start, stop, taken)
+            if stop - start < 2 * period:
                 continue
             # A run that is no loop may hold one of shorter period: the inner of two nested loops.
             if any(start < b and a < stop and period >= p for a, b, p, _ in refused):
@@ -165,7 +166,9 @@ class Chain:
             carried, invariants = found
             nodes = self.nodes[t : t + count * period]
             loop = Loop(nodes, period, count, tuple(carried), tuple(carried.values()), tuple(invariants))
-            key = (len(carried), loss_of_precision(loop), width(loop), -count, t)
+            # A run ends where its loop does, and may begin too early: what stood before may look like the body's end.
+            left_over = (stop - t) % period
+            key = (len(carried), loss_of_precision(loop), width(loop), -count, left_over, t)
             if best is None or key < best[0]:
                 best = key, loop
         if best is not None:
@@ -271,6 +274,18 @@ class Chain:
                 if x is not y and not inside:
                     return Reason.OTHER_INPUT, b
         return Reason.HIGHER_ORDER, self.nodes[start + p]
+
+
+def clip(start: int, stop: int, taken: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """What of [start, stop) the taken ranges leave at its ends; nothing where one lies in its middle."""
+    for a, b in taken:
+        if start < a and b < stop:
+            return start, start
+        if a <= start < b:
+            start = b
+        if a < stop <= b:
+            stop = a
+    return start, stop
 
 
 # ---- hashes

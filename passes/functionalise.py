@@ -1,9 +1,9 @@
 """Turn in-place operations on the graph's own temporaries into their functional twins.
 
-`nn.ReLU(inplace=True)`, `y += x`, `y.add_(x)` and `y[:, 0] = x` are common in real loop bodies, and hide the data flow from a pass that
-compares segments. Where the written storage was made in this graph and no other name of it is read afterwards, the
-operation is replaced by its functional twin and later uses of the old name are moved to the new one. Anything else is
-left as it stands; `judge` then refuses a loop that contains it.
+`nn.ReLU(inplace=True)`, `y += x`, `y.add_(x)` and `y[:, 0] = x` are common in real loop bodies, and hide the data flow
+from a pass that compares segments. Where the written storage was made in this graph and no other name of it is read
+afterwards, the operation is replaced by its functional twin and later uses of the old name are moved to the new one.
+Anything else is left as it stands; `judge` then refuses a loop that contains it.
 """
 
 from __future__ import annotations

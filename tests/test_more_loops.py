@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import compiled, largest_error, reference, tensor_of, value_and_grads
-from tests.models.loops import CASES, D, Linear
-from tests.models.more_loops import KEPT, MORE
+from tests.models.loops import CASES, Case, D, Linear
+from tests.models.more_loops import KEPT, MORE, InPlaceInput
 
 FOUND = [name for name, case in MORE.items() if case.regions]
 LEFT = [name for name, case in MORE.items() if not case.regions]
@@ -26,7 +26,13 @@ def test_found(name: str) -> None:
     run, report = compiled(model)
     found = value_and_grads(run, model, x)
     assert [r.status for r in report.regions] == ["kept" if name in KEPT else "solve"] * case.regions, str(report)
-    assert largest_error(found, reference(model, x)) < (1e-5 if name in KEPT else 2e-3)
+    expected = reference(model, x)
+    # What made the initial state has a gradient of J^60 in the loop, and of 0 in a solve: both count as 0.
+    largest = max(float(b.norm()) for b in expected)
+    small = [i for i, b in enumerate(expected) if float(b.norm()) < 1e-6 * largest]
+    assert all(float(found[i].norm()) < 1e-5 * largest for i in small)
+    pairs = [(a, b) for i, (a, b) in enumerate(zip(found, expected, strict=True)) if i not in small]
+    assert largest_error(*map(list, zip(*pairs, strict=True))) < (1e-5 if name in KEPT else 2e-3)
     assert report.skipped == []
 
 
@@ -36,10 +42,10 @@ def test_left_alone(name: str) -> None:
     model, x = case.make()
     results = []
     run, report = compiled(model)
-    for call in (run, model):
+    # Not with the model itself: torch recomputes a compiled checkpoint's dropout from another random state.
+    for call in (run, torch.compile(copy.deepcopy(model), backend="eager")):
         torch.manual_seed(1)
-        # written to in place by one of them, which a leaf that requires gradients does not allow
-        results.append(value_and_grads(lambda x, call=call: call(x * 1.0), model, x))
+        results.append(value_and_grads(call, call._orig_mod, x))
     assert report.regions == []
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -71,11 +77,12 @@ def test_callables_that_are_no_modules() -> None:
     def function(x: Tensor) -> Tensor:
         return iterate(lambda z: f(z, x), torch.zeros_like(x), 60)
 
-    def flipped(n: int, x: Tensor) -> Tensor:
-        return iterate(functools.partial(torch.func.functional_call, f, dict(f.named_parameters()), x=x), x, n) if n < 0 else function(x)
+    def with_count(n: int, x: Tensor) -> Tensor:
+        weights = dict(f.named_parameters())
+        return iterate(lambda z: torch.func.functional_call(f, weights, (z, x)), torch.zeros_like(x), n)
 
     expected = reference(model, x)
-    for call in (function, Owner(f).solve, functools.partial(flipped, 60)):
+    for call in (function, Owner(f).solve, functools.partial(with_count, 60)):
         run, report = compiled(call)
         assert largest_error(value_and_grads(run, model, x), expected) < 2e-3
         assert [r.status for r in report.regions] == ["solve"]
@@ -96,6 +103,16 @@ def test_weights_as_arguments() -> None:
     assert [r.status for r in report.regions] == ["solve"]
     for name, p in expected.named_parameters():
         torch.testing.assert_close(weights[name].grad, p.grad, rtol=2e-3, atol=1e-4)
+
+
+def test_in_place_on_the_callers_tensor() -> None:
+    model, x = Case(InPlaceInput, 0).make()
+    run, report = compiled(model)
+    mine, theirs = x.clone(), x.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(run(mine), model(theirs))
+    torch.testing.assert_close(mine, theirs)
+    assert [s.reason.name for s in report.skipped] == ["MUTATION"]
 
 
 def test_in_place_state_that_somebody_else_sees() -> None:

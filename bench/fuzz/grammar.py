@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 import textwrap
 
 from .forms import FORMS
@@ -170,14 +171,14 @@ def source(recipe: Recipe) -> str:
 
 def _names(line: str, text: str) -> list[str]:
     found = [part.strip().removeprefix("self.") for part in line.split(" = ", 1)[0].split(",")]
-    return [name for name in found if f"self.{name}" in text]
+    return [name for name in found if re.search(rf"self\.{name}\b", text)]
 
 
 def _members(recipe: Recipe, first: _Body, second: _Body, forward: str) -> str:
     """How the bodies hang on the model: methods, or callables that the model's attributes hold."""
     parts = []
     for name, body in (("f", first), ("g", second)):
-        if f"self.{name}" not in forward:
+        if not re.search(rf"self\.{name}\b", forward):
             continue
         text = "\n".join(body.lines)
         if recipe.place == "method":

@@ -100,10 +100,10 @@ def judge(text: str, filename: str = "<program>") -> Verdict:
         # A backward may send a region back to its loop; the value of that call is still the solve's.
         lenient = solved or (call == "first" and any((r.distance or 1.0) < 2 * VERIFY_TOL for r in report.regions))
         exact, value, gradient = (EXACT32, SOLVED32, SOLVED_GRADIENT32) if single else (EXACT, SOLVED, SOLVED_GRADIENT)
-        for name, error in differences(found, expected):
+        for name, off in differences(found, expected):
             allowed = (gradient if name.startswith("grad") else value) if lenient else exact
-            if not error <= max(allowed, grown):
-                return Verdict("WRONG", detail=f"{call} call: {name} is off by {error:.2e}\n{report}", error=error)
+            if not off <= max(allowed, grown):
+                return Verdict("WRONG", detail=f"{call} call: {name} is off by {off:.2e}\n{report}", error=off)
     reasons = tuple(dict.fromkeys(s.reason.name for s in report.skipped))
     if report.regions:
         return Verdict("rewritten-right" if solved else "kept-right", reasons)
@@ -150,17 +150,19 @@ def differences(found: Outcome, expected: Outcome) -> list[tuple[str, float]]:
     errors = []
     if list(found.values) != list(expected.values):
         return [(f"number of outputs, {len(found.values)} for {len(expected.values)}", float("inf"))]
-    # A returned residual is zero but for rounding: it is compared with what it is a residual of.
+    # A returned residual is zero but for rounding: it is compared with what it is a residual of. So is a fixed point of 0.
     largest = max((float(b.norm()) for b in expected.values.values()), default=0.0)
     for name, b in expected.values.items():
-        errors.append((name, _error(found.values[name], b, 0.1 * largest)))
+        errors.append((name, _error(found.values[name], b, 0.1 * max(largest, 0.01))))
     total = sum(float(g.norm()) ** 2 for g in _present(expected.grads)) ** 0.5
-    for name, b in expected.grads.items():
-        a = found.grads[name]
-        like = next((t for t in (a, b) if t is not None), None)
-        if like is not None:  # that of an initial guess is 0 in a solve, and what is left of it after N steps in the loop
+    for name, want in expected.grads.items():
+        got = found.grads[name]
+        like = want if got is None else got
+        if like is not None:
             zero = torch.zeros_like(like)
-            errors.append((name, _error(zero if a is None else a, zero if b is None else b, 1e-2 * total)))
+            # An initial guess has gradient 0 in a solve, and what is left of it after N steps in the loop. Inputs and
+            # the loss's weights are of size 1, so that much less than 1 is little.
+            errors.append((name, _error(zero if got is None else got, zero if want is None else want, 1e-2 * max(total, 1.0))))
     return errors
 
 

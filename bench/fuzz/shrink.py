@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from .grammar import Recipe
 
@@ -27,15 +28,18 @@ def shrink(recipe: Recipe, fails: Callable[[Recipe], bool], tries: int = 60) -> 
 
 
 def _candidates(recipe: Recipe) -> Iterator[Recipe]:
+    def changed(field: str, value: Any) -> Recipe:
+        return dataclasses.replace(recipe, **{field: value})
+
     if recipe.form != "plain":
-        yield dataclasses.replace(recipe, form="plain")
+        yield changed("form", "plain")
     for field in ("first", "second"):
         stages = getattr(recipe, field)
         if len(stages) > 1:
-            yield dataclasses.replace(recipe, **{field: ()})
+            yield changed(field, ())
         for i in range(len(stages)):
-            yield dataclasses.replace(recipe, **{field: stages[:i] + stages[i + 1 :]})
+            yield changed(field, stages[:i] + stages[i + 1 :])
     for field in _SIMPLER:
         simple = getattr(_SIMPLEST, field)
         if getattr(recipe, field) != simple and (field != "domain" or not recipe.first + recipe.second):
-            yield dataclasses.replace(recipe, **{field: simple})
+            yield changed(field, simple)

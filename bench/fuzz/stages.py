@@ -160,7 +160,9 @@ STAGES: dict[str, Stage] = {
     "nhwc": Stage("{o} = {p0}({h}.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)", ("nn.Linear(4, 4)",), ("img",)),
     # graphs
     "adjacency": Stage("{o} = {p0} @ {h}", ("adjacency",), ("graph",)),
-    "propagate": Stage("{o} = torch.einsum('ij,jd->id', {p0}, torch.tanh({p1}({h})))", ("adjacency", "nn.Linear(8, 8)"), ("graph",)),
+    "propagate": Stage(
+        "{o} = torch.einsum('ij,jd->id', {p0}, torch.tanh({p1}({h})))", ("adjacency", "nn.Linear(8, 8)"), ("graph",)
+    ),
     "index_add": Stage(
         "{t} = torch.arange(5)\n{o} = torch.zeros_like({h}).index_add(0, (2 * {t}) % 5, 0.5 * {h}[({t} + 1) % 5])", (), ("graph",)
     ),

@@ -12,6 +12,9 @@ from .common import scale_weights
 class RelativeAttention(nn.Module):
     """Multi-head attention whose queries, keys and values get an injection, with a learned bias for each distance."""
 
+    mask: Tensor
+    distance: Tensor
+
     def __init__(self, d: int, heads: int, length: int) -> None:
         super().__init__()
         self.heads, self.head_size = heads, d // heads

@@ -38,9 +38,7 @@ class UpdateBlock(nn.Module):
         self.convc, self.convf = nn.Conv2d(correlation, 8, 1), nn.Conv2d(2, 8, 3, padding=1)
         self.conv = nn.Conv2d(16, 6, 3, padding=1)
         self.gru = SepConvGRU(hidden, context + 8)
-        self.flow_head = nn.Sequential(
-            nn.Conv2d(hidden, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 2, 3, padding=1)
-        )
+        self.flow_head = nn.Sequential(nn.Conv2d(hidden, 8, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(8, 2, 3, padding=1))
 
     def forward(self, net: Tensor, inp: Tensor, corr: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
         motion = F.relu(self.conv(torch.cat([F.relu(self.convc(corr)), F.relu(self.convf(flow))], dim=1)))

@@ -14,7 +14,8 @@ class ImplicitGraph(nn.Module):
     def __init__(self, inputs: int = 6, hidden: int = 12, classes: int = 3, iterations: int = 50) -> None:
         super().__init__()
         self.iterations = iterations
-        self.encode, self.W, self.decode = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden, bias=False), nn.Linear(hidden, classes)
+        self.encode, self.decode = nn.Linear(inputs, hidden), nn.Linear(hidden, classes)
+        self.W = nn.Linear(hidden, hidden, bias=False)
         scale_weights(self.W, 0.7)
 
     def forward(self, features: Tensor, edges: Tensor) -> Tensor:

@@ -83,7 +83,7 @@ class MDEQModule(nn.Module):
 
     def forward(self, x: list[Tensor], injection: list[Tensor]) -> list[Tensor]:
         x = [branch(z, u) for branch, z, u in zip(self.branches, x, injection, strict=True)]
-        fused = []
+        fused: list[Tensor] = []
         for fuse, post in zip(self.fuse, self.post, strict=True):
             y = torch.zeros_like(x[len(fused)])
             for layer, z in zip(fuse, x, strict=True):  # type: ignore[call-overload]
@@ -111,7 +111,7 @@ class MDEQ(nn.Module):
         # the injection's way: the first of a block, those between scales, and the last of all.
         with torch.no_grad():
             for branch in self.f.branches:
-                branch.gn1.weight.fill_(0.2 * gain)  # type: ignore[union-attr]
+                branch.gn1.weight.fill_(0.2 * gain)  # type: ignore[union-attr, operator]
             for norm in [*self.f.fuse.modules(), *self.f.post.modules()]:
                 if isinstance(norm, nn.GroupNorm):
                     norm.weight.fill_(gain)

@@ -74,10 +74,11 @@ def child(args: argparse.Namespace) -> int:
 def run_task(args: argparse.Namespace, task: dict[str, Any]) -> None:
     command = [sys.executable, "-m", "bench", "tables", "--threads", str(args.threads), "--repeats", str(args.repeats)]
     command += ["--child", json.dumps(task)]
-    environment = dict(os.environ)
+    # An empty cache: a first step shows what it costs, and no code of an earlier version of the package is run.
     with tempfile.TemporaryDirectory(prefix="deq-tables-") as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
         if task["kind"] == "memory":
-            environment |= memory.ENVIRONMENT | {"TORCHINDUCTOR_CACHE_DIR": cache}
+            environment |= memory.ENVIRONMENT
         status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
     if status:
         print(f"{task['problem']} ({task['kind']}) ended with exit status {status}", file=sys.stderr)

@@ -48,8 +48,10 @@ def _factor_sizes(region: str, state0: Sequence[Tensor]) -> tuple[Any, Any]:
     if not spec.stores_steps:
         return 0, 0
     memory = spec.config.memory
-    total = sum(math.prod(s.shape) for s in state0)
-    return total * (memory + 1), _samples(region, state0) * memory * coefficient_width(memory)
+    total, samples = sum(math.prod(s.shape) for s in state0), _samples(region, state0)
+    if state0[0].device.type == "cuda":  # enough for rows padded to 16 elements, and for one padded row of all
+        total = (total + 16 * samples + 15) // 16 * 16
+    return total * (memory + 1), samples * memory * coefficient_width(memory)
 
 
 def _samples(region: str, state0: Sequence[Tensor]) -> Any:

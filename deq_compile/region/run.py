@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import Factors, coefficient_width, factors_of
+from deq_compile.kernels.broyden import Factors, coefficient_width, factors_of, row_width
 
 from . import records
 from .adjoint import AdjointSolution, jacobian_free, solve_adjoint
@@ -204,8 +204,8 @@ def _decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor
 
 def _buffers(S: Tensor, C: Tensor, layout: Layout, memory: int) -> tuple[Tensor, Tensor]:
     """The flat buffers in the shapes the kernels work on. One coupled system uses the first block of C."""
-    batch = layout.batch
-    steps = S.view(batch, memory + 1, layout.width)
+    batch, row = layout.batch, row_width(layout.width, S.device)
+    steps = S[: batch * (memory + 1) * row].view(batch, memory + 1, row)[:, :, : layout.width]
     width = coefficient_width(memory)
     return steps, C[: batch * memory * width].view(batch, memory, width)
 

@@ -18,6 +18,7 @@ from .state import (
     coefficient_width,
     factors_of,
     new_progress,
+    row_width,
 )
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "new_progress",
     "new_state",
     "observe",
+    "row_width",
     "step",
     "step_residual",
 ]

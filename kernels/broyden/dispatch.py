@@ -1,6 +1,9 @@
-"""Which implementation works on a state: the fused C++ step where it can, ATen everywhere else."""
+"""Which implementation works on a state: Triton on a GPU, the fused C++ step on a CPU, ATen where they cannot."""
 
 from __future__ import annotations
+
+import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -8,7 +11,18 @@ from torch import Tensor
 from .. import native
 from . import aten
 from .cpu import CpuState
+from .gpu import TritonState
 from .state import BroydenState, check_start, new_aten_state, new_buffers
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The Triton kernels, None where Triton is not installed."""
+    try:
+        from . import triton_kernels as kernels
+    except ImportError:
+        return None
+    return kernels
 
 
 def new_state(
@@ -39,6 +53,8 @@ def new_state(
     """
     factor_dtype = check_start(z0, memory, factor_dtype, eta, S)
     S, C = new_buffers(z0, memory, factor_dtype, S, C)
+    if z0.device.type == "cuda" and (kernels := triton_kernels()) is not None:
+        return TritonState.create(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor, kernels=kernels)
     functions = native.functions(S, C) if factor_dtype == z0.dtype and z0.device.type == "cpu" else None
     if functions is not None:
         return CpuState.create(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor, functions=functions)
@@ -55,7 +71,7 @@ def step(state: BroydenState, z: Tensor, f: Tensor, *, stop_norm: Tensor | None 
         stop_norm: (B,) relative residual to stop on, where |f - z| is not the one that counts.
         last: no evaluation will follow: samples that would go on get MAX_ITER, and nothing is updated.
     """
-    if isinstance(state, CpuState):
+    if isinstance(state, CpuState | TritonState):
         state.step(z, f, stop_norm=stop_norm, last=last)
     else:
         aten.step(state, z, f, stop_norm=stop_norm, last=last)
@@ -63,7 +79,7 @@ def step(state: BroydenState, z: Tensor, f: Tensor, *, stop_norm: Tensor | None 
 
 def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, *, last: bool = False) -> None:
     """:func:`step` where the residual ``g`` (B, D) itself is known: f = z + g would cost its last digits."""
-    if isinstance(state, CpuState):
+    if isinstance(state, CpuState | TritonState):
         state.step_residual(z, g, stop_norm, last=last)
     else:
         aten.step_residual(state, z, g, stop_norm, last=last)
@@ -71,7 +87,7 @@ def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, 
 
 def advance(state: BroydenState, z: Tensor, g: Tensor) -> None:
     """One Broyden step from ``z`` with residual ``g`` (both (B, D)), for the samples that still run; nothing is observed."""
-    if isinstance(state, CpuState):
+    if isinstance(state, CpuState | TritonState):
         state.advance(z, g)
     else:
         aten.advance(state, z, g)

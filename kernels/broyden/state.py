@@ -128,6 +128,11 @@ def coefficient_width(memory: int) -> int:
     return (memory + 15) // 16 * 16
 
 
+def row_width(D: int, device: torch.device) -> int:
+    """Row length of S: on a GPU D rounded up to 16 elements, so that loads stay 16 bytes wide."""
+    return (D + 15) // 16 * 16 if device.type == "cuda" else D
+
+
 def check_start(
     z0: Tensor, memory: int, factor_dtype: torch.dtype | None, eta: float, S: Tensor | None
 ) -> torch.dtype:
@@ -150,7 +155,14 @@ def new_buffers(
 ) -> tuple[Tensor, Tensor]:
     """S and C, uninitialised; those that are given are checked."""
     B, D = z0.shape
-    S = _buffer("S", S, (B, memory + 1, D), factor_dtype, z0.device)
+    if S is None:
+        S = torch.empty((B, memory + 1, row_width(D, z0.device)), dtype=factor_dtype, device=z0.device)[:, :, :D]
+    rows_are_dense = S.stride(2) == 1 and S.stride(0) == (memory + 1) * S.stride(1) if S.dim() == 3 and S.numel() else True
+    if S.shape != (B, memory + 1, D) or S.dtype != factor_dtype or S.device != z0.device or not rows_are_dense:
+        raise ValueError(
+            f"expected S of shape {(B, memory + 1, D)} in {factor_dtype} on {z0.device}, rows dense and evenly spaced, got "
+            f"{tuple(S.shape)} in {S.dtype} on {S.device} with strides {S.stride()}"
+        )
     return S, _buffer("C", C, (B, memory, coefficient_width(memory)), z0.dtype, z0.device)
 
 

@@ -1,8 +1,10 @@
-"""Which implementation works on the factors: C++ where it can, ATen everywhere else."""
+"""Which implementation works on the factors: Triton on a GPU, C++ on a CPU, ATen where they cannot."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -10,7 +12,17 @@ from torch import Tensor
 from .. import native
 from ..broyden.cpu import describe
 from ..broyden.state import Factors
-from . import aten
+from . import aten, gpu
+
+
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The Triton kernels, None where Triton is not installed."""
+    try:
+        from . import triton_kernels as kernels
+    except ImportError:
+        return None
+    return kernels
 
 
 def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
@@ -27,6 +39,8 @@ def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
         (B, D), a new tensor in that dtype.
     """
     x = x.contiguous()
+    if x.device.type == "cuda" and (kernels := triton_kernels()) is not None:
+        return gpu.apply_transpose(factors, x, kernels)
     functions = native.functions(factors.S, factors.C, x)
     if functions is None:
         return aten.apply_transpose(factors, x)

@@ -1,0 +1,137 @@
+"""``python -m bench kernels``: compile every Triton kernel for sm_80, sm_89 and sm_90, and show its registers and loads.
+
+A row a kernel, architecture and configuration: registers a thread, spills (bytes of local memory and stack), shared memory, the
+widest global load, asynchronous copies. What a kernel may use is asserted in the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+ARCHITECTURES = (80, 89, 90)
+# Steps stored: the first iterations, a usual solve, the full memory of 40.
+STEPS = (8, 16, 41)
+DTYPES = ("fp32", "bf16")
+MEMORY = 40
+
+_INTS = {"n_ptr", "stall_ptr", "count_ptr", "done_ptr", "ints_ptr"}
+_ALIGNED = {"D", "ROW", "SLAB"}
+_FLOATS = {"tol", "floor", "eta"}
+
+
+@dataclass(frozen=True)
+class Row:
+    kernel: str
+    arch: str
+    dtype: str
+    steps: int
+    registers: int
+    spills: int
+    shared_bytes: int
+    load_width: int
+    async_copies: int
+
+
+def kernels() -> dict[str, Any]:
+    from deq_compile.kernels.broyden import triton_kernels as broyden
+    from deq_compile.kernels.reuse import triton_kernels as reuse
+
+    names = {broyden: ("step_fused", "dots", "combine"), reuse: ("transpose_fused", "transpose_dots", "transpose_combine")}
+    return {name: getattr(module, name) for module, some in names.items() for name in some}
+
+
+def constants(name: str, steps: int) -> dict[str, Any]:
+    """The compile-time arguments of a kernel, as the launchers choose them for a long row."""
+    import triton.language as tl
+
+    from deq_compile.kernels.tiles import power_of_two, tiles
+
+    fused = name.endswith("fused")
+    cut = tiles(32, 4096 if fused else 65536, steps)
+    values = {
+        "M": MEMORY, "BM": cut.BM, "BD": cut.BD2 if name in ("combine", "transpose_combine") else cut.BD, "BD2": cut.BD2,
+        "BP": power_of_two(cut.slabs), "STAGES": cut.stages, "RELATIVE": True, "GIVEN": False, "OBSERVE": True,
+        "ACC": tl.float32,
+    }  # fmt: skip
+    return {**values, "warps": cut.warps, "stages": cut.stages}
+
+
+def compile_one(name: str, kernel: Any, arch: int, dtype: str, steps: int) -> Row:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    values = constants(name, steps)
+    given = {a: values[a] for a in kernel.arg_names if a in values}
+    signature, attributes = {}, {}
+    for i, a in enumerate(kernel.arg_names):
+        if a in given:
+            signature[a] = "constexpr"
+        elif a.endswith("_ptr"):
+            signature[a] = "*i32" if a in _INTS else f"*{dtype}" if a == "S_ptr" else "*fp32"
+        else:
+            signature[a] = "fp32" if a in _FLOATS else "i32"
+        if a.endswith("_ptr") or a in _ALIGNED:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=given, attrs=attributes)
+    options = {"num_warps": values["warps"], "num_stages": values["stages"]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, local = resources(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    widths = [int(v or 1) * int(b) for v, b in re.findall(r"ld\.global[^\s]*?(?:\.v(\d))?\.[bf](\d+)", ptx)]
+    copies = re.findall(r"cp\.async\.c[ga]\.shared\.global[^;,]*,[^;,]*, (0x[0-9a-f]+|\d+)", ptx)
+    widths += [int(size, 0) * 8 for size in copies]
+    return Row(
+        name, f"sm_{arch}", dtype, steps, registers, local, int(compiled.metadata.shared), max(widths, default=0) // 8,
+        len(re.findall(r"cp\.async\.c[ga]", ptx)),
+    )  # fmt: skip
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack and local memory, from the compiled code itself."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"expected a line with REG, STACK and LOCAL from cuobjdump, got: {text[-400:]}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def rows(architectures: tuple[int, ...] = ARCHITECTURES, steps: tuple[int, ...] = STEPS) -> Iterator[Row]:
+    for arch in architectures:
+        for name, kernel in kernels().items():
+            for count in steps:
+                for dtype in DTYPES if arch == 90 else DTYPES[:1]:
+                    yield compile_one(name, kernel, arch, dtype, count)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--aot", action="store_true", required=True, help="compile ahead of time; no GPU is needed")
+    parser.add_argument("--json", type=Path, help="write the rows as one JSON list (overwrites)")
+
+
+def main(args: argparse.Namespace) -> int:
+    found: list[Row] = []
+    for row in rows():
+        found.append(row)
+        print(f"\r{len(found)} compiled: {row.kernel} {row.arch} {row.dtype} {row.steps}" + " " * 20, end="", flush=True)
+        if args.json:  # what is there survives an interruption
+            args.json.write_text(json.dumps([asdict(r) for r in found], indent=1) + "\n")
+    print()
+    print(tabulate([asdict(r) for r in found], headers="keys"))
+    return 0

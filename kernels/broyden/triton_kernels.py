@@ -1,0 +1,310 @@
+"""The Broyden step for a GPU. The mathematics, signs and guards are those of aten.py; shapes and names those of state.py.
+
+Two forms. `step_fused`: one program a sample, one launch an iteration. `dots` and `combine`: a row is split over programs,
+two launches; partial sums are added in a fixed order, without atomics, so that repeats are bitwise equal.
+
+Both read a row of f and z twice, its n steps twice, and write one step, z and the best iterate: 2n + 8 words an element.
+Every sample has its own number of steps; programs of samples that have stopped return at once. No value goes to the host.
+
+This file has no imports of its own package, so that tests can load it a second time for Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+RUNNING = tl.constexpr(0)
+CONVERGED = tl.constexpr(1)
+FLOOR = tl.constexpr(2)
+MAX_ITER = tl.constexpr(3)
+NONFINITE = tl.constexpr(4)
+# NORM_EPS 1e-9, STALL_GAIN 0.9 and STALL_PATIENCE 5 of aten.py stand below as numbers: the interpreter multiplies no constexpr.
+
+
+@triton.jit
+def _finite(x):
+    return (x - x) == 0.0
+
+
+@triton.jit
+def _judge(gg, ff, norm, best, mark, stall, count, tol, floor, max_iter, RELATIVE: tl.constexpr, GIVEN: tl.constexpr):
+    """What the residual at z means for one sample: status code, best, mark, stall, and whether z is the best so far."""
+    stop = tl.sqrt(gg)
+    threshold = floor + 0.0 * gg
+    if GIVEN:
+        stop = norm
+    elif RELATIVE:
+        stop = stop / (tl.sqrt(ff) + 1e-9)
+    else:
+        threshold = floor * (tl.sqrt(ff) + 1e-9)
+    finite = _finite(stop)
+    # An integer: the interpreter spreads a comparison of floats over a block as floats, which take no `&`.
+    improved = tl.where(finite & (stop < best), 1, 0)
+    best = tl.where(improved != 0, stop, best)
+    below = (best < threshold) & (floor > 0.0)
+    gained = below & (best < mark * 0.9)
+    mark = tl.where(gained, best, mark)
+    stall = tl.where(gained | (below == 0), 0, stall + 1)
+    code = tl.where(count >= max_iter, MAX_ITER, RUNNING)
+    code = tl.where(below & (stall >= 5), FLOOR, code)
+    code = tl.where(stop <= tol, CONVERGED, code)
+    code = tl.where(finite, code, NONFINITE)
+    return code, best, mark, stall, improved
+
+
+@triton.jit
+def _coefficients(a, r, C_ptr, n, eta, LD, BM: tl.constexpr):
+    """The n x n algebra: weights y of s_1 .. s_{n-1}, 1 / denominator, kappa, and the new row of C; a, r: [BM]."""
+    i = tl.arange(0, BM)
+    inner = i < n - 1
+    lower = inner[:, None] & (i[None, :] <= i[:, None])
+    C = tl.load(C_ptr + i[:, None] * LD + i[None, :], mask=lower, other=0.0)
+    y = tl.sum(C * tl.where(inner, a, 0.0)[None, :], axis=1)
+    shifted = tl.sum(tl.where(i[None, :] == i[:, None] + 1, r[None, :], 0.0), axis=1)  # r_{j+1}
+    shifted = tl.where(inner, shifted, 0.0)
+    sigma = tl.sum(tl.where(i == n - 1, r, 0.0), axis=0)
+    minus_tau = tl.sum(tl.where(i == n - 1, a, 0.0), axis=0) + tl.sum(y * shifted, axis=0)
+    gamma = 1.0 - minus_tau / sigma
+    damped = tl.abs(gamma) < eta
+    denominator = tl.where(damped, tl.where(gamma >= 0.0, eta, -eta), gamma)
+    kappa = tl.where(damped, (1.0 - denominator) / minus_tau, 1.0 / sigma)
+    usable = _finite(kappa / denominator) & (n > 0)
+    denominator = tl.where(usable, denominator, 1.0)
+    kappa = tl.where(usable, kappa, 0.0)
+    row = tl.sum(C * shifted[:, None], axis=0) * kappa
+    row = tl.where(_finite(row), row, 0.0)
+    row = tl.where(i == n - 1, kappa, row)
+    return y, 1.0 / denominator, kappa, row
+
+
+@triton.jit
+def _store_row(C_ptr, row, kappa, n, LD, M: tl.constexpr, BM: tl.constexpr):
+    """Append a row to C; a full memory starts anew with one pair."""
+    i = tl.arange(0, BM)
+    full = n > M
+    at = tl.where(full, 0, n - 1)
+    row = tl.where(full, tl.where(i == 0, kappa, 0.0), row)
+    tl.store(C_ptr + at * LD + i, row, mask=(i < LD) & (n > 0))
+
+
+@triton.jit
+def _residual(z_ptr, f_ptr, o, m, GIVEN: tl.constexpr, ACC: tl.constexpr):
+    f = tl.load(f_ptr + o, mask=m, other=0.0).to(ACC)
+    z = tl.load(z_ptr + o, mask=m, other=0.0).to(ACC)
+    g = f
+    if not GIVEN:
+        g = f - z
+    return g, f, z
+
+
+@triton.jit
+def _dots(z_ptr, f_ptr, S_ptr, n, lo, hi, ROW, GIVEN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+          STAGES: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """a_j = s_j . g, r_j = s_j . s_{n-1}, |g|^2, |f|^2 over columns lo .. hi, from one read of the steps."""
+    i = tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    acc_a = tl.zeros((BM, BD), ACC)
+    acc_r = tl.zeros((BM, BD), ACC)
+    acc_g = tl.zeros((BD,), ACC)
+    acc_f = tl.zeros((BD,), ACC)
+    for d0 in tl.range(lo, hi, BD, num_stages=STAGES):
+        o = d0 + d
+        m = o < hi
+        g, f, z = _residual(z_ptr, f_ptr, o, m, GIVEN, ACC)
+        last = tl.load(S_ptr + (n - 1) * ROW + o, mask=m & (n > 0), other=0.0).to(ACC)
+        s = tl.load(S_ptr + i[:, None] * ROW + o[None, :], mask=(i[:, None] < n) & m[None, :], other=0.0).to(ACC)
+        acc_a += s * g[None, :]
+        acc_r += s * last[None, :]
+        acc_g += g * g
+        acc_f += f * f
+    return tl.sum(acc_a, axis=1), tl.sum(acc_r, axis=1), tl.sum(acc_g, axis=0), tl.sum(acc_f, axis=0)
+
+
+@triton.jit
+def _move(z_ptr, f_ptr, S_ptr, best_z_ptr, y_ptr, scale, n, improved, lo, hi, ROW, M: tl.constexpr, GIVEN: tl.constexpr,
+          BD: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """p = scale (g + sum_j y_j s_{j+1}) into its slot, z += p, over columns lo .. hi; keep the best iterate; restart."""
+    d = tl.arange(0, BD)
+    full = n > M
+    slot = tl.where(full, 1, n)
+    for d0 in tl.range(lo, hi, BD):
+        o = d0 + d
+        m = o < hi
+        p, f, z = _residual(z_ptr, f_ptr, o, m, GIVEN, ACC)
+        for j in tl.range(0, n - 1, loop_unroll_factor=4):
+            p += tl.load(y_ptr + j) * tl.load(S_ptr + (j + 1) * ROW + o, mask=m, other=0.0).to(ACC)
+        p = (p * scale).to(S_ptr.dtype.element_ty)
+        last = tl.load(S_ptr + M * ROW + o, mask=m & full, other=0.0)
+        tl.store(best_z_ptr + o, z, mask=m & (improved != 0))
+        tl.store(S_ptr + o, last, mask=m & full)
+        tl.store(S_ptr + slot * ROW + o, p, mask=m)
+        tl.store(z_ptr + o, z + p.to(ACC), mask=m)
+
+
+@triton.jit
+def _stop(z_ptr, best_z_ptr, failed, improved, lo, hi, BD: tl.constexpr):
+    """A sample stops: its best iterate is this one, or it failed and goes back to its best one."""
+    d = tl.arange(0, BD)
+    for d0 in tl.range(lo, hi, BD):
+        o = d0 + d
+        m = o < hi
+        z = tl.load(z_ptr + o, mask=m, other=0.0)
+        kept = tl.load(best_z_ptr + o, mask=m & failed, other=0.0)
+        tl.store(best_z_ptr + o, z, mask=m & (improved != 0))
+        tl.store(z_ptr + o, kept, mask=m & failed)
+
+
+@triton.jit
+def _steps_after(code, n, M: tl.constexpr):
+    """Steps stored after this iteration: one more, two after a restart; a failed sample loses the one that led there."""
+    moved = tl.where(n > M, 2, n + 1)
+    return tl.where(code == RUNNING, moved, tl.where((code == NONFINITE) & (n > 0), n - 1, n))
+
+
+@triton.jit
+def step_fused(
+    z_ptr, f_ptr, norm_ptr, S_ptr, C_ptr, n_ptr, best_ptr, mark_ptr, stall_ptr, count_ptr, done_ptr, best_z_ptr, y_ptr,
+    D, ROW, LD, tol, floor, eta, max_iter,
+    M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BD2: tl.constexpr, STAGES: tl.constexpr,
+    RELATIVE: tl.constexpr, GIVEN: tl.constexpr, OBSERVE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One iteration of one sample: grid (B,)."""
+    b = tl.program_id(0).to(tl.int64)
+    if tl.load(done_ptr + b) != RUNNING:
+        return
+    n = tl.load(n_ptr + b)
+    z_ptr += b * D
+    f_ptr += b * D
+    best_z_ptr += b * D
+    S_ptr += b * (M + 1) * ROW
+    C_ptr += b * M * LD
+    y_ptr += b * BM
+    a, r, gg, ff = _dots(z_ptr, f_ptr, S_ptr, n, 0, D, ROW, GIVEN, BM, BD, STAGES, ACC)
+    code = RUNNING
+    improved = 0 * n
+    if OBSERVE:
+        count = tl.load(count_ptr + b) + 1
+        norm = tl.load(norm_ptr + b) if GIVEN else gg
+        code, best, mark, stall, improved = _judge(
+            gg, ff, norm, tl.load(best_ptr + b), tl.load(mark_ptr + b), tl.load(stall_ptr + b), count, tol, floor, max_iter,
+            RELATIVE, GIVEN,
+        )  # fmt: skip
+        tl.store(best_ptr + b, best)
+        tl.store(mark_ptr + b, mark)
+        tl.store(stall_ptr + b, stall)
+        tl.store(count_ptr + b, count)
+        tl.store(done_ptr + b, code)
+        tl.store(n_ptr + b, _steps_after(code, n, M))
+        if code != RUNNING:
+            _stop(z_ptr, best_z_ptr, code == NONFINITE, improved, 0, D, BD2)
+            return
+    else:
+        tl.store(n_ptr + b, _steps_after(code, n, M))
+    y, scale, kappa, row = _coefficients(a, r, C_ptr, n, eta, LD, BM)
+    tl.store(y_ptr + tl.arange(0, BM), y)
+    tl.debug_barrier()  # y goes through memory to be read one number at a time
+    _store_row(C_ptr, row, kappa, n, LD, M, BM)
+    _move(z_ptr, f_ptr, S_ptr, best_z_ptr, y_ptr, scale, n, improved, 0, D, ROW, M, GIVEN, BD2, ACC)
+
+
+@triton.jit
+def dots(
+    z_ptr, f_ptr, S_ptr, C_ptr, n_ptr, best_ptr, mark_ptr, stall_ptr, count_ptr, done_ptr, part_ptr, ints_ptr, floats_ptr,
+    pending_ptr, D, ROW, LD, SLAB,
+    M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, GIVEN: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Partial dot products of a slab of columns: grid (B, slabs). part (B, slabs, 2 BM + 2).
+
+    The first slab also copies the sample's counters, which `combine` changes while its programs read the copies.
+    """
+    b = tl.program_id(0).to(tl.int64)
+    slab = tl.program_id(1)
+    done = tl.load(done_ptr + b)
+    n = tl.load(n_ptr + b)
+    if slab == 0:
+        tl.store(ints_ptr + b * 4, n)
+        tl.store(ints_ptr + b * 4 + 1, tl.load(stall_ptr + b))
+        tl.store(ints_ptr + b * 4 + 2, tl.load(count_ptr + b))
+        tl.store(ints_ptr + b * 4 + 3, done)
+        tl.store(floats_ptr + b * 2, tl.load(best_ptr + b))
+        tl.store(floats_ptr + b * 2 + 1, tl.load(mark_ptr + b))
+        if n == 2:
+            tl.store(C_ptr + b * M * LD, tl.load(pending_ptr + b))
+    if done != RUNNING:
+        return
+    i = tl.arange(0, BM)
+    lo = slab * SLAB
+    hi = tl.minimum(lo + SLAB, D)
+    a, r, gg, ff = _dots(
+        z_ptr + b * D, f_ptr + b * D, S_ptr + b * (M + 1) * ROW, n, lo, hi, ROW, GIVEN, BM, BD, STAGES, ACC
+    )
+    part_ptr += (b * tl.num_programs(1) + slab) * (2 * BM + 2)
+    tl.store(part_ptr + i, a)
+    tl.store(part_ptr + BM + i, r)
+    tl.store(part_ptr + 2 * BM, gg)
+    tl.store(part_ptr + 2 * BM + 1, ff)
+
+
+@triton.jit
+def combine(
+    z_ptr, f_ptr, norm_ptr, S_ptr, C_ptr, n_ptr, best_ptr, mark_ptr, stall_ptr, count_ptr, done_ptr, best_z_ptr, y_ptr,
+    part_ptr, ints_ptr, floats_ptr, pending_ptr, D, ROW, LD, SLAB, PARTS, tol, floor, eta, max_iter,
+    M: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    RELATIVE: tl.constexpr, GIVEN: tl.constexpr, OBSERVE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reduce the partial sums, do the small algebra (each program for itself), update a slab of columns: grid (B, slabs)."""
+    b = tl.program_id(0).to(tl.int64)
+    slab = tl.program_id(1)
+    if tl.load(ints_ptr + b * 4 + 3) != RUNNING:
+        return
+    n = tl.load(ints_ptr + b * 4)
+    i = tl.arange(0, BM)
+    q = tl.arange(0, BP)
+    P = part_ptr + b * PARTS * (2 * BM + 2) + q[:, None] * (2 * BM + 2)
+    some = q[:, None] < PARTS
+    a = tl.sum(tl.load(P + i[None, :], mask=some, other=0.0), axis=0)
+    r = tl.sum(tl.load(P + BM + i[None, :], mask=some, other=0.0), axis=0)
+    Q = part_ptr + b * PARTS * (2 * BM + 2) + q * (2 * BM + 2) + 2 * BM
+    gg = tl.sum(tl.load(Q, mask=q < PARTS, other=0.0), axis=0)
+    ff = tl.sum(tl.load(Q + 1, mask=q < PARTS, other=0.0), axis=0)
+    lo = slab * SLAB
+    hi = tl.minimum(lo + SLAB, D)
+    z_ptr += b * D
+    f_ptr += b * D
+    best_z_ptr += b * D
+    S_ptr += b * (M + 1) * ROW
+    C_ptr += b * M * LD
+    y_ptr += (b * tl.num_programs(1) + slab) * BM
+    code = RUNNING
+    improved = 0 * n
+    if OBSERVE:
+        count = tl.load(ints_ptr + b * 4 + 2) + 1
+        norm = tl.load(norm_ptr + b) if GIVEN else gg
+        code, best, mark, stall, improved = _judge(
+            gg, ff, norm, tl.load(floats_ptr + b * 2), tl.load(floats_ptr + b * 2 + 1), tl.load(ints_ptr + b * 4 + 1), count,
+            tol, floor, max_iter, RELATIVE, GIVEN,
+        )  # fmt: skip
+        if slab == 0:
+            tl.store(best_ptr + b, best)
+            tl.store(mark_ptr + b, mark)
+            tl.store(stall_ptr + b, stall)
+            tl.store(count_ptr + b, count)
+            tl.store(done_ptr + b, code)
+            tl.store(n_ptr + b, _steps_after(code, n, M))
+        if code != RUNNING:
+            _stop(z_ptr, best_z_ptr, code == NONFINITE, improved, lo, hi, BD)
+            return
+    elif slab == 0:
+        tl.store(n_ptr + b, _steps_after(code, n, M))
+    y, scale, kappa, row = _coefficients(a, r, C_ptr, n, eta, LD, BM)
+    tl.store(y_ptr + i, y)
+    tl.debug_barrier()
+    if slab == 0:
+        # The other programs of this sample read rows below n - 1 of C. Row 0 is written again after a restart, under their
+        # eyes: it is one number, kappa, and waits for the next `dots`, which reads no C.
+        if (n >= 2) & (n <= M):
+            _store_row(C_ptr, row, kappa, n, LD, M, BM)
+        else:
+            tl.store(pending_ptr + b, kappa)
+    _move(z_ptr, f_ptr, S_ptr, best_z_ptr, y_ptr, scale, n, improved, lo, hi, ROW, M, GIVEN, BD, ACC)

@@ -1,0 +1,95 @@
+"""-H^T x = x + sum_j d_j s_j for a GPU, with d = C^T b and b_j = s_{j+1} . x: fused (one program a sample) or split.
+
+Two reads of the steps; partial sums are added in a fixed order. This file has no imports of its own package, so that tests can
+load it a second time for Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _dots(x_ptr, S_ptr, n, lo, hi, ROW, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr):
+    """b_j = s_{j+1} . x for the n - 1 pairs, over columns lo .. hi."""
+    i = tl.arange(0, BM)
+    d = tl.arange(0, BD)
+    acc = tl.zeros((BM, BD), ACC)
+    for d0 in tl.range(lo, hi, BD, num_stages=STAGES):
+        o = d0 + d
+        m = o < hi
+        x = tl.load(x_ptr + o, mask=m, other=0.0).to(ACC)
+        mask = (i[:, None] < n - 1) & m[None, :]
+        acc += tl.load(S_ptr + (i[:, None] + 1) * ROW + o[None, :], mask=mask, other=0.0).to(ACC) * x[None, :]
+    return tl.sum(acc, axis=1)
+
+
+@triton.jit
+def _weights(b, C_ptr, n, LD, BM: tl.constexpr):
+    """d = C^T b."""
+    i = tl.arange(0, BM)
+    mask = (i[:, None] < n - 1) & (i[None, :] <= i[:, None])
+    return tl.sum(tl.load(C_ptr + i[:, None] * LD + i[None, :], mask=mask, other=0.0) * b[:, None], axis=0)
+
+
+@triton.jit
+def _add(x_ptr, out_ptr, S_ptr, d_ptr, n, lo, hi, ROW, BD: tl.constexpr, ACC: tl.constexpr):
+    d = tl.arange(0, BD)
+    for d0 in tl.range(lo, hi, BD):
+        o = d0 + d
+        m = o < hi
+        y = tl.load(x_ptr + o, mask=m, other=0.0).to(ACC)
+        for j in tl.range(0, n - 1, loop_unroll_factor=4):
+            y += tl.load(d_ptr + j) * tl.load(S_ptr + j * ROW + o, mask=m, other=0.0).to(ACC)
+        tl.store(out_ptr + o, y, mask=m)
+
+
+@triton.jit
+def transpose_fused(
+    x_ptr, out_ptr, S_ptr, C_ptr, n_ptr, d_ptr, D, ROW, LD,
+    M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BD2: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """One sample: grid (B,)."""
+    b = tl.program_id(0).to(tl.int64)
+    n = tl.load(n_ptr + b)
+    S_ptr += b * (M + 1) * ROW
+    d_ptr += b * BM
+    dots = _dots(x_ptr + b * D, S_ptr, n, 0, D, ROW, BM, BD, STAGES, ACC)
+    tl.store(d_ptr + tl.arange(0, BM), _weights(dots, C_ptr + b * M * LD, n, LD, BM))
+    tl.debug_barrier()
+    _add(x_ptr + b * D, out_ptr + b * D, S_ptr, d_ptr, n, 0, D, ROW, BD2, ACC)
+
+
+@triton.jit
+def transpose_dots(
+    x_ptr, S_ptr, n_ptr, part_ptr, D, ROW, SLAB,
+    M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Partial dot products of a slab of columns: grid (B, slabs). part (B, slabs, BM)."""
+    b = tl.program_id(0).to(tl.int64)
+    slab = tl.program_id(1)
+    lo = slab * SLAB
+    part = _dots(
+        x_ptr + b * D, S_ptr + b * (M + 1) * ROW, tl.load(n_ptr + b), lo, tl.minimum(lo + SLAB, D), ROW, BM, BD, STAGES, ACC
+    )
+    tl.store(part_ptr + (b * tl.num_programs(1) + slab) * BM + tl.arange(0, BM), part)
+
+
+@triton.jit
+def transpose_combine(
+    x_ptr, out_ptr, S_ptr, C_ptr, n_ptr, part_ptr, d_ptr, D, ROW, LD, SLAB, PARTS,
+    M: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reduce the partial sums, then add the steps to a slab of columns: grid (B, slabs)."""
+    b = tl.program_id(0).to(tl.int64)
+    slab = tl.program_id(1)
+    n = tl.load(n_ptr + b)
+    i = tl.arange(0, BM)
+    q = tl.arange(0, BP)
+    parts = tl.load(part_ptr + (b * PARTS + q[:, None]) * BM + i[None, :], mask=q[:, None] < PARTS, other=0.0)
+    d_ptr += (b * tl.num_programs(1) + slab) * BM
+    tl.store(d_ptr + i, _weights(tl.sum(parts, axis=0), C_ptr + b * M * LD, n, LD, BM))
+    tl.debug_barrier()
+    lo = slab * SLAB
+    _add(x_ptr + b * D, out_ptr + b * D, S_ptr + b * (M + 1) * ROW, d_ptr, n, lo, tl.minimum(lo + SLAB, D), ROW, BD, ACC)

@@ -1,0 +1,45 @@
+"""The Triton kernels without a GPU: interpreted, in a process of their own, and compiled ahead of time, with budgets."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _only_once(implementation: str) -> None:
+    if implementation != "aten":
+        pytest.skip("no matter of the CPU implementation")
+
+
+def test_interpreter_lane() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_triton_interpreted.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= 50
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+def test_ahead_of_time_budgets(arch: int) -> None:
+    """No spills, at most 168 registers, 16-byte loads of the steps, pipelined dot products, shared memory within 48 KB."""
+    from bench.kernels import rows
+
+    for row in rows((arch,), (16, 41) if arch == 90 else (41,)):
+        assert row.spills == 0, row
+        assert row.registers <= 168, row
+        assert row.load_width == 16, row
+        assert row.shared_bytes <= 48 * 1024, row
+        if "combine" not in row.kernel:
+            assert row.async_copies > 0, row
