@@ -48,7 +48,7 @@ class Functions:
         self.start = entry("broyden_start", [_P, _P])
         self.step = entry("broyden_step", [_P, _P, _P, _P, _I, _I], _I)
         self.transpose = entry("reuse_transpose", [_P, _P, _P])
-        self.adjoint_residual = entry("adjoint_residual", [_I, _I, _P, _P, _P, _P, _P])
+        self.adjoint_residual = entry("adjoint_residual", [_I, _I, _P, _P, _P, _P, _P, _P], _D)
 
 
 def source() -> str:

@@ -120,18 +120,13 @@ class _Norms:
 
     def __init__(self, q: Tensor) -> None:
         self.q = q
-        norms = torch.linalg.vector_norm(q, dim=1)
-        self.zero = norms == 0
-        # 1 instead of 0: those samples' residuals are set to 0, not divided.
-        self.norms = norms.masked_fill(self.zero, 1.0)
-        self.batch = float(torch.linalg.vector_norm(norms))
+        self.norms = torch.linalg.vector_norm(q, dim=1)
+        self.batch = float(torch.linalg.vector_norm(self.norms))
 
     def residual(self, w: Tensor, jw: Tensor) -> tuple[Tensor, Tensor, float]:
         """r = q + J^T w - w (B, D), its relative norm of each sample (B,), and that of the batch."""
-        r, norms = adjoint_residual(self.q, jw.to(self.q.dtype).contiguous(), w)
-        norms.masked_fill_(self.zero, 0.0)
-        batch = float(torch.linalg.vector_norm(norms))
-        return r, norms.div_(self.norms), batch / self.batch if batch else 0.0
+        r, residuals, batch = adjoint_residual(self.q, jw, w, self.norms)
+        return r, residuals, batch / self.batch if batch else 0.0
 
 
 def _one_vjp(vjp_full: VJPFull, w: Tensor, norms: _Norms) -> AdjointSolution:

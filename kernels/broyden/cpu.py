@@ -14,12 +14,16 @@ from .state import BroydenState, Factors
 _LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN = 1, 2, 4
 
 
-def describe(factors: Factors, threads: int) -> native.Broyden:
-    """The C++ view of factors alone."""
-    B, slots, D = factors.S.shape
-    struct = native.Broyden(B=B, D=D, M=slots - 1, ld=factors.C.shape[2], threads=threads)
-    struct.S, struct.C, struct.n = factors.S.data_ptr(), factors.C.data_ptr(), factors.n.data_ptr()
-    return struct
+def describe(factors: Factors) -> native.Broyden:
+    """The C++ view of factors; made once for each."""
+    if isinstance(factors, CpuState):
+        return factors.struct
+    if factors.native is None:
+        B, slots, D = factors.S.shape
+        struct = native.Broyden(B=B, D=D, M=slots - 1, ld=factors.C.shape[2], threads=native.threads_for(B * D))
+        struct.S, struct.C, struct.n = factors.S.data_ptr(), factors.C.data_ptr(), factors.n.data_ptr()
+        factors.native = struct
+    return factors.native
 
 
 @dataclass(kw_only=True, eq=False)

@@ -35,12 +35,14 @@ class Factors:
         C: (B, M, coefficient_width(M)) lower triangular, compute dtype; columns from M on are padding.
         n: (B,) int32, number of steps stored; n - 1 of them have a row in C.
         high: number of slots of S that have ever been written.
+        native: what an implementation remembers of the tensors above.
     """
 
     S: Tensor
     C: Tensor
     n: Tensor
     high: int = 0
+    native: Any = None
 
     @property
     def memory(self) -> int:

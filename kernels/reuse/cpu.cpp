@@ -27,10 +27,11 @@ static void transpose(const Broyden<T>* s, const T* x, T* y) {
   }
 }
 
-// r = q + jw - w and norms[b] = |r_b|.
+// r = q + jw - w, relative[b] = |r_b| / scale[b], and the norm of all; samples with scale 0 count as solved.
 template <class T>
-static void adjoint_residual(i64 B, i64 D, const T* q, const T* jw, const T* w, T* r, T* norms) {
+static double adjoint_residual(i64 B, i64 D, const T* q, const T* jw, const T* w, const T* scale, T* r, T* relative) {
   constexpr int N = Vec<T>::N;
+  double all = 0;
   for (i64 b = 0; b < B; b++) {
     typename Vec<T>::type acc = {};
     i64 d = b * D, end = d + D;
@@ -45,17 +46,21 @@ static void adjoint_residual(i64 B, i64 D, const T* q, const T* jw, const T* w, 
       r[d] = v;
       total += v * v;
     }
-    norms[b] = std::sqrt(total);
+    relative[b] = scale[b] > 0 ? std::sqrt(total) / scale[b] : T(0);
+    if (scale[b] > 0) all += double(total);
   }
+  return std::sqrt(all);
 }
 
 extern "C" {
 void reuse_transpose_f32(const Broyden<float>* s, const float* x, float* y) { transpose(s, x, y); }
 void reuse_transpose_f64(const Broyden<double>* s, const double* x, double* y) { transpose(s, x, y); }
-void adjoint_residual_f32(int64_t B, int64_t D, const float* q, const float* jw, const float* w, float* r, float* norms) {
-  adjoint_residual(B, D, q, jw, w, r, norms);
+double adjoint_residual_f32(int64_t B, int64_t D, const float* q, const float* jw, const float* w, const float* scale, float* r,
+                            float* relative) {
+  return adjoint_residual(B, D, q, jw, w, scale, r, relative);
 }
-void adjoint_residual_f64(int64_t B, int64_t D, const double* q, const double* jw, const double* w, double* r, double* norms) {
-  adjoint_residual(B, D, q, jw, w, r, norms);
+double adjoint_residual_f64(int64_t B, int64_t D, const double* q, const double* jw, const double* w, const double* scale,
+                            double* r, double* relative) {
+  return adjoint_residual(B, D, q, jw, w, scale, r, relative);
 }
 }

@@ -45,17 +45,21 @@ def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
     if functions is None:
         return aten.apply_transpose(factors, x)
     y = torch.empty_like(x)
-    struct = describe(factors, native.threads_for(x.numel()))
-    functions.transpose(ctypes.addressof(struct), x.data_ptr(), y.data_ptr())
+    functions.transpose(ctypes.addressof(describe(factors)), x.data_ptr(), y.data_ptr())
     return y
 
 
-def adjoint_residual(q: Tensor, jw: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """r = q + J^T w - w and its norm for each sample: (B, D) and (B,), new tensors; all three arguments are (B, D)."""
-    functions = native.functions(q, jw, w)
+def adjoint_residual(q: Tensor, jw: Tensor, w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, float]:
+    """r = q + J^T w - w, |r_b| / scale_b, and |r| over the batch; a sample with scale 0 counts as solved.
+
+    q, jw, w: (B, D); scale: (B,). Returns (B, D), (B,), and a number. Synchronises with the host.
+    """
+    jw = jw.to(q.dtype).contiguous()
+    functions = native.functions(q, jw, w, scale)
     if functions is None:
         r = (q + jw).sub_(w)
-        return r, torch.linalg.vector_norm(r, dim=1)
-    r, norms = torch.empty_like(q), q.new_empty(q.shape[0])
-    functions.adjoint_residual(*q.shape, *(t.data_ptr() for t in (q, jw, w, r, norms)))
-    return r, norms
+        norms = torch.linalg.vector_norm(r, dim=1).masked_fill_(scale == 0, 0.0)
+        return r, norms / scale.masked_fill(scale == 0, 1.0), float(torch.linalg.vector_norm(norms))
+    r, relative = torch.empty_like(q), torch.empty_like(scale)
+    batch = functions.adjoint_residual(*q.shape, *(t.data_ptr() for t in (q, jw, w, scale, r, relative)))
+    return r, relative, batch

@@ -357,7 +357,7 @@ def test_wrong_arguments_are_named() -> None:
         new_state(z, 5, eta=1.0)
     with pytest.raises(ValueError, match="factor_dtype"):
         new_state(z, 5, torch.int8)
-    with pytest.raises(ValueError, match=r"expected S contiguous, \(2, 6, 3\)"):
+    with pytest.raises(ValueError, match=r"expected S of shape \(2, 6, 3\)"):
         new_state(z, 5, S=torch.empty(2, 5, 3))
     with pytest.raises(ValueError, match="expected C contiguous"):
         new_state(z, 5, C=torch.empty(2, 5, 5, dtype=torch.float64))
