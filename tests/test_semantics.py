@@ -54,6 +54,22 @@ def test_equilibrium_semantics_means_the_fixed_point() -> None:
     assert report.regions[0].distance is None
 
 
+def test_a_slow_body_gets_a_tighter_tolerance() -> None:
+    """200 iterations are at the fixed point to 1e-5; the solve at the default tolerance is not, to verify_tol: its fault."""
+    model, x = contracting(0.95, 200)
+    run, report = compiled(model, tol=None)
+    found = value_and_grads(run, model, x)
+    assert report.regions[0].status == "solve"
+    assert largest_error(found[:1], reference(model, x)[:1]) < 1e-3
+    with record_solves() as solves:
+        found = value_and_grads(run, model, x)
+    assert solves[0].status == "solve"
+    assert largest_error(found[:1], reference(model, x)[:1]) < 1e-3
+    loose, report = compiled(copy.deepcopy(model), tol=3e-2)  # said outright: not to be tightened
+    value_and_grads(loose, model, x)
+    assert report.regions[0].status == "kept"
+
+
 @pytest.mark.parametrize("memory", [1, 3, 4, 9, 10, 50])
 def test_kept_loop_with_little_memory(memory: int) -> None:
     """The same gradient, whatever is stored."""

@@ -153,7 +153,7 @@ def differences(found: Outcome, expected: Outcome) -> list[tuple[str, float]]:
     # A returned residual is zero but for rounding: it is compared with what it is a residual of. So is a fixed point of 0.
     largest = max((float(b.norm()) for b in expected.values.values()), default=0.0)
     for name, b in expected.values.items():
-        errors.append((name, _error(found.values[name], b, 0.1 * max(largest, 0.01))))
+        errors.append((name, _error(found.values[name], b, 0.1 * max(largest, 1.0))))
     total = sum(float(g.norm()) ** 2 for g in _present(expected.grads)) ** 0.5
     for name, want in expected.grads.items():
         got = found.grads[name]

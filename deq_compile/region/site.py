@@ -86,6 +86,7 @@ class Site:
     verdict   "pending" before the first call, then "solve" or "kept"
     rows      True: dimension 0 is a batch; False: one coupled system; None: not decided yet
     distance  last measured max over samples of |z_N - z*| / |z*|
+    tol       the solver's tolerance; a verification may have tightened the default
     expected_vjps  what the last backward needed, for the next one to predict with
     on_change called with the site when a verdict or distance changes (the report listens)
     """
@@ -97,6 +98,7 @@ class Site:
         self.compares = spec.iterations is not None and config.semantics == "loop" and config.verify != "never"
         self.verdict = "pending" if self.compares else "solve"
         self.distance: float | None = None
+        self.tol = config.tol
         self.calls = 0
         self.misses = 0
         self.adjoint_misses = 0
