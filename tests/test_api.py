@@ -319,6 +319,8 @@ import importlib.metadata as metadata
 real = metadata.entry_points
 def without(**query):
     found = real(**query)
+    if "group" not in query:
+        return found
     return metadata.EntryPoints(e for e in found if e.name != "deq")
 metadata.entry_points = without
 import deq_compile

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config
+import torch._inductor.config
 from torch import Tensor, nn
 
 from deq_compile import Report, explain, record_solves
@@ -16,6 +19,13 @@ from deq_compile.region.modes import Ambient
 from tests.conftest import InductorCounter
 from tests.helpers import TIGHT, compiled, largest_error, reference, value_and_grads
 from tests.models.loops import CASES, Case, Linear, Loop
+
+
+@pytest.fixture(autouse=True)
+def _cold() -> Iterator[None]:
+    """Graphs are counted, so none may come from a cache on disk."""
+    with torch._inductor.config.patch(fx_graph_cache=False), torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
 
 
 @pytest.mark.parametrize("name", ["two_states", "conv", "transformer", "gru", "weight_norm", "no_grad_attached", "cat"])

@@ -61,7 +61,7 @@ def run_forward(
         evaluations += 1
         return runner.apply(z, operands)
 
-    def solved(start: Tensor, tol: float, **buffers: Tensor | None) -> Solution:
+    def solved(start: Tensor, tol: float, steps: Tensor | None = None, coefficients: Tensor | None = None) -> Solution:
         return solve(
             body,
             start,
@@ -72,14 +72,15 @@ def run_forward(
             memory=config.memory,
             factor_dtype=spec.factor_dtype,
             body_eps=spec.body_eps,
-            **buffers,
+            S=steps,
+            C=coefficients,
         )
 
     due = site.due()
     solution = None
     if due or site.verdict == "solve":
         steps, coefficients = _buffers(S, C, layout, config.memory) if spec.stores_steps else (None, None)
-        solution = solved(z0, site.tol, S=steps, C=coefficients)
+        solution = solved(z0, site.tol, steps, coefficients)
     loop = None
     if due and spec.iterations is not None and solution is not None:
         loop = _apply(body, z0, spec.iterations)
