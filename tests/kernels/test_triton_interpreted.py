@@ -42,6 +42,7 @@ def interpreted() -> Iterator[dict[str, Any]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)  # triton 3.6's interpreter turns arrays of one number into numbers
         yield {"broyden": broyden, "reuse": reuse}
 
 
