@@ -95,7 +95,10 @@ def test_memory_rows_are_merged_by_problem_form_and_method() -> None:
 
 def test_markdown_marks_the_unconverged_and_lets_a_converged_row_win() -> None:
     rows = [row("eager", 10.0, memory_mb=12.4), row("torchdeq-fixed", 2.0, residual=1e-2), row("deq", 5.0, gradient=6e-3)]
-    lines = outputs.markdown(report.derive(rows, KINDS, "cpu"), LABELS, "cpu").splitlines()
+    text = outputs.markdown(report.derive(rows, KINDS, "cpu"), LABELS, "cpu").splitlines()
+    summary, lines = text[:3], text[4:]
+    numbers = [cell.strip() for cell in summary[2].strip("|").split("|")]
+    assert numbers == ["p, N = 30, x before", "10.0", "–", "–", "2.0 †", "5.0", "–", "–", "2.0×", "–", "6.0e-03"]
 
     def cells(start: str) -> list[str]:
         (line,) = [line for line in lines if line.startswith(f"| {start}")]

@@ -11,7 +11,7 @@ from .report import FOOTNOTE, MISSING, UNCONVERGED, Row, grouped, label_of, numb
 
 
 def markdown(rows: Sequence[Row], labels: dict[str, str], clock: str) -> str:
-    """One compact table for each problem and form; the fastest row that converged is in bold."""
+    """A summary, then a table for each problem and form; the fastest row that converged is in bold."""
     headers = ["", "step (ms)", "against the eager loop", "against TorchDEQ Broyden", "gradient error", "memory (MB)"]
     parts = []
     for group in grouped(rows):
@@ -35,7 +35,39 @@ def markdown(rows: Sequence[Row], labels: dict[str, str], clock: str) -> str:
         alignment = ("left", *["right"] * (len(headers) - 1))
         table = tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True, colalign=alignment)
         parts.append(f"**{title(group)}**\n\n{table}")
-    return "\n\n".join([*parts, FOOTNOTE])
+    return "\n\n".join([summary(rows, clock), *parts, FOOTNOTE])
+
+
+# Columns of the summary: a row's key and its heading.
+_SUMMARY = {
+    "eager": "eager loop",
+    "inductor": "compiled loop",
+    "torchdeq-broyden": "TorchDEQ Broyden",
+    "torchdeq-fixed": "TorchDEQ fixed-point",
+    "deq": "**deq**",
+    "deq-peer-tol": "deq, adjoint 1e-4",
+    "bound": "bound",
+}
+
+
+def summary(rows: Sequence[Row], clock: str) -> str:
+    """One line for each problem and form: step times in ms, deq's ratios, its gradient error."""
+    lines = []
+    for group in grouped(rows):
+        by_method = {row["method"]: row for row in group}
+        ours = by_method.get("deq", {})
+        first = group[0]
+        line = [f"{first['problem']}, N = {first['n_iter']}, x {first['inject']}"]
+        for method in _SUMMARY:
+            row = by_method.get(method)
+            mark = f" {UNCONVERGED}" if row and row.get("converged") is False else ""
+            line.append(number(step_ms(row, clock), ".1f") + mark)
+        ratio = ours.get("ratio", {})
+        line += [number(ratio.get(name), ".1f", "×") for name in ("eager", "torchdeq")]
+        lines.append([*line, number(ours.get("gradient_error"), ".1e")])
+    headers = ["", *_SUMMARY.values(), "vs eager", "vs TorchDEQ Broyden", "gradient error"]
+    alignment = ("left", *["right"] * (len(headers) - 1))
+    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True, colalign=alignment)
 
 
 def targets(rows: Sequence[Row], clock: str) -> str:
