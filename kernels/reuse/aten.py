@@ -9,18 +9,7 @@ from ..broyden.state import Factors
 
 
 def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
-    """-H^T x, each sample with the steps it has stored; x itself where it has fewer than two (H = -I).
-
-    -H^T x = x + sum_j d_j s_j with d = C^T b and b_j = s_{j+1} . x: two reads of S. SHINE (arXiv 2106.00553) and
-    Nguyen & Mauch (arXiv 2304.11663) start the adjoint solve with it.
-
-    Args:
-        factors: of a Broyden solve.
-        x: (B, D) in the compute dtype (that of C).
-
-    Returns:
-        (B, D), a new tensor in that dtype.
-    """
+    """-H^T x for x (B, D) in the compute dtype; see :func:`~.dispatch.apply_transpose`."""
     pairs = factors.high - 1
     if pairs < 1:
         return x.clone()
