@@ -57,7 +57,8 @@ def summary(rows: Sequence[Row], clock: str) -> str:
         by_method = {row["method"]: row for row in group}
         ours = by_method.get("deq", {})
         first = group[0]
-        line = [f"{first['problem']}, N = {first['n_iter']}, x {first['inject']}"]
+        count = f", N = {first['n_iter']}, x {first['inject']}" if first["n_iter"] else ""
+        line = [f"{first['problem']}{count}"]
         for method in _SUMMARY:
             row = by_method.get(method)
             mark = f" {UNCONVERGED}" if row and row.get("converged") is False else ""
