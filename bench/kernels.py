@@ -63,7 +63,8 @@ def constants(name: str, steps: int) -> dict[str, Any]:
         "BP": power_of_two(cut.slabs), "STAGES": cut.stages, "RELATIVE": True, "GIVEN": False, "OBSERVE": True,
         "ACC": tl.float32,
     }  # fmt: skip
-    return {**values, "warps": cut.warps, "stages": cut.stages}
+    warps = cut.update_warps if name in ("combine", "transpose_combine") else cut.warps
+    return {**values, "warps": warps, "stages": cut.stages}
 
 
 def compile_one(name: str, kernel: Any, arch: int, dtype: str, steps: int) -> Row:

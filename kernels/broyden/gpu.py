@@ -85,7 +85,8 @@ class TritonState(BroydenState):
         )  # fmt: skip
         self.kernels.combine[(B, cut.slabs)](
             z, f, norm, self.S, self.C, *counters, self.z_best, y, parts, ints, floats, pending, D, row, LD, cut.slab,
-            cut.slabs, *limits, M=M, BM=cut.BM, BP=power_of_two(cut.slabs), BD=cut.BD2, **options,
+            cut.slabs, *limits, M=M, BM=cut.BM, BP=power_of_two(cut.slabs), BD=cut.BD2,
+            **{**options, "num_warps": cut.update_warps},
         )  # fmt: skip
 
     def _tiles(self, B: int, D: int) -> Tiles:

@@ -37,6 +37,6 @@ def apply_transpose(factors: Factors, x: Tensor, kernels: Any, cut: Tiles | None
     )  # fmt: skip
     kernels.transpose_combine[(B, cut.slabs)](
         x, out, S, C, factors.n, parts, d, D, row, LD, cut.slab, cut.slabs,
-        M=M, BM=cut.BM, BP=power_of_two(cut.slabs), BD=cut.BD2, ACC=acc, num_warps=cut.warps,
+        M=M, BM=cut.BM, BP=power_of_two(cut.slabs), BD=cut.BD2, ACC=acc, num_warps=cut.update_warps,
     )  # fmt: skip
     return out
