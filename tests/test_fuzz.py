@@ -34,7 +34,8 @@ def test_random_programs_come_out_right(rng: random.Random) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_a_program(form: str) -> None:
-    compile(source(Recipe(form=form, first=("linear",), second=("tanh",))), form, "exec")
+    names = compile(source(Recipe(form=form, first=("linear",), second=("tanh",))), form, "exec").co_names
+    assert {"Model", "make_inputs"} <= set(names)
 
 
 def test_the_grammar_is_wide() -> None:

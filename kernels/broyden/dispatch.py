@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from .. import native
+from ..device import triton_kernels
 from . import aten
 from .cpu import CpuState
 from .gpu import TritonState
 from .state import BroydenState, check_start, new_aten_state, new_buffers
-
-
-@functools.cache
-def triton_kernels() -> ModuleType | None:
-    """The Triton kernels, None where Triton is not installed."""
-    try:
-        from . import triton_kernels as kernels
-    except ImportError:
-        return None
-    return kernels
 
 
 def new_state(
@@ -53,7 +41,7 @@ def new_state(
     """
     factor_dtype = check_start(z0, memory, factor_dtype, eta, S)
     S, C = new_buffers(z0, memory, factor_dtype, S, C)
-    if z0.device.type == "cuda" and (kernels := triton_kernels()) is not None:
+    if z0.device.type == "cuda" and (kernels := triton_kernels("broyden")) is not None:
         return TritonState.create(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor, kernels=kernels)
     functions = native.functions(S, C) if factor_dtype == z0.dtype and z0.device.type == "cpu" else None
     if functions is not None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -12,17 +10,8 @@ from torch import Tensor
 from .. import native
 from ..broyden.cpu import describe
 from ..broyden.state import Factors
+from ..device import triton_kernels
 from . import aten, gpu
-
-
-@functools.cache
-def triton_kernels() -> ModuleType | None:
-    """The Triton kernels, None where Triton is not installed."""
-    try:
-        from . import triton_kernels as kernels
-    except ImportError:
-        return None
-    return kernels
 
 
 def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
@@ -39,7 +28,7 @@ def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
         (B, D), a new tensor in that dtype.
     """
     x = x.contiguous()
-    if x.device.type == "cuda" and (kernels := triton_kernels()) is not None:
+    if x.device.type == "cuda" and (kernels := triton_kernels("reuse")) is not None:
         return gpu.apply_transpose(factors, x, kernels)
     functions = native.functions(factors.S, factors.C, x)
     if functions is None:
