@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from deq_compile.kernels.broyden import coefficient_width
+from deq_compile.kernels.device import on_gpu
 
 from . import run
 from .site import site as find_site
@@ -49,7 +50,7 @@ def _factor_sizes(region: str, state0: Sequence[Tensor]) -> tuple[Any, Any]:
         return 0, 0
     memory = spec.config.memory
     total, samples = sum(math.prod(s.shape) for s in state0), _samples(region, state0)
-    if state0[0].device.type == "cuda":  # enough for rows padded to 16 elements, and for one padded row of all
+    if on_gpu(state0[0].device):  # enough for rows padded to 16 elements, and for one padded row of all
         total = (total + 16 * samples + 15) // 16 * 16
     return total * (memory + 1), samples * memory * coefficient_width(memory)
 
