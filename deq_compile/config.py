@@ -116,6 +116,7 @@ _RULES: dict[str, _Rule] = {
     "verify_tol": _Rule(1e-3, _positive_or_inf),
     "loop_memory": _Rule(None, _integer(1)),
     "hooks": _Rule("take", _choice("take", "keep")),
+    "engine": _Rule("auto", _choice("auto", "while", "chunks", "loop")),
     "inner": _Rule("inductor", _choice("inductor", "aot_eager", "eager")),
     "inductor": _Rule({}, _patches),
 }
@@ -189,6 +190,8 @@ class Options:
     ``loop_memory``            None           iterates held at a time by the backward of a kept loop; None: all N. With
                                               m < N, segments of m are recomputed, at N more evaluations
     ``hooks``                  "take"         "take" recognised adjoint-solving hooks over, or "keep" them
+    ``engine``                 "auto"         what the iterations run on, on a GPU: "while" (one CUDA graph with a WHILE node),
+                                              "chunks" (a CUDA graph of some iterations), "loop"; "auto": the first that works
     ``inner``                  "inductor"     the backend of the rest: "inductor", "aot_eager", "eager"
     ``inductor``               {}             settings passed on to Inductor
     ========================== ============== =================================================================
@@ -216,6 +219,7 @@ class Options:
     verify_tol: float | None = None
     loop_memory: int | None = None
     hooks: str | None = None
+    engine: str | None = None
     inner: str | None = None
     inductor: dict[str, Any] | None = None
 
@@ -326,6 +330,7 @@ class Config:
     verify_tol: float
     loop_memory: int | None
     hooks: str
+    engine: str
     inner: str
     inductor: dict[str, Any]
     provenance: dict[str, str] = field(compare=False)

@@ -64,7 +64,9 @@ class Region:
 
     `hoisted` names the operations that were moved out of the loop. `status` is "solve" (a Broyden or Picard solve stands in
     for the loop), "kept" (the loop's own iterations are run) or "pending" (not called yet, so not verified); `distance` is
-    the last measured max over samples of |z_N - z*| / |z*|, None before a verification or where none is asked for.
+    the last measured max over samples of |z_N - z*| / |z*|, None before a verification or where none is asked for. `engine` is
+    what the iterations ran on at the last call ("loop", "chunks", "while"; see region/engine), `engine_reason` why on nothing
+    better.
     """
 
     key: str
@@ -78,6 +80,8 @@ class Region:
     backward: str
     status: str = "pending"
     distance: float | None = None
+    engine: str = "loop"
+    engine_reason: str = ""
 
 
 @dataclasses.dataclass
@@ -114,6 +118,7 @@ class Report:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if not self.regions:
             lines = [f"no fixed-point region in {self.graphs} graph(s)"]
+        lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
         lines += [f"left alone  {skipped}" for skipped in self.skipped]
         lines += [f"graph break {' '.join(text.split())}" for text in self.graph_breaks]
         return "\n".join(lines)

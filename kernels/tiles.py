@@ -20,7 +20,7 @@ class Tiles:
     slabs   programs a row is split over; 1: the fused form
     slab    columns of one of them
     stages  of the software pipeline of the dot products
-    warps   of a program; update_warps those of the split update, each program of which holds C, BM x BM numbers, in registers
+    warps   of a program
     """
 
     BM: int
@@ -30,7 +30,6 @@ class Tiles:
     slab: int
     stages: int
     warps: int
-    update_warps: int = 4
 
 
 # Columns of a tile of steps by its rows: 4096 numbers an accumulator, 16 to 32 registers a thread.
@@ -54,5 +53,4 @@ def tiles(B: int, D: int, steps: int, element_size: int = 4) -> Tiles:
     slabs = min(-(-D // SLAB_COLUMNS), MOST_SLABS)
     slab = -(-D // slabs)
     slab = (slab + 15) // 16 * 16
-    wide = BM >= 64
-    return Tiles(BM, BD, 2048 if wide else 512, -(-D // slab), slab, 3, 4, 16 if wide else 4)
+    return Tiles(BM, BD, 1024, -(-D // slab), slab, 3, 4)

@@ -36,6 +36,7 @@ DEFAULTS = {
     "verify_tol": 1e-3,
     "loop_memory": None,
     "hooks": "take",
+    "engine": "auto",
     "inner": "inductor",
     "inductor": {},
 }
@@ -108,6 +109,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("semantics", "fixed_point", "one of 'loop', 'equilibrium'"),
     ("verify", False, "one of 'periodic', 'first', 'never'"),
     ("verify_tol", 0, "a number above 0"),
+    ("engine", "graph", "one of 'auto', 'while', 'chunks', 'loop'"),
     ("hooks", "drop", "one of 'take', 'keep'"),
     ("inner", "cudagraphs", "one of 'inductor', 'aot_eager', 'eager'"),
     ("inductor", ["max_autotune"], "a dict of Inductor settings"),
@@ -240,6 +242,7 @@ OTHER_VALUES: dict[str, Any] = {
     "verify_tol": 1e-2,
     "loop_memory": 5,
     "hooks": "keep",
+    "engine": "loop",
     "inner": "eager",
     "inductor": {"max_autotune": True},
 }

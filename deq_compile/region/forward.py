@@ -12,6 +12,7 @@ from deq_compile.kernels.broyden import (
     NORM_EPS,
     RUNNING,
     BroydenState,
+    Factors,
     Progress,
     new_progress,
     new_state,
@@ -36,15 +37,17 @@ class Solution:
         status: (B,) int8, values of :class:`~deq_compile.region.status.Status`.
         iterations: (B,) int32, body evaluations at which each sample stopped.
         residual: (B,) stopping residual at ``z``; inf where none was finite.
-        evaluations: body evaluations of the whole batch.
+        evaluations: body evaluations of the whole batch; 0 where only the device knows.
+        outcome: waits for a captured solve and says how many samples missed their tolerance; None where nothing is pending.
     """
 
     z: Tensor
-    state: BroydenState | None
+    state: Factors | None
     status: Tensor
     iterations: Tensor
     residual: Tensor
     evaluations: int
+    outcome: Callable[[], tuple[int, int]] | None = None
 
 
 @torch.no_grad()
@@ -62,6 +65,7 @@ def solve(
     body_eps: float | None = None,
     S: Tensor | None = None,
     C: Tensor | None = None,
+    watched: bool = True,
 ) -> Solution:
     """Solve z = f(z) for each sample of a batch, without recording gradients.
 
@@ -81,6 +85,7 @@ def solve(
         body_eps: eps of the precision that the body computes in; None is that of ``z0``'s dtype.
         S: (B, memory + 1, D) buffer for the steps; its contents are never read.
         C: (B, memory, memory) buffer for the coefficients, in ``z0``'s dtype; its contents are never read.
+        watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
 
     Raises:
         ValueError: an argument that is not as above, or a body whose result has another shape than its argument.
@@ -100,6 +105,8 @@ def solve(
         return _solution(progress, None)
     memory = max_iter if memory is None else memory
     state = new_state(z0, memory, factor_dtype, eta, S, C, tol=tol, relative=relative, floor=floor)
+    if not watched:
+        state.unwatched()
     _iterate(f, z, state, max_iter, step)
     return _solution(state, state)
 

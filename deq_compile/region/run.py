@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from deq_compile.kernels.broyden import Factors, coefficient_width, factors_of, row_width
+from deq_compile.kernels.device import on_gpu
 
-from . import records
+from . import engine, records
 from .adjoint import AdjointSolution, jacobian_free, solve_adjoint
 from .agree import agreed
 from .body import Linearised, Runner, runner_for
@@ -50,6 +51,9 @@ def run_forward(
 ) -> Forward:
     """Solve a region, or run its loop. `S` and `C` are flat buffers for the factors, empty where none are kept."""
     spec, config = site.spec, site.spec.config
+    inside = engine.under_capture(site, state0)
+    if not inside:
+        _settle(site)
     rows = _decide_rows(site, state0, operands, sizes)
     layout = spec.layout([s.shape for s in state0], rows)
     z0 = layout.flatten(state0).detach()
@@ -74,19 +78,28 @@ def run_forward(
             body_eps=spec.body_eps,
             S=steps,
             C=coefficients,
+            watched=not inside,
         )
 
-    due = site.due()
+    due = site.due() and not inside
     solution = None
     if due or site.verdict == "solve":
         steps, coefficients = _buffers(S, C, layout, config.memory) if spec.stores_steps else (None, None)
-        solution = solved(z0, site.tol, steps, coefficients)
+        captured = None if inside else _captured(site, runner, z0, operands, sizes)
+        if captured is not None:
+            solution = captured.solve(z0, operands, steps, coefficients)
+        if solution is None:
+            solution = solved(z0, site.tol, steps, coefficients)
     loop = None
     if due and spec.iterations is not None and solution is not None:
         loop = _apply(body, z0, spec.iterations)
         solution = _verify(site, solution, loop, solved)
-    elif solution is not None:
+    elif inside:
+        pass
+    elif solution is not None and solution.outcome is None:
         _count_misses(site, solution)
+    elif solution is not None:  # what it came to is asked at the next call, when the device has long been done
+        site.pending = dataclasses.replace(solution, z=solution.residual, state=None)
     site.calls += layout.batch > 0
     kept = site.verdict == "kept" and (loop is not None or solution is None)
     if kept:
@@ -96,7 +109,7 @@ def run_forward(
     else:
         assert solution is not None
         z = solution.z
-    serial = _record_forward(site, solution, z, evaluations, S, C)
+    serial = 0 if inside else _record_forward(site, solution, z, evaluations, S, C)
     n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
     if solution is not None and solution.state is not None:
         n = solution.state.n
@@ -190,6 +203,33 @@ def _gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolutio
     return not missed
 
 
+def _captured(
+    site: Site, runner: Runner, z0: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]
+) -> engine.CapturedForward | None:
+    """The captured solve of this region for these shapes, on a GPU and from the second call on."""
+    config = site.spec.config
+    if config.solver != "broyden" or config.engine == "loop" or not on_gpu(z0.device):
+        return None
+    settings = engine.ForwardSettings(
+        site.tol, config.stop_mode, config.max_iter, config.memory, site.spec.factor_dtype, site.spec.body_eps
+    )
+    found = engine.captured_forward((site.key, *sizes), runner, z0, operands, settings, config.engine)
+    if found is not None:
+        site.use(found.name, found.reason)
+    return found
+
+
+def _settle(site: Site) -> None:
+    """Learn what the last captured solve came to."""
+    solution, site.pending = site.pending, None
+    if solution is not None and solution.outcome is not None:
+        missed, _ = solution.outcome()
+        if missed:
+            _count_misses(site, solution)
+        else:
+            site.misses = 0
+
+
 def _decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
     """Whether dimension 0 is a batch of independent samples. Undecided, and harmless, below two samples."""
     if site.rows is not None:
@@ -257,7 +297,7 @@ def _verify(site: Site, solution: Solution, loop: Tensor, solved: Callable[[Tens
 
 def _count_misses(site: Site, solution: Solution) -> None:
     """A fixed-count loop whose solve misses its tolerance again and again goes back to its own iterations."""
-    missed = solution.z.numel() > 0 and not bool(converged(solution.status).all())
+    missed = solution.status.numel() > 0 and not bool(converged(solution.status).all())
     site.misses = site.misses + 1 if missed else 0
     if not missed:
         return

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import on_gpu
+
 # The codes in Progress.done. Those above RUNNING are final.
 RUNNING, CONVERGED, FLOOR, MAX_ITER, NONFINITE = range(5)
 
@@ -114,6 +116,9 @@ class BroydenState(Progress, Factors):
     count: int = 0
     guarded: bool = False
 
+    def unwatched(self) -> None:
+        """Do not ask a device how far it is: the iteration goes on to its cap, as somebody else's capture needs."""
+
 
 def factors_of(S: Tensor, C: Tensor, n: Tensor) -> Factors:
     """Factors from the tensors that a finished solve left (S, C and n as in :class:`Factors`). Synchronises once."""
@@ -132,7 +137,7 @@ def coefficient_width(memory: int) -> int:
 
 def row_width(D: int, device: torch.device) -> int:
     """Row length of S: on a GPU D rounded up to 16 elements, so that loads stay 16 bytes wide."""
-    return (D + 15) // 16 * 16 if device.type == "cuda" else D
+    return (D + 15) // 16 * 16 if on_gpu(device) else D
 
 
 def check_start(

@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import native
 from ..broyden.cpu import describe
 from ..broyden.state import Factors
-from ..device import triton_kernels
+from ..device import on_gpu, triton_kernels
 from . import aten, cpu, gpu
 from .multisecant import Multisecant, apply_aten, multisecant_aten
 
@@ -29,7 +29,7 @@ def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
         (B, D), a new tensor in that dtype.
     """
     x = x.contiguous()
-    if x.device.type == "cuda" and (kernels := triton_kernels("reuse")) is not None:
+    if on_gpu(x.device) and (kernels := triton_kernels("reuse")) is not None:
         return gpu.apply_transpose(factors, x, kernels)
     functions = native.functions(factors.S, factors.C, x)
     if functions is None:
