@@ -153,6 +153,7 @@ def run_backward(
             max_iter=max(1, config.backward_max_iter),
             expected=site.expected_vjps,
             body_eps=spec.body_eps,
+            skip=2 if config.memory < config.max_iter else 0,  # a restart may have left two pairs that are not exact
         )
         site.expected_vjps = found.needed
     if serial:

@@ -127,7 +127,7 @@ def factors_of(S: Tensor, C: Tensor, n: Tensor) -> Factors:
 
 def new_progress(z0: Tensor, *, tol: float = 0.0, relative: bool = True, floor: float = 0.0) -> Progress:
     """Progress of an iteration that starts at ``z0`` (B, D) and has seen no evaluation yet."""
-    return Progress(**_progress_fields(z0, tol, relative, floor))
+    return Progress(**progress_fields(z0, tol, relative, floor))
 
 
 def coefficient_width(memory: int) -> int:
@@ -182,11 +182,12 @@ def new_aten_state(
         C=C.zero_(),
         n=torch.zeros(z0.shape[0], dtype=torch.int32, device=z0.device),
         eta=eta,
-        **_progress_fields(z0, tol, relative, floor),
+        **progress_fields(z0, tol, relative, floor),
     )
 
 
-def _progress_fields(z0: Tensor, tol: float, relative: bool, floor: float) -> dict[str, Any]:
+def progress_fields(z0: Tensor, tol: float, relative: bool, floor: float) -> dict[str, Any]:
+    """The arguments of :class:`Progress` for an iteration that starts at ``z0`` (B, D)."""
     B = z0.shape[0]
     return {
         "done": torch.zeros(B, dtype=torch.int8, device=z0.device),
