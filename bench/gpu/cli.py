@@ -21,18 +21,21 @@ from .common import Row, Setting, read
 ROOT = Path(__file__).resolve().parents[2]
 # Part, and how many seconds it gets: under eight minutes in all.
 PARTS = {"facts": 30, "correct": 150, "experiments": 90, "kernels": 80, "steps": 110}
+TUNING = 240  # a part of its own, with --tune
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for rows and JSON (default %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="no device: tiny shapes, Triton interpreted, stand-ins for CUDA")
     parser.add_argument("--parts", default=",".join(PARTS), help="of: %(default)s")
+    parser.add_argument("--tune", action="store_true", help="only sweep the tiles, and save those that are faster (4 minutes)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
 
 
 def child(args: argparse.Namespace) -> int:
     """Run one part in this process."""
-    setting = Setting(args.child, args.out / "gpu-rows.jsonl", args.dry_run, 600 if args.dry_run else PARTS[args.child])
+    seconds = 600 if args.dry_run else PARTS.get(args.child, TUNING)
+    setting = Setting(args.child, args.out / "gpu-rows.jsonl", args.dry_run, seconds)
     if args.dry_run:
         import warnings
 
@@ -48,8 +51,11 @@ def child(args: argparse.Namespace) -> int:
 
 
 def run_part(setting: Setting) -> None:
-    from . import correct, experiments, facts, kernel_times, steps
+    from . import correct, experiments, facts, kernel_times, steps, tuning
 
+    if setting.part == "tuning":
+        tuning.run(setting, save=not setting.dry)
+        return
     if setting.part == "kernels":
         rates = [r["GB_per_s"] for r in read(setting.file) if r["what"] == "copy bandwidth" and "GB_per_s" in r]
         kernel_times.run(setting, max(rates, default=float("nan")))
@@ -60,8 +66,8 @@ def run_part(setting: Setting) -> None:
 def main(args: argparse.Namespace) -> int:
     if args.child:
         return child(args)
-    chosen = args.parts.split(",")
-    if unknown := [p for p in chosen if p not in PARTS]:
+    chosen = ["facts", "tuning"] if args.tune else args.parts.split(",")
+    if unknown := [p for p in chosen if p not in (*PARTS, "tuning")]:
         raise SystemExit(f"--parts: expected some of {', '.join(PARTS)}; got {', '.join(unknown)}")
     if not args.dry_run:
         import torch
@@ -78,7 +84,7 @@ def main(args: argparse.Namespace) -> int:
         command = [sys.executable, "-m", "bench", "gpu", "--child", part, "--out", str(args.out)]
         begun = time.monotonic()
         try:
-            limit = None if args.dry_run else PARTS[part] + 30
+            limit = None if args.dry_run else PARTS.get(part, TUNING) + 30
             done = subprocess.run(
                 command + ["--dry-run"] * args.dry_run, cwd=ROOT, env=environment, timeout=limit, check=False
             )
