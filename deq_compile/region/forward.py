@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from deq_compile.kernels import anderson
 from deq_compile.kernels.broyden import (
     NORM_EPS,
     RUNNING,
@@ -23,7 +24,7 @@ from deq_compile.kernels.broyden import (
 # Multiples of the body's eps below which stagnation is the precision's doing.
 FLOOR_EPS = 50
 
-SOLVERS = ("broyden", "picard")
+SOLVERS = ("broyden", "anderson", "picard")
 STOP_MODES = ("rel", "abs")
 
 
@@ -66,6 +67,8 @@ def solve(
     S: Tensor | None = None,
     C: Tensor | None = None,
     watched: bool = True,
+    anderson_memory: int = 5,
+    anderson_damping: float = 1.0,
 ) -> Solution:
     """Solve z = f(z) for each sample of a batch, without recording gradients.
 
@@ -75,7 +78,8 @@ def solve(
     Args:
         f: body, (B, D) -> (B, D). It must not keep its argument, which changes in place afterwards.
         z0: (B, D) initial iterates, float32 or float64; left as it is. Nothing is evaluated where B = 0.
-        solver: "broyden" (good Broyden with H_0 = -I, :mod:`deq_compile.kernels.broyden`) or "picard" (z <- f(z)).
+        solver: "broyden" (good Broyden with H_0 = -I, :mod:`deq_compile.kernels.broyden`), "anderson" (type II,
+            :mod:`deq_compile.kernels.anderson`) or "picard" (z <- f(z)).
         tol: residual at which a sample stops.
         stop_mode: "rel" or "abs".
         max_iter: cap on body evaluations, at least 1.
@@ -85,6 +89,7 @@ def solve(
         body_eps: eps of the precision that the body computes in; None is that of ``z0``'s dtype.
         S: (B, memory + 1, D) buffer for the steps; its contents are never read.
         C: (B, memory, memory) buffer for the coefficients, in ``z0``'s dtype; its contents are never read.
+        anderson_memory, anderson_damping: m and beta of "anderson".
         watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
 
     Raises:
@@ -103,6 +108,10 @@ def solve(
         progress = new_progress(z0, tol=tol, relative=relative, floor=floor)
         _iterate(f, z, progress, max_iter, _picard_step)
         return _solution(progress, None)
+    if solver == "anderson":
+        window = anderson.new_state(z0, anderson_memory, anderson_damping, tol=tol, relative=relative, floor=floor)
+        _iterate(f, z, window, max_iter, anderson.step)
+        return _solution(window, None)
     memory = max_iter if memory is None else memory
     state = new_state(z0, memory, factor_dtype, eta, S, C, tol=tol, relative=relative, floor=floor)
     if not watched:

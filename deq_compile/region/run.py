@@ -14,7 +14,7 @@ from deq_compile.kernels.broyden import Factors, coefficient_width, factors_of, 
 from deq_compile.kernels.device import on_gpu
 
 from . import engine, records
-from .adjoint import AdjointSolution, jacobian_free, solve_adjoint
+from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
 from .agree import agreed
 from .body import Linearised, Runner, runner_for
 from .forward import Solution, solve
@@ -79,6 +79,8 @@ def run_forward(
             S=steps,
             C=coefficients,
             watched=not inside,
+            anderson_memory=config.anderson_memory,
+            anderson_damping=config.anderson_damping,
         )
 
     due = site.due() and not inside
@@ -132,13 +134,17 @@ def run_backward(
     layout = spec.layout([s.shape for s in states], rows)
     q = layout.flatten([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
     runner = runner_for(spec.body, layout, operands, sizes)
-    if kept:
+    if kept or spec.config.backward == "unroll":
         return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
     z = layout.flatten(states)
     linear = runner.linearise(z, operands, needs)
     config = spec.config
+    found: AdjointSolution
     if config.backward == "jfb":
-        found: AdjointSolution = jacobian_free(linear.vjp_full, q)
+        found = jacobian_free(linear.vjp_full, q)
+    elif config.backward in ("phantom", "neumann"):
+        damping = config.backward_damping if config.backward == "phantom" else 1.0
+        found = phantom(linear.vjp, linear.vjp_full, q, config.backward_steps, damping)
     else:
         state: Factors | None = None
         if spec.stores_steps:
@@ -183,7 +189,7 @@ def _gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolutio
     """
     config, check = site.spec.config, site.verify_gradient
     site.verify_gradient = False
-    if not site.compares or config.backward == "jfb":  # jfb asks for another gradient than the loop's
+    if not site.compares or config.backward != "reuse":  # the others ask for another gradient than the loop's
         return True
     if check and site.spec.iterations is not None and found.w.numel():
         w = found.w
@@ -345,15 +351,16 @@ def _loop_gradient(
     needs: tuple[bool, ...],
     serial: int,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The exact gradient of a kept loop: recompute its N iterates, then one VJP at each, last to first."""
-    assert site.spec.iterations is not None
+    """The exact gradient of a loop: recompute its N iterates, then one VJP at each, last to first. Where a fixed point was
+    declared there is no N, and the loop is that of `max_iter` plain iterations."""
+    count = site.spec.iterations or site.spec.config.max_iter
     total: list[Tensor | None] = [None] * sum(needs)
     w = q
-    for iterate in _iterates_backwards(runner, z0, operands, site.spec.iterations, site.spec.config.loop_memory):
+    for iterate in _iterates_backwards(runner, z0, operands, count, site.spec.config.loop_memory):
         w, grads = runner.linearise(iterate, operands, needs).vjp_full(w)
         total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
     if serial:
-        records.complete(serial, cotangent=q, w=q, vjps=site.spec.iterations, adjoint_message="the loop's own gradient")
+        records.complete(serial, cotangent=q, w=q, vjps=count, adjoint_message="the loop's own gradient")
     return layout.unflatten(w), total
 
 

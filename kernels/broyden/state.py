@@ -21,6 +21,10 @@ RUNNING, CONVERGED, FLOOR, MAX_ITER, NONFINITE = range(5)
 # Keeps the relative residual finite where f(z) = 0; as in TorchDEQ, so that tolerances mean the same.
 NORM_EPS = 1e-9
 
+# Stagnation: best residual not improved by 10 % in 5 iterations while below the floor.
+STALL_GAIN = 0.9
+STALL_PATIENCE = 5
+
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
