@@ -2,7 +2,7 @@
 
 from .api import deq_compile, explain
 from .backend import register_backend as _register_backend
-from .capture.ddp import install as _install_ddp
+from .capture import install as _install_capture
 from .config import Options
 from .region.records import SolveRecord, record_solves
 from .region.run import RegionWarning
@@ -25,4 +25,4 @@ __all__ = [
 ]
 
 _register_backend()
-_install_ddp()
+_install_capture()

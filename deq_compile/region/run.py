@@ -16,7 +16,7 @@ from . import records
 from .adjoint import AdjointSolution, jacobian_free, solve_adjoint
 from .agree import agreed
 from .body import Linearised, Runner, runner_for
-from .forward import Solution, solve
+from .forward import Solution, better_of, solve
 from .layout import Layout
 from .probe import rows_are_independent
 from .site import MISSES_BEFORE_KEPT, Site
@@ -36,13 +36,15 @@ class RegionWarning(UserWarning):
 
 @dataclasses.dataclass
 class Forward:
-    """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows."""
+    """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows.
+    `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept."""
 
     states: list[Tensor]
     n: Tensor
     kept: bool
     rows: bool
     serial: int
+    about: Tensor
 
 
 def run_forward(
@@ -61,11 +63,17 @@ def run_forward(
         evaluations += 1
         return runner.apply(z, operands)
 
-    def solved(start: Tensor, tol: float, steps: Tensor | None = None, coefficients: Tensor | None = None) -> Solution:
+    def stop(z: Tensor, f: Tensor) -> bool:
+        others = (*operands, *sizes)
+        return any(test.holds(layout, z, f, others) for test in spec.stop)
+
+    def solved(
+        start: Tensor, tol: float, steps: Tensor | None = None, coefficients: Tensor | None = None, solver: str = config.solver
+    ) -> Solution:
         return solve(
             body,
             start,
-            solver=config.solver,
+            solver=solver,
             tol=tol,
             stop_mode=config.stop_mode,
             max_iter=config.max_iter,
@@ -74,6 +82,7 @@ def run_forward(
             body_eps=spec.body_eps,
             S=steps,
             C=coefficients,
+            stop=stop if spec.stop else None,
         )
 
     due = site.due()
@@ -81,6 +90,8 @@ def run_forward(
     if due or site.verdict == "solve":
         steps, coefficients = _buffers(S, C, layout, config.memory) if spec.stores_steps else (None, None)
         solution = solved(z0, site.tol, steps, coefficients)
+        if spec.iterations is None and not bool(converged(solution.status).all()):
+            solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard"))
     loop = None
     if due and spec.iterations is not None and solution is not None:
         loop = _apply(body, z0, spec.iterations)
@@ -100,7 +111,7 @@ def run_forward(
     n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
     if solution is not None and solution.state is not None:
         n = solution.state.n
-    return Forward(layout.outputs(z), n, kept, rows, serial)
+    return Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n))
 
 
 def run_backward(
@@ -189,6 +200,12 @@ def _gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolutio
     return not missed
 
 
+def _about(solution: Solution | None, n: Tensor) -> Tensor:
+    if solution is None:
+        return n.new_full((n.shape[0], 2), -1.0, dtype=torch.float32)
+    return torch.stack([solution.residual.float(), solution.iterations.float()], dim=1)
+
+
 def _decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
     """Whether dimension 0 is a batch of independent samples. Undecided, and harmless, below two samples."""
     if site.rows is not None:
@@ -263,9 +280,10 @@ def _count_misses(site: Site, solution: Solution) -> None:
     if not site.warned:
         site.warned = True
         share = float(converged(solution.status).double().mean())
+        goal = "the loop's own test" if site.spec.stop else f"tol={site.tol:g}"
         warnings.warn(
-            f"fixed-point region at {site.spec.where}: {1 - share:.0%} of the samples missed tol="
-            f"{site.tol:g} within max_iter={site.spec.config.max_iter}; their best iterate is used "
+            f"fixed-point region at {site.spec.where}: {1 - share:.0%} of the samples missed {goal} "
+            f"within max_iter={site.spec.config.max_iter}; their best iterate is used "
             f"(largest residual {float(solution.residual.max()):.1e}). Raise max_iter or tol, or make the body contract",
             RegionWarning,
             stacklevel=2,
