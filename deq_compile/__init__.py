@@ -4,6 +4,7 @@ from .api import deq_compile, explain
 from .backend import register_backend as _register_backend
 from .capture import install as _install_capture
 from .config import Options
+from .explicit import fixed_point
 from .region.records import SolveRecord, record_solves
 from .region.run import RegionWarning
 from .report import Location, Reason, Region, Report, Skipped
@@ -21,6 +22,7 @@ __all__ = [
     "SolveRecord",
     "deq_compile",
     "explain",
+    "fixed_point",
     "record_solves",
 ]
 

@@ -161,7 +161,7 @@ def _copy_of(graph: fx.Graph) -> fx.Graph:
 
 def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) -> tuple[Callable[..., object], tuple[Any, ...]]:
     """Register the region of a loop; the node that stands in for it."""
-    chosen = scoped_options(loop.segment(0), options)
+    chosen = scoped_options(loop.segment(0), options).merge(Options.from_options(loop.options))
     config = usable(chosen.resolve(**loop.hints), [value_of(n) for n in loop.outputs])
     spec = region_spec(loop, ambient, config)
     site = register(spec)

@@ -34,6 +34,8 @@ class Reason(enum.Enum):
     SIDE_EFFECT = "the loop writes to something that outlives an iteration (an attribute, a list, a dict)"
     EXIT_TEST = "the test that ends the loop is no test of how far an iterate is from its image"
     NESTED_EXIT = "the body holds another loop whose exit depends on data"
+    TRAJECTORY = "states before the fixed point are asked for as well (a trajectory)"
+    LIBRARY = "the library is asked for something that only its own solver can do"
     NOT_CAUGHT = "the call was marked as a fixed point, but the graph was cut inside of it"
 
 

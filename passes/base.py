@@ -45,6 +45,7 @@ class Loop:
     invariants: tuple[fx.Node, ...]
     form: str = "loop"
     hints: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     # filled in by later passes
     tests: tuple[ExitTest, ...] = ()

@@ -137,6 +137,8 @@ def _region(graph: fx.Graph, exit: fx.Node) -> Declared | Skipped:
         invariants=tuple(invariants),
         form=str(entry.args[2]),
         hints=dict(entry.args[3]),  # type: ignore[arg-type]
+        options=dict(entry.args[4]),  # type: ignore[arg-type]
+        notes=(str(entry.args[5]),) if entry.args[5] else (),
         entry=entry,
         exit=exit,
     )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from . import allclose, ddp, dynamo, loop_exit, marker
+from . import allclose, calls, ddp, dynamo, loop_exit, marker, torchdeq  # noqa: F401 (torchdeq adds itself to calls)
 
 log = logging.getLogger("deq_compile.capture")
 
@@ -108,11 +108,30 @@ def _test_loop_exit() -> None:
     _expect(_targets(_halved).count(marker.may_exit), marker.UNROLLED, "markers")
 
 
+def _called(z: Tensor) -> Tensor:
+    return _halved(z)
+
+
+def _adapter_of_halved(site: str, z: Tensor) -> Tensor:
+    (found,), _ = marker.region(lambda states: (0.5 * states[0],), (z,), site, "self-test")
+    return found
+
+
+def _test_calls() -> None:
+    calls.take(_halved, _adapter_of_halved)
+    try:
+        found = _targets(_called)
+    finally:
+        calls.give_back(_halved)
+    _expect(found.count(marker.enter) + found.count(marker.leave), 2, "markers")
+
+
 def _test_allclose() -> None:
     _expect(_targets(_halved_until_close).count(marker.may_exit), marker.UNROLLED + 1, "markers")
 
 
 _FEATURES: list[tuple[str, Callable[[], Callable[[], None]], Callable[[], None]]] = [
     ("loops whose exit depends on data", loop_exit.install, _test_loop_exit),
+    ("calls of solvers", calls.install, _test_calls),
     ("torch.allclose as a loop's test", allclose.install, _test_allclose),
 ]

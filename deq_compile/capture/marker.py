@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,8 +38,11 @@ class Retrace(dynamo.RestartFromBackend):
 
 
 @torch._dynamo.allow_in_graph
-def enter(states: Sequence[Tensor], site: str, form: str, hints: Any) -> tuple[Tensor, ...]:
-    """The state inside a region; `hints` are pairs (option, value) that the user's code says."""
+def enter(
+    states: Sequence[Tensor], site: str, form: str, hints: Any = (), options: Any = (), note: str = ""
+) -> tuple[Tensor, ...]:
+    """The state inside a region. `hints` are pairs (option, value) that the user's code says, `options` those that it
+    says to us; `note` is for the report."""
     return tuple(s.clone() for s in states)
 
 
@@ -61,6 +64,21 @@ def may_exit(predicate: Any, site: str, entry: int, exit_when: bool, cap: int) -
 
     cap: the most iterations that the user's loop makes, 0 where that is not known.
     """
+
+
+def region(
+    f: Callable[[tuple[Tensor, ...]], Sequence[Tensor]],
+    states: tuple[Tensor, ...],
+    site: str,
+    form: str,
+    hints: Any = (),
+    options: Any = (),
+    note: str = "",
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Trace `f` once as the body of a region: the fixed point, and (B, INFO) about the solve. For code that Dynamo traces."""
+    entered = enter(states, site, form, hints, options, note)
+    done = leave(tuple(f(entered)), entered, site)
+    return done[:-1], done[-1]
 
 
 has_side_effect(may_exit)
@@ -130,6 +148,8 @@ def retrace(sites: Sequence[str]) -> None:
     if tx is None:
         raise RuntimeError("a graph with markers of deq_compile was compiled outside of Dynamo: nobody can trace it again")
     _blocked.setdefault(_key(tx), set()).update(sites)
+    # Dynamo remembers where it stood at each graph break of this attempt; the next one goes another way
+    tx.speculation_log.clear()
     raise Retrace(restart_reason="deq_compile: a region that was marked is none")
 
 

@@ -187,7 +187,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     )
 
 
-class _Once(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """Passes gradients on, and raises where somebody differentiates them."""
 
     @staticmethod
@@ -210,7 +210,7 @@ def _solve_backward_autograd(keyset: Any, *args: Any) -> list[Tensor]:
         return grads
     tensors = [t for a in args if isinstance(a, list) for t in a if isinstance(t, Tensor)]
     anchor = next((t for t in tensors if t.requires_grad), None)
-    return grads if anchor is None or not grads else list(_Once.apply(anchor, *grads))
+    return grads if anchor is None or not grads else list(Once.apply(anchor, *grads))
 
 
 _library.impl("solve", _solve, "CompositeExplicitAutograd")

@@ -97,7 +97,7 @@ def run_forward(
         loop = _apply(body, z0, spec.iterations)
         solution = _verify(site, solution, loop, solved)
     elif solution is not None:
-        _count_misses(site, solution)
+        count_misses(site, solution)
     site.calls += layout.batch > 0
     kept = site.verdict == "kept" and (loop is not None or solution is None)
     if kept:
@@ -107,7 +107,7 @@ def run_forward(
     else:
         assert solution is not None
         z = solution.z
-    serial = _record_forward(site, solution, z, evaluations, S, C)
+    serial = record_forward(site, solution, z, evaluations, S, C)
     n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
     if solution is not None and solution.state is not None:
         n = solution.state.n
@@ -271,7 +271,7 @@ def _verify(site: Site, solution: Solution, loop: Tensor, solved: Callable[[Tens
     return solution
 
 
-def _count_misses(site: Site, solution: Solution) -> None:
+def count_misses(site: Site, solution: Solution) -> None:
     """A fixed-count loop whose solve misses its tolerance again and again goes back to its own iterations."""
     missed = solution.z.numel() > 0 and not bool(converged(solution.status).all())
     site.misses = site.misses + 1 if missed else 0
@@ -292,7 +292,7 @@ def _count_misses(site: Site, solution: Solution) -> None:
         site.decide("kept", None)
 
 
-def _record_forward(
+def record_forward(
     site: Site, solution: Solution | None, z: Tensor, evaluations: int, S: Tensor, C: Tensor
 ) -> int:
     if not records.recording():
