@@ -17,7 +17,7 @@ from . import engine, records
 from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
 from .agree import agreed
 from .body import Linearised, Runner, runner_for
-from .forward import Solution, solve
+from .forward import Solution, better_of, solve
 from .layout import Layout
 from .probe import rows_are_independent
 from .site import MISSES_BEFORE_KEPT, Site
@@ -37,13 +37,15 @@ class RegionWarning(UserWarning):
 
 @dataclasses.dataclass
 class Forward:
-    """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows."""
+    """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows.
+    `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept."""
 
     states: list[Tensor]
     n: Tensor
     kept: bool
     rows: bool
     serial: int
+    about: Tensor
 
 
 def run_forward(
@@ -65,11 +67,17 @@ def run_forward(
         evaluations += 1
         return runner.apply(z, operands)
 
-    def solved(start: Tensor, tol: float, steps: Tensor | None = None, coefficients: Tensor | None = None) -> Solution:
+    def stop(z: Tensor, f: Tensor) -> bool:
+        others = (*operands, *sizes)
+        return any(test.holds(layout, z, f, others) for test in spec.stop)
+
+    def solved(
+        start: Tensor, tol: float, steps: Tensor | None = None, coefficients: Tensor | None = None, solver: str = config.solver
+    ) -> Solution:
         return solve(
             body,
             start,
-            solver=config.solver,
+            solver=solver,
             tol=tol,
             stop_mode=config.stop_mode,
             max_iter=config.max_iter,
@@ -81,6 +89,7 @@ def run_forward(
             watched=not inside,
             anderson_memory=config.anderson_memory,
             anderson_damping=config.anderson_damping,
+            stop=stop if spec.stop else None,
         )
 
     due = site.due() and not inside
@@ -92,6 +101,8 @@ def run_forward(
             solution = captured.solve(z0, operands, steps, coefficients)
         if solution is None:
             solution = solved(z0, site.tol, steps, coefficients)
+        if spec.iterations is None and not inside and solution.missed():
+            solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard"))
     loop = None
     if due and spec.iterations is not None and solution is not None:
         loop = _apply(body, z0, spec.iterations)
@@ -99,7 +110,7 @@ def run_forward(
     elif inside:
         pass
     elif solution is not None and solution.outcome is None:
-        _count_misses(site, solution)
+        count_misses(site, solution)
     elif solution is not None:  # what it came to is asked at the next call, when the device has long been done
         site.pending = dataclasses.replace(solution, z=solution.residual, state=None)
     site.calls += layout.batch > 0
@@ -111,11 +122,11 @@ def run_forward(
     else:
         assert solution is not None
         z = solution.z
-    serial = 0 if inside else _record_forward(site, solution, z, evaluations, S, C)
+    serial = 0 if inside else record_forward(site, solution, z, evaluations, S, C)
     n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
     if solution is not None and solution.state is not None:
         n = solution.state.n
-    return Forward(layout.outputs(z), n, kept, rows, serial)
+    return Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n))
 
 
 def run_backward(
@@ -214,7 +225,8 @@ def _captured(
 ) -> engine.CapturedForward | None:
     """The captured solve of this region for these shapes, on a GPU and from the second call on."""
     config = site.spec.config
-    if config.solver != "broyden" or config.engine == "loop" or not on_gpu(z0.device):
+    # A test of the user's own is a question to the host in every iteration.
+    if config.solver != "broyden" or config.engine == "loop" or site.spec.stop or not on_gpu(z0.device):
         return None
     settings = engine.ForwardSettings(
         site.tol, config.stop_mode, config.max_iter, config.memory, site.spec.factor_dtype, site.spec.body_eps
@@ -231,9 +243,15 @@ def _settle(site: Site) -> None:
     if solution is not None and solution.outcome is not None:
         missed, _ = solution.outcome()
         if missed:
-            _count_misses(site, solution)
+            count_misses(site, solution)
         else:
             site.misses = 0
+
+
+def _about(solution: Solution | None, n: Tensor) -> Tensor:
+    if solution is None:
+        return n.new_full((n.shape[0], 2), -1.0, dtype=torch.float32)
+    return torch.stack([solution.residual.float(), solution.iterations.float()], dim=1)
 
 
 def _decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
@@ -301,7 +319,7 @@ def _verify(site: Site, solution: Solution, loop: Tensor, solved: Callable[[Tens
     return solution
 
 
-def _count_misses(site: Site, solution: Solution) -> None:
+def count_misses(site: Site, solution: Solution) -> None:
     """A fixed-count loop whose solve misses its tolerance again and again goes back to its own iterations."""
     missed = solution.status.numel() > 0 and not bool(converged(solution.status).all())
     site.misses = site.misses + 1 if missed else 0
@@ -310,9 +328,10 @@ def _count_misses(site: Site, solution: Solution) -> None:
     if not site.warned:
         site.warned = True
         share = float(converged(solution.status).double().mean())
+        goal = "the loop's own test" if site.spec.stop else f"tol={site.tol:g}"
         warnings.warn(
-            f"fixed-point region at {site.spec.where}: {1 - share:.0%} of the samples missed tol="
-            f"{site.tol:g} within max_iter={site.spec.config.max_iter}; their best iterate is used "
+            f"fixed-point region at {site.spec.where}: {1 - share:.0%} of the samples missed {goal} "
+            f"within max_iter={site.spec.config.max_iter}; their best iterate is used "
             f"(largest residual {float(solution.residual.max()):.1e}). Raise max_iter or tol, or make the body contract",
             RegionWarning,
             stacklevel=2,
@@ -321,7 +340,7 @@ def _count_misses(site: Site, solution: Solution) -> None:
         site.decide("kept", None)
 
 
-def _record_forward(
+def record_forward(
     site: Site, solution: Solution | None, z: Tensor, evaluations: int, S: Tensor, C: Tensor
 ) -> int:
     if not records.recording():
