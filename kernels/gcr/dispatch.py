@@ -1,4 +1,4 @@
-"""Which implementation runs the adjoint iteration: C++ on a CPU, ATen where it cannot."""
+"""Which implementation runs the adjoint iteration: Triton on a GPU, C++ on a CPU, ATen where they cannot."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from torch import Tensor
 
 from .. import native
 from ..broyden.state import COMPUTE_DTYPES, progress_fields
+from ..device import on_gpu, triton_kernels
 from ..reuse.multisecant import Multisecant
 from . import aten
 from .cpu import CpuGcr
+from .gpu import TritonGcr
 from .state import GcrState
 
 
@@ -30,6 +32,8 @@ def new_state(q: Tensor, operator: Multisecant | None, memory: int, *, tol: floa
     if memory < 1:
         raise ValueError(f"expected memory >= 1, got {memory}")
     q = q.contiguous()
+    if on_gpu(q.device) and (kernels := triton_kernels("gcr")) is not None:
+        return TritonGcr.create(q, operator, memory, tol, floor, kernels)
     functions = native.functions(q) if operator is None else native.functions(q, operator.S, operator.V)
     if functions is not None:
         return CpuGcr.create(q, operator, memory, tol, floor, functions)
@@ -49,7 +53,7 @@ def move(state: GcrState, jw: Tensor, *, last: bool = False) -> None:
         last: no VJP will follow: samples that would go on get MAX_ITER, and nothing moves.
     """
     jw = jw.to(state.q.dtype)
-    if isinstance(state, CpuGcr):
+    if isinstance(state, CpuGcr | TritonGcr):
         state.move(jw, last)
     else:
         aten.move(state, jw, last)
