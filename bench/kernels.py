@@ -69,8 +69,8 @@ def constants(name: str, steps: int, graph: bool) -> dict[str, Any]:
         "BP": power_of_two(cut.slabs), "STAGES": cut.stages, "RELATIVE": True, "GIVEN": False, "OBSERVE": True,
         "INDIRECT": graph, "TABLE": graph, "COND": graph, "BB": 256, "ACC": tl.float32,
     }  # fmt: skip
-    if name == "start":
-        values["BD"] = 1024
+    if name in ("start", "summarise"):
+        return {**values, "BD": 1024, "warps": 4, "stages": cut.stages}
     return {**values, "warps": cut.warps, "stages": cut.stages}
 
 

@@ -1,8 +1,10 @@
-"""Tile sizes and splits of the Triton kernels, by shape alone: sums come out the same on every device."""
+"""Tile sizes and splits of the Triton kernels, by shape alone: sums come out the same on every device, unless it was tuned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from . import tuned
 
 
 def power_of_two(x: int) -> int:
@@ -43,7 +45,13 @@ MOST_SLABS = 64
 
 
 def tiles(B: int, D: int, steps: int, element_size: int = 4) -> Tiles:
-    """The tiles for B samples of D elements with up to `steps` steps stored. fp64 halves the columns."""
+    """The tiles for B samples of D elements with up to `steps` steps stored; `element_size` is that of the compute dtype. What
+    was tuned for this machine (:mod:`.tuned`), or the table above."""
+    return tuned.lookup(B, D, steps, element_size) or by_shape(B, D, steps, element_size)
+
+
+def by_shape(B: int, D: int, steps: int, element_size: int = 4) -> Tiles:
+    """The table's tiles. fp64 halves the columns."""
     BM = min(max(power_of_two(steps), 8), 128)
     BD = max(_COLUMNS[BM] * 4 // max(element_size, 4), 16)
     fused = D <= FUSED_COLUMNS or (B >= MANY_ROWS and D <= FUSED_COLUMNS_MANY_ROWS)
@@ -53,4 +61,5 @@ def tiles(B: int, D: int, steps: int, element_size: int = 4) -> Tiles:
     slabs = min(-(-D // SLAB_COLUMNS), MOST_SLABS)
     slab = -(-D // slabs)
     slab = (slab + 15) // 16 * 16
-    return Tiles(BM, BD, 1024, -(-D // slab), slab, 3, 4)
+    many = BM > 64
+    return Tiles(BM, BD, 2048 if many else 512, -(-D // slab), slab, 3, 16 if many else 4)

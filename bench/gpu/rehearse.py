@@ -76,7 +76,8 @@ class RehearsalDevice(Device):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool, self.last = None, None
+        self.pool: Any = None
+        self.last = None
 
     @classmethod
     def capturing(cls) -> bool:
@@ -102,7 +103,7 @@ class RehearsalDevice(Device):
         return RehearsedGraph(self.log)
 
     @classmethod
-    def clear_workspaces(cls) -> None:  # type: ignore[override]
+    def clear_workspaces(cls) -> None:
         cls.log.append("clear")
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Which implementation runs the adjoint iteration: C++ on a CPU, ATen where it cannot."""
+"""Which implementation runs the adjoint iteration: Triton on a GPU, C++ on a CPU, ATen where they cannot."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from torch import Tensor
 
 from .. import native
 from ..broyden.state import COMPUTE_DTYPES, progress_fields
+from ..device import on_gpu, triton_kernels
 from ..reuse.multisecant import Multisecant
 from . import aten
 from .cpu import CpuGcr
+from .gpu import TritonGcr
 from .state import GcrState
 
 
@@ -30,13 +32,15 @@ def new_state(q: Tensor, operator: Multisecant | None, memory: int, *, tol: floa
     if memory < 1:
         raise ValueError(f"expected memory >= 1, got {memory}")
     q = q.contiguous()
+    if on_gpu(q.device) and (kernels := triton_kernels("gcr")) is not None:
+        return TritonGcr.create(q, operator, memory, tol, floor, kernels)
     functions = native.functions(q) if operator is None else native.functions(q, operator.S, operator.V)
     if functions is not None:
         return CpuGcr.create(q, operator, memory, tol, floor, functions)
     return aten.new_aten_state(q, operator, memory, progress_fields(q, tol, relative=True, floor=floor))
 
 
-def move(state: GcrState, jw: Tensor, *, last: bool = False) -> None:
+def move(state: GcrState, jw: Tensor, *, last: bool = False, look: bool = False) -> None:
     """Judge the VJP jw = J^T w (B, D) at ``state.w``, then move every sample that still runs to its next trial. In place.
 
     Sets ``true_residual``, ``residuals`` and ``batch``, those of ``state.w`` as it was. Where the batch's residual is at most
@@ -47,9 +51,12 @@ def move(state: GcrState, jw: Tensor, *, last: bool = False) -> None:
         state: changed in place.
         jw: (B, D), any floating dtype.
         last: no VJP will follow: samples that would go on get MAX_ITER, and nothing moves.
+        look: ask a device how it stands, rather than every fourth time.
     """
     jw = jw.to(state.q.dtype)
     if isinstance(state, CpuGcr):
         state.move(jw, last)
+    elif isinstance(state, TritonGcr):
+        state.move(jw, last, look)
     else:
         aten.move(state, jw, last)

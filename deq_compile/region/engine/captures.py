@@ -209,6 +209,12 @@ def _make_room() -> None:
             return
 
 
+def used() -> tuple[list[str], list[str]]:
+    """The engines of all captured solves that are held, and the reasons why some are not on a better one."""
+    held = [entry for entry in _found.values() if isinstance(entry, CapturedForward)]
+    return sorted({h.name for h in held}), sorted({h.reason for h in held} - {""})
+
+
 def clear() -> None:
     """Forget all captured solves; waits for none, so only to be called when the device is idle."""
     with _lock:
