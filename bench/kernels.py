@@ -23,11 +23,11 @@ ARCHITECTURES = (80, 89, 90)
 STEPS = (8, 16, 41, 65)
 DTYPES = ("fp32", "bf16")
 
-_INTS = {"n_ptr", "stall_ptr", "count_ptr", "done_ptr", "ints_ptr"}
+_INTS = {"n_ptr", "stall_ptr", "count_ptr", "done_ptr", "ints_ptr", "act_ptr"}
 _LONGS = {"table_ptr", "handle_ptr"}
 _ADDRESSES = {"S_address", "C_address"}
 _ALIGNED = {"D", "ROW", "SLAB"}
-_FLOATS = {"tol", "floor", "eta"}
+_FLOATS = {"tol", "floor", "eta", "tiny"}
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,17 @@ class Row:
 
 def kernels() -> dict[str, Any]:
     from deq_compile.kernels.broyden import triton_kernels as broyden
+    from deq_compile.kernels.gcr import triton_kernels as gcr
     from deq_compile.kernels.reuse import triton_kernels as reuse
 
     names = {
         broyden: ("start", "summarise", "step_fused", "dots", "combine"),
-        reuse: ("transpose_fused", "transpose_dots", "transpose_combine"),
+        reuse: ("transpose_fused", "transpose_dots", "transpose_combine", "gram"),
+        gcr: ("residual", "judge", "extend"),
     }
-    return {name: getattr(module, name) for module, some in names.items() for name in some}
+    found = {name: getattr(module, name) for module, some in names.items() for name in some}
+    # The same kernels as the type-II operator M; in the adjoint iteration they add their product to the iterate.
+    return found | {name.replace("transpose", "multisecant"): kernel for name, kernel in found.items() if "transpose" in name}
 
 
 def constants(name: str, steps: int, graph: bool) -> dict[str, Any]:
@@ -62,13 +66,23 @@ def constants(name: str, steps: int, graph: bool) -> dict[str, Any]:
 
     from deq_compile.kernels.tiles import power_of_two, tiles
 
+    if name == "extend":  # the adjoint's basis holds 40 pairs at most
+        steps = min(steps, 40)
     fused = name.endswith("fused")
     cut = tiles(32, 4096 if fused else 65536, steps)
     values = {
-        "M": steps - 1, "BM": cut.BM, "BD": cut.BD2 if name in ("combine", "transpose_combine") else cut.BD, "BD2": cut.BD2,
+        "M": steps - 1, "BM": cut.BM, "BD": cut.BD2 if name.endswith("combine") or name == "residual" else cut.BD, "BD2": cut.BD2,
         "BP": power_of_two(cut.slabs), "STAGES": cut.stages, "RELATIVE": True, "GIVEN": False, "OBSERVE": True,
         "INDIRECT": graph, "TABLE": graph, "COND": graph, "BB": 256, "ACC": tl.float32,
+        "SHIFT": 0 if name.startswith("multisecant") else 1, "ADD": name.startswith("multisecant"), "IDENTITY": False,
     }  # fmt: skip
+    if name == "gram":
+        from deq_compile.kernels.reuse.gpu import gram_columns, gram_warps
+
+        BM = max(cut.BM, 16)
+        return {**values, "BM": BM, "BD": gram_columns(BM), "warps": gram_warps(BM), "stages": cut.stages}
+    if name == "extend":
+        return {**values, "warps": 8, "stages": cut.stages}
     if name in ("start", "summarise"):
         return {**values, "BD": 1024, "warps": 4, "stages": cut.stages}
     return {**values, "warps": cut.warps, "stages": cut.stages}

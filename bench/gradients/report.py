@@ -39,11 +39,8 @@ def by_body(rows: Rows) -> str:
         line = [mode]
         for body in bodies:
             some = [row for row in rows if row["mode"] == mode and row["body"] == body]
-            line.append(
-                f"{mean(r['cosine'] for r in some):.3f} / {mean(r['error'] for r in some):.2g} / {mean(r['products'] for r in some):.1f}"
-                if some
-                else "–"
-            )
+            means = [mean(r[what] for r in some) for what in ("cosine", "error", "products")] if some else []
+            line.append("{:.3f} / {:.2g} / {:.1f}".format(*means) if some else "–")
         lines.append(line)
     return tabulate(lines, headers=["mode", *bodies])
 
@@ -75,7 +72,8 @@ def at_default(rows: Rows) -> str:
          r["products"], r["samples"], r["radius"]]
         for r in rows if r["mode"] == DEFAULT and r["tol"] == tol
     ]  # fmt: skip
-    names = ["body", "seed", "cosine", "error", "… at z_k", "cosine of w", "… at z_k", "residual", "products", "samples", "radius"]
+    names = ["body", "seed", "cosine", "error", "… at z_k", "cosine of w", "… at z_k", "residual"]
+    names += ["products", "samples", "radius"]
     return tabulate(lines, headers=names, floatfmt=".3g")
 
 

@@ -71,7 +71,7 @@ class Exact:
 
 def jacobian(module: nn.Module, z: Tensor, x: Tensor) -> Tensor:
     """(B, D, D), sample by sample."""
-    parameters = dict(module.named_parameters())
+    parameters: dict[str, Tensor] = dict(module.named_parameters())
 
     def one(z: Tensor, x: Tensor) -> Tensor:
         return functional_call(module, parameters, (z[None], x[None]))[0]

@@ -139,7 +139,7 @@ def _step(model: Corner | Recall, backward: Mode, x: Tensor, y: Tensor) -> tuple
     q, z.grad = z.grad, None
     begin = time.process_time()
     fz = model.body(z, u)
-    leaves = [p for p in model.body.parameters()] + ([u] if u.requires_grad else [])
+    leaves = list(model.body.parameters()) + ([u] if u.requires_grad else [])
 
     def vjp(w: Tensor) -> Tensor:
         return torch.autograd.grad(fz, z, w, retain_graph=True)[0]

@@ -4,9 +4,9 @@
     judge      norms, the batch's verdict, and each sample's                 one program
     extend     one more pair of the basis, x and r; the next trial if M = I   grid (B,)
 
-The mathematics, signs and guards are those of aten.py; every sample has its own basis. No value goes to the host: `judge` says in
-`act` what `extend` has to do for a sample (1: keep w as the best trial, 2: go back to the best trial). This file has no imports of
-its own package, so that tests can load it a second time for Triton's interpreter.
+The mathematics, signs and guards are those of aten.py; every sample has its own basis. No value goes to the host: `judge` says
+in `act` what `extend` has to do for a sample (1: keep w as the best trial, 2: go back to the best trial). This file has no
+imports of its own package, so that tests can load it a second time for Triton's interpreter.
 """
 
 from __future__ import annotations

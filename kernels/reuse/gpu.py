@@ -48,8 +48,18 @@ def gram(S: Tensor, n: Tensor, high: int, kernels: Any, slab: int = 4 * SLAB_COL
         return gram_torch(S[:, :high], n, torch.float32)
     slabs = max(-(-D // slab), 1)
     part = torch.empty((B, slabs, BM, BM), dtype=torch.float32, device=S.device)
-    kernels.gram[(B, slabs)](S, n, part, D, S.stride(1), slab, M=slots - 1, BM=BM, BD=32, num_warps=4)
+    kernels.gram[(B, slabs)](S, n, part, D, S.stride(1), slab, M=slots - 1, BM=BM, BD=gram_columns(BM), num_warps=gram_warps(BM))
     return part.sum(1)[:, :high, :high]
+
+
+def gram_warps(BM: int) -> int:
+    """Each program holds BM x BM sums in registers."""
+    return max(BM // 8, 4)
+
+
+def gram_columns(BM: int) -> int:
+    """Enough that a thread loads 16 bytes of bf16."""
+    return 64 if BM < 64 else 32
 
 
 def _launch(

@@ -4,8 +4,8 @@ SHIFT 1   -H^T x: V = C, lower triangular, and b_j = s_{j+1} . x for n - 1 pairs
 SHIFT 0   M x, the type-II operator: V = -W^T (multisecant.py), and b_j = s_j . x for n steps; with ADD, base + M x, and only for
           samples that run
 
-Two reads of the steps; partial sums are added in a fixed order. `gram` makes the products of the steps that W is made of. This file has no imports of its own package, so that tests can
-load it a second time for Triton's interpreter.
+Two reads of the steps; partial sums are added in a fixed order. `gram` makes the products of the steps that W is made of. This
+file has no imports of its own package, so that tests can load it a second time for Triton's interpreter.
 """
 
 from __future__ import annotations
