@@ -142,7 +142,7 @@ def _refine(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int, expec
         if last or needed == expected:
             at = adjoint.w.clone()  # `move` changes it
             jw, payload = vjp_full(at)
-            move(adjoint, jw, last=last)
+            move(adjoint, jw, last=last, look=True)
             certified = AdjointSolution(
                 at, payload, needed, needed, adjoint.batch, adjoint.residuals.clone(), AdjointStatus.CONVERGED
             )
@@ -155,11 +155,11 @@ def _refine(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int, expec
             chosen, status = _choose(adjoint)
             break
     if certified is not None and torch.equal(certified.w, chosen):
-        found = replace(certified, vjps=needed, needed=needed)
+        found = replace(certified, vjps=needed, needed=adjoint.needed)
     else:
         jw, payload = vjp_full(chosen)
         residuals, batch = _relative(adjoint.q, jw, chosen)
-        found = AdjointSolution(chosen, payload, needed + 1, needed, batch, residuals, status)
+        found = AdjointSolution(chosen, payload, needed + 1, adjoint.needed, batch, residuals, status)
     return replace(found, status=status if math.isfinite(found.residual) else AdjointStatus.NONFINITE)
 
 

@@ -14,8 +14,17 @@ from torch import Tensor
 from ..broyden.gpu import NEVER, launch, summarise
 from ..broyden.state import RUNNING, row_width
 from ..reuse.multisecant import Multisecant
-from ..tiles import power_of_two, tiles
+from ..tiles import Tiles, power_of_two, tiles
 from .state import DEPENDENT_EPS, GcrState
+
+
+# `extend` holds two rows of the update beside the tiles of the dot products: more warps, so that nothing spills.
+EXTEND_COLUMNS, EXTEND_WARPS = 1024, 8
+
+
+def project_columns(cut: Tiles) -> int:
+    """`project` loads five vectors beside the tile of images: half the columns of other dot products."""
+    return max(cut.BD // 2, 16)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -34,7 +43,7 @@ class TritonGcr(GcrState):
     row: int
     gram: Tensor
     squares: Tensor
-    poll_every: int = 1
+    poll_every: int = 4
     limit: int | None = None
     table: Tensor | None = None
     handle: Tensor | None = None
@@ -127,14 +136,15 @@ class TritonGcr(GcrState):
             launch(
                 self, k.project, (B, slabs), self.q, jw, self.w, self.r, self.true_residual, self.basis, self.n, *counters, part,
                 squares, ints, floats, handle, D, self.row, slab,
-                M=M, BK=own.BM, BD=own.BD, STAGES=own.stages, COND=cond, ACC=acc, num_warps=own.warps,
+                M=M, BK=own.BM, BD=project_columns(own), STAGES=own.stages, COND=cond, ACC=acc, num_warps=own.warps,
             )  # fmt: skip
             launch(
                 self, k.extend, (B, slabs), self.w, self.x, self.r, self.true_residual, self.basis, operator.S, operator.n, table,
                 self.norms, self.norm_of_batch, *counters, self.z_best, self.residuals, self.outcome, self.gram, self.squares,
                 self._buffer("c", B * slabs * own.BM), part, squares, part2, ints, floats, handle, D, self.row, s_row, slab,
                 float(self.tol), float(self.floor), max_iter,
-                M=M, BK=own.BM, BP=BP, BD=steps.BD, BD2=steps.BD2, STAGES=steps.stages, COND=cond, **constants,
+                M=M, BK=own.BM, BP=BP, BD=steps.BD, BD2=EXTEND_COLUMNS, STAGES=steps.stages, COND=cond,
+                **{**constants, "num_warps": EXTEND_WARPS},
             )  # fmt: skip
         launch(
             self, k.advance, (B, slabs), self.w, self.x, self.r, self.true_residual, self.basis, operator.S, operator.V,
@@ -143,10 +153,14 @@ class TritonGcr(GcrState):
             M=M, BP=BP, BD=steps.BD2, FIRST=jw is None, **constants,
         )  # fmt: skip
 
-    def move(self, jw: Tensor, last: bool) -> None:
+    @property
+    def needed(self) -> int:
+        return int(self.iterations.max()) if self.iterations.numel() else self.evaluations
+
+    def move(self, jw: Tensor, last: bool, look: bool) -> None:
         self.evaluations += 1
         self._launch(jw.contiguous(), last)
-        if self.poll_every and (last or self.evaluations % self.poll_every == 0):
+        if self.poll_every and (last or look or self.evaluations % self.poll_every == 0):
             self.look()
         elif last:
             self.active = 0
