@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from ..broyden.state import RUNNING, row_width
 from ..reuse.multisecant import Multisecant
 from ..tiles import Tiles, power_of_two, tiles
 from .state import DEPENDENT_EPS, GcrState
-
 
 # `extend` holds two rows of the update beside the tiles of the dot products: more warps, so that nothing spills.
 EXTEND_COLUMNS, EXTEND_WARPS = 1024, 8
@@ -49,6 +48,7 @@ class TritonGcr(GcrState):
     handle: Tensor | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
     only_load: bool = False
+    slots: tuple[int, int] = (1, 16)
 
     @staticmethod
     def create(
@@ -71,9 +71,16 @@ class TritonGcr(GcrState):
             outcome=q.new_zeros(2), norm_of_batch=q.new_zeros(1), row=row, gram=q.new_empty((B, memory, memory)),
             squares=q.new_empty((B, memory)),
         )  # fmt: skip
+        if operator.high:
+            found.slots = (operator.S.shape[1], operator.S.stride(1))
         if begin:
             found.restart()
         return found
+
+    def forget_steps(self) -> None:
+        """With a table: keep no steps alive, only their dtype and strides."""
+        assert self.operator is not None
+        self.operator = replace(self.operator, S=self.operator.S.new_empty((1, 1, 16)))
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -114,7 +121,7 @@ class TritonGcr(GcrState):
             return
         operator = self.operator
         assert operator is not None
-        slots, s_row = (1, 16) if operator.high == 0 else (operator.S.shape[1], operator.S.stride(1))
+        slots, s_row = self.slots
         own, steps = tiles(B, D, M, self.q.element_size()), tiles(B, D, slots, self.q.element_size())
         slabs, slab, BP = steps.slabs, steps.slab, power_of_two(steps.slabs)
         acc = tl.float64 if self.q.dtype == torch.float64 else tl.float32
@@ -152,6 +159,9 @@ class TritonGcr(GcrState):
             s_row, operator.V.shape[2], slab, DEPENDENT_EPS * torch.finfo(self.q.dtype).eps,
             M=M, BP=BP, BD=steps.BD2, FIRST=jw is None, **constants,
         )  # fmt: skip
+
+    def unwatched(self) -> None:
+        self.poll_every = 0
 
     @property
     def needed(self) -> int:
