@@ -6,6 +6,7 @@ from .capture.ddp import install as _install_ddp
 from .config import Options
 from .region.records import SolveRecord, record_solves
 from .region.run import RegionWarning
+from .regularise import jac_reg, spectral_radius
 from .report import Location, Reason, Region, Report, Skipped
 
 __version__ = "0.1.0"
@@ -21,7 +22,9 @@ __all__ = [
     "SolveRecord",
     "deq_compile",
     "explain",
+    "jac_reg",
     "record_solves",
+    "spectral_radius",
 ]
 
 _register_backend()
