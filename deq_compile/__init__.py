@@ -2,8 +2,9 @@
 
 from .api import deq_compile, explain
 from .backend import register_backend as _register_backend
-from .capture.ddp import install as _install_ddp
+from .capture import install as _install_capture
 from .config import Options
+from .explicit import fixed_point
 from .region.records import SolveRecord, record_solves
 from .region.run import RegionWarning
 from .regularise import jac_reg, spectral_radius
@@ -22,10 +23,11 @@ __all__ = [
     "SolveRecord",
     "deq_compile",
     "explain",
+    "fixed_point",
     "jac_reg",
     "record_solves",
     "spectral_radius",
 ]
 
 _register_backend()
-_install_ddp()
+_install_capture()

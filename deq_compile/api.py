@@ -110,6 +110,7 @@ def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Repor
         before = Counter(counters["graph_break"])
         with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
             torch.compile(call, backend=backend)(*args, **kwargs)
+        backend.tell(report)
         report.graph_breaks = list((Counter(counters["graph_break"]) - before).elements())
         return report
 

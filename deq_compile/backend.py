@@ -13,20 +13,25 @@ import torch
 from torch import fx
 from torch._logging._internal import trace_structured
 
+from .capture import marker
+from .capture.marker import is_marker
 from .config import Config, Options
 from .passes.ambient import ambient_at
-from .passes.base import Loop, Pass, PassContext, describe, is_tensor, value_of
+from .passes.base import ExitTest, Loop, Pass, PassContext, describe, is_tensor, marked, value_of
+from .passes.declared import FindDeclared
+from .passes.exits import Exits, drop_consumed
 from .passes.extract import Extract, body_hash, dim_order
 from .passes.find_loops import FindLoops, deduplicate_constants
 from .passes.functionalise import Functionalise
 from .passes.hoist import Hoist
-from .passes.inline import InlineCheckpoints
+from .passes.inline import InlineCheckpoints, checkpoint_body
 from .passes.judge import Judge
 from .passes.replace import Replace
 from .region.body import BodySpec
 from .region.modes import Ambient
 from .region.op import solve_op
 from .region.site import RegionSpec, Site, register
+from .region.stop import GraphTest
 from .report import Region, Report
 from .scope import scoped_options
 
@@ -58,8 +63,15 @@ class Backend:
     ) -> CompiledFn:
         outer = self.options.merge(Options.from_options(options))
         report = self.report if self.report is not None else Report()
-        rewrite(gm, outer, report)
+        try:
+            rewrite(gm, outer, report)
+        finally:
+            self.tell(report)
         return compile_rest(gm, example_inputs, outer.resolve(), mode)
+
+    def tell(self, report: Report) -> None:
+        """Add what capture refused while it traced for this backend."""
+        report.skipped += [skipped for skipped in marker.refusals(self) if skipped not in report.skipped]
 
 
 _default = Backend()
@@ -84,9 +96,31 @@ deq.takes_whole_graphs = True  # type: ignore[attr-defined]
 
 
 def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> int:
-    """Replace the fixed-point regions of a Dynamo graph in place; the graph is left untouched where there are none."""
+    """Replace the fixed-point regions of a Dynamo graph in place; the graph is left untouched where there are none.
+
+    Raises:
+        Retrace: capture marked a region that no pass could take; Dynamo traces the frame again without it.
+    """
     report.graphs += 1
-    start = Ambient.now()
+    rows: list[Region] = []
+    left: list[str] = []
+    _rewrite(gm, Ambient.now(), options, report, rows, left)
+    if left:
+        marker.retrace(left)
+    report.regions += rows
+    if rows:
+        trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": "deq_rewritten_graph", "encoding": "string"},
+            payload_fn=lambda: gm.print_readable(print_output=False),
+        )
+    return len(rows)
+
+
+def _rewrite(
+    gm: fx.GraphModule, start: Ambient, options: Options, report: Report, rows: list[Region], left: list[str]
+) -> None:
+    """One graph, and the bodies of its checkpoints. `left` collects the sites of markers that nothing consumed."""
     graph = _copy_of(gm.graph)
     deduplicate_constants(graph)
 
@@ -94,21 +128,26 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> int:
         return scoped_options(nodes, options).resolve().min_repeats
 
     context = PassContext(min_repeats, report)
-    find: list[Pass] = [InlineCheckpoints(gm), Functionalise(), FindLoops(), Judge(start), Hoist(), Extract(gm)]
-    for step in find:
-        step(graph, context)
-    if not context.loops:
-        return 0
-    modes = {id(loop): ambient_at(graph, loop.segment(0)[0], start) for loop in context.loops}
-    Replace(lambda loop: _call(loop, modes[id(loop)], options, report))(graph, context)
-    gm.graph = graph
-    gm.recompile()
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": "deq_rewritten_graph", "encoding": "string"},
-        payload_fn=lambda: gm.print_readable(print_output=False),
-    )
-    return len(context.loops)
+    declared: list[Pass] = [InlineCheckpoints(gm), Functionalise(), FindDeclared(), Judge(start), Extract(gm)]
+    repeated: list[Pass] = [FindLoops(), Exits(gm), Judge(start), Hoist(), Extract(gm)]
+    before = len(rows)
+    consumed: set[tuple[Any, ...]] = set()
+    for steps in (declared, repeated):
+        context.loops = []
+        for step in steps:
+            step(graph, context)
+        consumed = consumed.union(*(loop.passages for loop in context.loops))
+        modes = {id(loop): ambient_at(graph, loop.first, start) for loop in context.loops}
+        Replace(lambda loop: _call(loop, modes[id(loop)], options, rows))(graph, context)  # noqa: B023 (called at once)
+    drop_consumed(graph, consumed)
+    left += [marked(node) for node in graph.nodes if is_marker(node.target)]
+    if len(rows) > before:
+        gm.graph = graph
+        gm.recompile()
+    for node in gm.graph.nodes:
+        body = checkpoint_body(gm, node)
+        if body is not None:
+            _rewrite(body, ambient_at(gm.graph, node, start), options, report, rows, left)
 
 
 def _copy_of(graph: fx.Graph) -> fx.Graph:
@@ -120,26 +159,28 @@ def _copy_of(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def _call(loop: Loop, ambient: Ambient, options: Options, report: Report) -> tuple[Callable[..., object], tuple[Any, ...]]:
+def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) -> tuple[Callable[..., object], tuple[Any, ...]]:
     """Register the region of a loop; the node that stands in for it."""
-    config = usable(scoped_options(loop.segment(0), options).resolve(), [value_of(n) for n in loop.outputs])
+    chosen = scoped_options(loop.segment(0), options).merge(Options.from_options(loop.options))
+    config = usable(chosen.resolve(**loop.hints), [value_of(n) for n in loop.outputs])
     spec = region_spec(loop, ambient, config)
     site = register(spec)
     states = tuple((tuple(str(s) for s in value_of(n).shape), str(value_of(n).dtype)[6:]) for n in loop.outputs)
     row = Region(
         key=site.key,
-        kind=f"loop of {loop.count}",
+        kind=loop.kind,
         location=loop.location,
         states=states,
-        iterations=loop.count,
+        iterations=spec.iterations,
         operands=len(loop.operands),
         hoisted=tuple(describe(n) for n in loop.kept_nodes),
         solver=config.solver,
         backward=config.backward if spec.grad else "-",
         status=site.verdict,
+        notes=loop.notes,
     )
-    report.regions.append(row)
-    log.info("region %s at %s: %d iterations, %d operands", site.key, spec.where, loop.count, len(loop.operands))
+    rows.append(row)
+    log.info("region %s at %s: %s, %d operands", site.key, spec.where, loop.kind, len(loop.operands))
 
     def changed(site: Site) -> None:
         row.status, row.distance = site.verdict, site.distance
@@ -164,11 +205,17 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config) -> RegionSpec:
         body=body,
         dtypes=tuple(v.dtype for v in outputs),
         orders=tuple(dim_order(v) for v in outputs),
-        iterations=loop.count,
+        iterations=None if loop.declared else loop.count,
         grad=ambient.grad and any(t.requires_grad for t in tensors),
         config=config,
         where=str(loop.location),
+        # an explicit tolerance beats the test that the user's code makes
+        stop=() if config.provenance["tol"] == "option" else tuple(_stop_test(test) for test in loop.tests),
     )
+
+
+def _stop_test(test: ExitTest) -> GraphTest:
+    return GraphTest(test.graph.forward, body_hash(test.graph), test.when, test.positions)
 
 
 def usable(config: Config, values: Sequence[Any]) -> Config:

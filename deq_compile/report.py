@@ -30,6 +30,13 @@ class Reason(enum.Enum):
     NON_TENSOR = "the body reads a value from outside that is neither a tensor nor an integer size"
     CONTROL_FLOW = "the body contains a higher-order operator (cond, while_loop, a custom autograd.Function)"
     UNTRACEABLE = "the body could not be executed on fake tensors"
+    COUNTER = "a value that tells how many iterations ran, or how the loop ended, is used after it"
+    SIDE_EFFECT = "the loop writes to something that outlives an iteration (an attribute, a list, a dict)"
+    EXIT_TEST = "the test that ends the loop is no test of how far an iterate is from its image"
+    NESTED_EXIT = "the body holds another loop whose exit depends on data"
+    TRAJECTORY = "states before the fixed point are asked for as well (a trajectory)"
+    LIBRARY = "the library is asked for something that only its own solver can do"
+    NOT_CAUGHT = "the call was marked as a fixed point, but the graph was cut inside of it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +73,15 @@ class Region:
     for the loop), "kept" (the loop's own iterations are run) or "pending" (not called yet, so not verified); `distance` is
     the last measured max over samples of |z_N - z*| / |z*|, None before a verification or where none is asked for. `engine` is
     what the iterations ran on at the last call ("loop", "chunks", "while"; see region/engine), `engine_reason` why on nothing
-    better.
+    better. `iterations` is the count of a fixed-count loop, None where a fixed point was declared. `notes` say in words what
+    was done, and where the meaning differs from what the user's code would have done.
     """
 
     key: str
     kind: str
     location: Location
     states: tuple[tuple[tuple[str, ...], str], ...]
-    iterations: int
+    iterations: int | None
     operands: int
     hoisted: tuple[str, ...]
     solver: str
@@ -82,6 +90,7 @@ class Region:
     distance: float | None = None
     engine: str = "loop"
     engine_reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -113,12 +122,14 @@ class Report:
         for r in self.regions:
             status = r.status if r.distance is None else f"{r.status} ({r.distance:.1e})"
             state = " ".join(f"{dtype}[{','.join(shape)}]" for shape, dtype in r.states)
-            rows.append((status, r.kind, str(r.location), state, str(r.iterations), str(len(r.hoisted)), r.solver, r.backward))
+            count = "-" if r.iterations is None else str(r.iterations)
+            rows.append((status, r.kind, str(r.location), state, count, str(len(r.hoisted)), r.solver, r.backward))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if not self.regions:
             lines = [f"no fixed-point region in {self.graphs} graph(s)"]
         lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
+        lines += [f"{r.location}: {note}" for r in self.regions for note in r.notes]
         lines += [f"left alone  {skipped}" for skipped in self.skipped]
         lines += [f"graph break {' '.join(text.split())}" for text in self.graph_breaks]
         return "\n".join(lines)

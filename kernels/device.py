@@ -31,7 +31,7 @@ def rehearsal() -> Iterator[None]:
 
 @functools.cache
 def triton_kernels(operation: str) -> ModuleType | None:
-    """The kernels of an operation ("broyden" or "reuse"); None where Triton is not installed."""
+    """The kernels of an operation ("broyden", "reuse" or "gcr"); None where Triton is not installed."""
     try:
         return importlib.import_module(f"deq_compile.kernels.{operation}.triton_kernels")
     except ImportError:

@@ -14,11 +14,16 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from deq_compile.capture.marker import PACKAGE, may_exit
 from deq_compile.report import Location, Report, Skipped
+
+from .ambient import AUTOCAST_TARGETS
 
 log = logging.getLogger("deq_compile.passes")
 
 _TORCH = os.path.dirname(torch.__file__)
+# Frames that are not the user's: torch, this package, and the library whose calls are taken over.
+_NOT_THE_USERS = (_TORCH, PACKAGE, os.path.join(os.path.dirname(_TORCH), "torchdeq"))
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)')
 
 
@@ -38,7 +43,13 @@ class Loop:
     carried: tuple[int, ...]
     initial: tuple[fx.Node, ...]
     invariants: tuple[fx.Node, ...]
+    form: str = "loop"
+    hints: dict[str, Any] = dataclasses.field(default_factory=dict)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     # filled in by later passes
+    tests: tuple[ExitTest, ...] = ()
+    test_offsets: frozenset[int] = frozenset()
     body: fx.GraphModule | None = None
     hoisted_offsets: tuple[int, ...] = ()
     kept_nodes: tuple[fx.Node, ...] = ()
@@ -50,14 +61,78 @@ class Loop:
         return self.nodes[index * self.period : (index + 1) * self.period]
 
     @property
+    def declared(self) -> bool:
+        """Whether the user's code says that a fixed point is meant, so that no count of iterations is part of its meaning."""
+        return bool(self.tests)
+
+    @property
+    def kind(self) -> str:
+        return f"{self.form} until a test" if self.tests else f"{self.form} of {self.count}"
+
+    @property
+    def passages(self) -> set[tuple[Any, ...]]:
+        """(site, entry) of the exits of this loop that capture passed by."""
+        return {node.args[1:3] for node in self.segment(-1) if node.target is may_exit}
+
+    @property
+    def first(self) -> fx.Node:
+        """A node at which the modes hold that the body was written under."""
+        return self.segment(0)[0]
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        """The nodes in whose place the last segment reads the state."""
+        previous = self.segment(-2)
+        return [previous[offset] for offset in self.carried]
+
+    @property
     def outputs(self) -> list[fx.Node]:
         """The state after the last segment."""
         last = self.segment(-1)
         return [last[offset] for offset in self.carried]
 
     @property
+    def uses(self) -> list[list[fx.Node]]:
+        """For each state, the nodes by which what follows knows it."""
+        return [[node] for node in self.outputs]
+
+    @property
+    def anchor(self) -> fx.Node:
+        """Where the node that stands in for the loop goes: after this node's predecessors."""
+        return self.segment(1)[0]
+
+    @property
+    def about(self) -> list[fx.Node]:
+        """Nodes by which what follows knows the numbers about the solve."""
+        return []
+
+    @property
+    def erased(self) -> list[fx.Node]:
+        """What goes, in graph order."""
+        keep = set(self.kept_nodes)
+        if keep:  # hoisted work may have to run under the autocast of its segment
+            keep.update(node for node in self.segment(0) if node.target in AUTOCAST_TARGETS)
+        return [node for node in self.nodes if node not in keep]
+
+    @property
     def location(self) -> Location:
         return common_location(self.segment(0))
+
+
+@dataclasses.dataclass
+class ExitTest:
+    """One test that ends a loop, as a graph of its own.
+
+    graph      test(*z, *f(z), *others) -> a bool, of the state and its image
+    when       the loop ends when the test's value is this
+    reads      the nodes of the outer graph that stand for the others, tensors and sizes
+    positions  of those in the operands and sizes of the loop (filled in by Extract)
+    """
+
+    graph: fx.GraphModule
+    when: bool
+    reads: tuple[fx.Node, ...]
+    positions: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass
@@ -89,6 +164,12 @@ class Pass(abc.ABC):
         context.report.seconds[self.name] = context.report.seconds.get(self.name, 0.0) + elapsed
         log.debug("%s: %d in %.1f ms, graph now %d nodes", self.name, count, elapsed * 1e3, len(graph.nodes))
         return count
+
+
+def marked(node: fx.Node) -> str:
+    """The site of a marker node."""
+    names = {"enter": 1, "leave": 2, "adjoint_hook": 3, "may_exit": 1}
+    return str(node.args[names[node.target.__name__]])  # type: ignore[union-attr]
 
 
 def value_of(node: fx.Node) -> Any:
@@ -124,13 +205,13 @@ def frames(node: fx.Node) -> list[Location]:
 def location_of(node: fx.Node) -> Location:
     """The user's line that a node comes from: the innermost one outside of torch."""
     found = frames(node)
-    own = [place for place in found if not place.file.startswith(_TORCH)]
+    own = [place for place in found if not place.file.startswith(_NOT_THE_USERS)]
     return (own or found or [Location()])[-1]
 
 
 def common_location(nodes: Sequence[fx.Node]) -> Location:
     """The deepest frame that all nodes share, at the first of their lines in it: where the loop stands."""
-    stacks = [[place for place in frames(node) if not place.file.startswith(_TORCH)] for node in nodes]
+    stacks = [[place for place in frames(node) if not place.file.startswith(_NOT_THE_USERS)] for node in nodes]
     stacks = [stack for stack in stacks if stack]
     if not stacks:
         return Location()

@@ -25,14 +25,17 @@ class Extract(Pass):
         return len(context.loops)
 
     def _extract(self, loop: Loop) -> None:
-        segment, previous, first = loop.segment(-1), loop.segment(-2), loop.segment(0)
+        segment, first = loop.segment(-1), loop.segment(0)
         hoisted = set(loop.hoisted_offsets)
         rest = [node for offset, node in enumerate(segment) if offset not in hoisted]
         # outer node in the graph, and the node by which the last segment knows it
         known = {segment[o]: first[o] for o in loop.hoisted_offsets}
-        reads = dict.fromkeys(a for node in rest for a in node.all_input_nodes if a not in rest)
-        state = [previous[o] for o in loop.carried]
+        inside, state, results = set(rest), loop.reads, loop.outputs
+        reads = dict.fromkeys(a for node in rest for a in node.all_input_nodes if a not in inside)
+        reads |= dict.fromkeys(node for node in results if node not in inside)  # a state that f makes of others' alone
         outer = {a: known.get(a, a) for a in reads if a not in state}
+        tested = dict.fromkeys(a for test in loop.tests for a in test.reads)
+        outer |= {a: a for a in tested}
         tensors = [a for a in outer if isinstance(value_of(a), torch.Tensor)]
         sizes = [a for a in outer if a not in tensors]
 
@@ -44,14 +47,17 @@ class Extract(Pass):
                 env[node].meta["example_value"] = value_of(node)
         for node in rest:
             env[node] = body.node_copy(node, lambda a: env[a])
-        body.output(tuple(env[segment[o]] for o in loop.carried))
+        body.output(tuple(env[node] for node in results))
         body.eliminate_dead_code(is_impure_node=_impure)
         for node in (*tensors, *sizes):  # read by dead code only
-            if not env[node].users:
+            if not env[node].users and node not in tested:
                 body.erase_node(env[node])
         loop.body = fx.GraphModule(self.owner, body, class_name="Body")
-        loop.operands = tuple(outer[a] for a in tensors if env[a].users)
-        loop.sizes = tuple(outer[a] for a in sizes if env[a].users)
+        kept = [a for a in (*tensors, *sizes) if env[a].users or a in tested]
+        loop.operands = tuple(outer[a] for a in kept if a in tensors)
+        loop.sizes = tuple(outer[a] for a in kept if a in sizes)
+        for test in loop.tests:
+            test.positions = tuple(kept.index(a) for a in test.reads)
 
 
 def _impure(node: fx.Node) -> bool:

@@ -19,13 +19,17 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
+from deq_compile.capture.marker import UNROLLED, may_exit
 from deq_compile.report import Reason, Skipped
 
 from .base import Loop, Pass, PassContext, common_location, describe, hint, is_tensor, location_of, value_of
 
 # A body of two like halves (two sublayers of one shape) shows its half as a period: also try multiples.
 _MULTIPLES = (1, 2, 3, 4, 6, 8)
+# Of UNROLLED segments one may be peeled at either end, and two lost to the search for the right period.
+SEGMENTS_OF_A_CUT_LOOP = 5
 
 
 class FindLoops(Pass):
@@ -71,6 +75,7 @@ class Chain:
         self.strict = [signature(n, identity=True) for n in self.nodes]
         self.loose = [signature(n, identity=False) for n in self.nodes]
         self.operation = [hash((n.op, str(n.target))) for n in self.nodes]
+        self.exits = Counter(n.args[1:3] for n in self.nodes if n.target is may_exit)
 
     # ---- step 1 and 2: periodic runs
 
@@ -126,7 +131,10 @@ class Chain:
             if built is None or isinstance(built, Skipped):
                 return why or built
             first = self.position[built.nodes[0]]
-            needed = min_repeats(built.nodes)
+            needed = self._needed(built, min_repeats)
+            nested = self._nested_exit(built)
+            if nested is not None:
+                return self._skip(Reason.NESTED_EXIT, built, "", nested)
             if built.count < needed:
                 if why is not None:
                     return why
@@ -147,6 +155,23 @@ class Chain:
                 continue
             return built
         return why
+
+    def _needed(self, loop: Loop, min_repeats: Any) -> int:
+        """The least count of a loop. One whose exit depends on data was cut off by capture: its count says nothing."""
+        markers = [node for node in loop.segment(-1) if node.target is may_exit]
+        if markers and all(self.exits[node.args[1:3]] >= UNROLLED for node in markers):
+            return min(min_repeats(loop.nodes), SEGMENTS_OF_A_CUT_LOOP)
+        return int(min_repeats(loop.nodes))
+
+    def _nested_exit(self, loop: Loop) -> fx.Node | None:
+        """A test that a segment holds more than once: that of a loop inside of this one."""
+        seen: set[str] = set()
+        for node in loop.segment(-1):
+            if node.target is may_exit:
+                if node.args[1] in seen:
+                    return node
+                seen.add(str(node.args[1]))
+        return None
 
     def _skip(self, reason: Reason, loop: Loop, detail: str, node: fx.Node) -> Skipped:
         place = location_of(node)
@@ -328,7 +353,8 @@ def meta_key(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(meta_key(v) for v in value)
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return str(value)
+        # a number read from a tensor has a new symbol each time
+        return type(value).__name__ if free_unbacked_symbols(value) else str(value)
     return type(value).__name__
 
 

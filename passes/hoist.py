@@ -28,7 +28,7 @@ class Hoist(Pass):
             if carried or any(inside.get(a, -1) in depends for a in node.all_input_nodes):
                 depends.add(offset)
         fixed = [o for o, node in enumerate(segment) if o not in depends and node.target not in AUTOCAST_TARGETS]
-        hoisted = set(fixed) - set(loop.carried)
+        hoisted = set(fixed) - set(loop.carried) - loop.test_offsets
         # What the remaining body reads has to be a tensor or a size; a tuple has to stay with its reader.
         for offset in reversed(fixed):
             node = segment[offset]

@@ -14,8 +14,19 @@ from typing import Any
 import torch
 from torch import fx
 
+from deq_compile.capture.marker import enter, leave
+
 from .base import Pass, PassContext
 from .extract import body_hash
+
+
+def checkpoint_body(owner: fx.GraphModule, node: fx.Node) -> fx.GraphModule | None:
+    """The graph of a checkpointed call; None for any other node."""
+    if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
+        return None
+    name = node.args[0]
+    body = getattr(owner, str(name.target), None) if isinstance(name, fx.Node) else None
+    return body if isinstance(body, fx.GraphModule) else None
 
 
 class InlineCheckpoints(Pass):
@@ -32,17 +43,15 @@ class InlineCheckpoints(Pass):
                 outer = tuple(a.name for a in node.all_input_nodes[1:] if a.op in ("placeholder", "get_attr"))
                 groups[body_hash(body, roles=False), outer].append(node)
         inlined = [node for calls in groups.values() if len(calls) >= context.min_repeats(calls) for node in calls]
+        inlined += [node for node in _between_markers(graph) if node not in inlined and self._body(node) is not None]
         for node in inlined:
             self._inline(graph, node)
         return len(inlined)
 
     def _body(self, node: fx.Node) -> fx.GraphModule | None:
         """What a checkpoint computes, where that is a plain function of its arguments."""
-        if node.target is not torch.ops.higher_order.tag_activation_checkpoint:
-            return None
-        name = node.args[0]
-        body = getattr(self.owner, str(name.target), None) if isinstance(name, fx.Node) else None
-        plain = isinstance(body, fx.GraphModule) and all(n.op != "get_attr" for n in body.graph.nodes)
+        body = checkpoint_body(self.owner, node)
+        plain = body is not None and all(n.op != "get_attr" for n in body.graph.nodes)
         taken_apart = all(user.target is operator.getitem for user in node.users)
         return body if plain and taken_apart and all(isinstance(a, fx.Node) for a in node.args) else None
 
@@ -71,3 +80,13 @@ class InlineCheckpoints(Pass):
         assert isinstance(name, fx.Node)
         if not name.users:
             graph.erase_node(name)
+
+
+def _between_markers(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes of regions that capture marked, and some beside them."""
+    found, depth = [], 0
+    for node in graph.nodes:
+        depth += (node.target is enter) - (node.target is leave)
+        if depth > 0:
+            found.append(node)
+    return found

@@ -51,10 +51,13 @@ class Judge(Pass):
             value = value_of(node)
             if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.layout != torch.strided:
                 return [(Reason.NOT_FLOATING, node, str(getattr(value, "dtype", type(value).__name__)))]
+        inside = {node: offset for offset, node in enumerate(loop.segment(-1))}
         for node in loop.invariants:
             value = value_of(node)
             if isinstance(value, torch.Tensor | torch.SymInt | int):
                 continue
+            if loop.tests and all(u in inside and inside[u] in loop.test_offsets for u in node.users if u in inside):
+                continue  # the graphs of the tests have been made already
             reason = Reason.CONTROL_FLOW if node.op == "get_attr" else Reason.NON_TENSOR
             return [(reason, loop.segment(0)[0], str(node.target) if node.op == "get_attr" else node.name)]
         for node in loop.segment(-1):
@@ -64,7 +67,7 @@ class Judge(Pass):
 
     def _behaviour(self, graph: fx.Graph, loop: Loop) -> list[Refusal]:
         """Run the last segment on fake tensors and look at what it calls."""
-        segment = loop.segment(-1)
+        segment = [node for offset, node in enumerate(loop.segment(-1)) if offset not in loop.test_offsets]
         values: dict[fx.Node, Any] = {}
         refusals: list[Refusal] = []
         # A mode of its own, with the sizes of this call as numbers: Dynamo's would turn questions into guards.
@@ -75,7 +78,7 @@ class Judge(Pass):
                 values[node] = torch.utils._pytree.tree_map(_concrete, value_of(node))
             return values[node]
 
-        ambient = ambient_at(graph, loop.segment(0)[0], self.ambient)
+        ambient = ambient_at(graph, loop.first, self.ambient)
         with torch.no_grad(), ambient.autocast_entered(), mode:
             for node in segment:
                 if node.target in GRAD_TARGETS:

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import fx
 
-from .ambient import AUTOCAST_TARGETS
 from .base import Loop, Pass, PassContext, value_of
 
+# Where in the call's results after the state the numbers about the solve are (region/op.py).
+INFO = 4
 # From a loop to the arguments of the node that stands in for it: (target, arguments); the call returns a list of tensors
 # of which the first are the state.
 MakeCall = Callable[[Loop], tuple[Callable[..., object], tuple[Any, ...]]]
@@ -34,24 +35,24 @@ class Replace(Pass):
 
     def _replace(self, graph: fx.Graph, loop: Loop) -> dict[fx.Node, fx.Node]:
         """Put the call in; what now stands for each output of the loop."""
-        outputs = loop.outputs
+        uses = loop.uses
         target, args = self.make_call(loop)
-        with graph.inserting_before(loop.segment(1)[0]):
+        with graph.inserting_before(loop.anchor):
             call = graph.call_function(target, args)
-            call.meta = {k: v for k, v in loop.segment(0)[0].meta.items() if k != "example_value"}
-            states = []
-            for i, node in enumerate(outputs):
-                item = graph.call_function(operator.getitem, (call, i))
-                item.meta = {k: v for k, v in node.meta.items() if k != "example_value"}
-                item.meta["example_value"] = value_of(node)
-                states.append(item)
+            call.meta = {k: v for k, v in loop.first.meta.items() if k != "example_value"}
+            made = [self._item(graph, call, i, value_of(node), node) for i, node in enumerate(loop.outputs)]
+            about = [self._item(graph, call, len(made) + INFO, value_of(node), node) for node in loop.about]
         chain = set(loop.nodes)
-        for node, item in zip(outputs, states, strict=True):
+        pairs = [(node, item) for nodes, item in zip(uses, made, strict=True) for node in nodes]
+        pairs += zip(loop.about, about, strict=True)
+        for node, item in pairs:
             node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in chain)
-        keep = set(loop.kept_nodes)
-        if keep:  # hoisted work may have to run under the autocast of its segment
-            keep.update(node for node in loop.segment(0) if node.target in AUTOCAST_TARGETS)
-        for node in reversed(loop.nodes):
-            if node not in keep:
-                graph.erase_node(node)
-        return dict(zip(outputs, states, strict=True))
+        for node in reversed(loop.erased):
+            graph.erase_node(node)
+        return dict(pairs)
+
+    def _item(self, graph: fx.Graph, call: fx.Node, index: int, value: Any, like: fx.Node) -> fx.Node:
+        item = graph.call_function(operator.getitem, (call, index))
+        item.meta = {k: v for k, v in like.meta.items() if k != "example_value"}
+        item.meta["example_value"] = value
+        return item

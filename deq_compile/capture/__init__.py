@@ -1,1 +1,5 @@
 """Teach Dynamo to hand over whole regions. This room knows Dynamo and nothing of solvers."""
+
+from .install import OFF, install
+
+__all__ = ["OFF", "install"]

@@ -10,15 +10,20 @@ import functools
 from typing import Any
 
 
+def innermost(backend: Any) -> Any:
+    """The backend itself, below what torch has wrapped around it."""
+    for _ in range(8):
+        inner = getattr(backend, "compiler_fn", None) or getattr(backend, "_torchdynamo_orig_backend", None)
+        inner = inner or getattr(getattr(backend, "__self__", None), "backend_compile_fn", None)  # DDPOptimizer.compile_fn
+        if inner is None or getattr(backend, "takes_whole_graphs", False):
+            break
+        backend = inner
+    return backend
+
+
 def takes_whole_graphs(backend: Any) -> bool:
     """Whether a backend, or what torch has wrapped around it, is ours."""
-    seen = 0
-    while backend is not None and seen < 8:
-        if getattr(backend, "takes_whole_graphs", False):
-            return True
-        backend = getattr(backend, "compiler_fn", None) or getattr(backend, "_torchdynamo_orig_backend", None)
-        seen += 1
-    return False
+    return bool(getattr(innermost(backend), "takes_whole_graphs", False))
 
 
 def install() -> None:

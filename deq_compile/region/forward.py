@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from deq_compile.kernels.broyden import (
     observe,
     step,
 )
+
+from .status import converged
+from .stop import accept
 
 # Multiples of the body's eps below which stagnation is the precision's doing.
 FLOOR_EPS = 50
@@ -50,6 +53,10 @@ class Solution:
     evaluations: int
     outcome: Callable[[], tuple[int, int]] | None = None
 
+    def missed(self) -> bool:
+        """Whether a sample stopped short of its tolerance. Waits for the device."""
+        return self.outcome()[0] > 0 if self.outcome is not None else not bool(converged(self.status).all())
+
 
 @torch.no_grad()
 def solve(
@@ -69,6 +76,7 @@ def solve(
     watched: bool = True,
     anderson_memory: int = 5,
     anderson_damping: float = 1.0,
+    stop: Callable[[Tensor, Tensor], bool] | None = None,
 ) -> Solution:
     """Solve z = f(z) for each sample of a batch, without recording gradients.
 
@@ -91,6 +99,7 @@ def solve(
         C: (B, memory, memory) buffer for the coefficients, in ``z0``'s dtype; its contents are never read.
         anderson_memory, anderson_damping: m and beta of "anderson".
         watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
+        stop: (z, f(z)) -> whether the whole batch may stop here; ``tol`` and the floor stop single samples beside it.
 
     Raises:
         ValueError: an argument that is not as above, or a body whose result has another shape than its argument.
@@ -106,27 +115,35 @@ def solve(
     z = z0.clone(memory_format=torch.contiguous_format)
     if solver == "picard":
         progress = new_progress(z0, tol=tol, relative=relative, floor=floor)
-        _iterate(f, z, progress, max_iter, _picard_step)
+        _iterate(f, z, progress, max_iter, _picard_step, stop)
         return _solution(progress, None)
     if solver == "anderson":
         window = anderson.new_state(z0, anderson_memory, anderson_damping, tol=tol, relative=relative, floor=floor)
-        _iterate(f, z, window, max_iter, anderson.step)
+        _iterate(f, z, window, max_iter, anderson.step, stop)
         return _solution(window, None)
     memory = max_iter if memory is None else memory
     state = new_state(z0, memory, factor_dtype, eta, S, C, tol=tol, relative=relative, floor=floor)
     if not watched:
         state.unwatched()
-    _iterate(f, z, state, max_iter, step)
+    _iterate(f, z, state, max_iter, step, stop)
     return _solution(state, state)
 
 
 def _iterate(
-    f: Callable[[Tensor], Tensor], z: Tensor, progress: Progress, max_iter: int, move: Callable[..., None]
+    f: Callable[[Tensor], Tensor],
+    z: Tensor,
+    progress: Progress,
+    max_iter: int,
+    move: Callable[..., None],
+    stop: Callable[[Tensor, Tensor], bool] | None,
 ) -> None:
     while progress.running:
         fz = f(z)
         if fz.shape != z.shape:
             raise ValueError(f"expected a body that maps {tuple(z.shape)} to itself, got {tuple(fz.shape)}")
+        if stop is not None and stop(z, fz):
+            accept(progress, z, fz)
+            return
         move(progress, z, fz, last=progress.evaluations + 1 == max_iter)
 
 
@@ -148,4 +165,26 @@ def _solution(progress: Progress, state: BroydenState | None) -> Solution:
         iterations=progress.iterations,
         residual=progress.best,
         evaluations=progress.evaluations,
+    )
+
+
+def better_of(found: Solution, other: Callable[[], Solution]) -> Solution:
+    """Sample by sample the better of a solve that missed its tolerance and of another, which is run here.
+
+    Who declares a fixed point has an iteration of his own, mostly z <- f(z): its residual must not be lower than ours.
+    The factors stay those of ``found``; the adjoint certifies what they are worth at the other's iterate.
+    """
+    second = other()
+    take = (converged(second.status) & ~converged(found.status)) | (
+        (converged(second.status) == converged(found.status)) & (second.residual < found.residual)
+    )
+    if not bool(take.any()):
+        return found
+    return replace(
+        found,
+        z=torch.where(take[:, None], second.z, found.z),
+        status=torch.where(take, second.status, found.status),
+        iterations=torch.where(take, second.iterations, found.iterations),
+        residual=torch.where(take, second.residual, found.residual),
+        evaluations=found.evaluations + second.evaluations,
     )

@@ -1,12 +1,13 @@
 """The region as a pair of opaque operators, `deq::solve` and `deq::solve_backward`, in one whole graph.
 
     solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region)
-        -> [state..., S, C, n, ticket]
+        -> [state..., S, C, n, ticket, about]
 
 state  fresh tensors of the shapes of state0, in the memory orders of the region
 S, C   stored steps and coefficients, flat: B*(M+1)*D and B*M*ceil16(M) elements; empty where the backward does not reuse them
 n      (B,) int32, steps stored per sample
 ticket (3,) int64 on the CPU: kept, rows, serial number of the record
+about  (B, 2) float32, stopping residual and iterations of each sample; all rows are equal where the batch is one system
 
 Everything a backward needs is an output or an input: forward, forward, backward, backward and retain_graph are right.
 """
@@ -40,7 +41,7 @@ _library.define(
     tags=_TAGS,
 )
 
-EXTRAS = 4  # outputs after the state: S, C, n, ticket
+EXTRAS = 5  # outputs after the state: S, C, n, ticket, about
 
 
 def _factor_sizes(region: str, state0: Sequence[Tensor]) -> tuple[Any, Any]:
@@ -65,6 +66,11 @@ def _samples(region: str, state0: Sequence[Tensor]) -> Any:
     return state0[0].shape[0]
 
 
+def _rows(state0: Sequence[Tensor]) -> Any:
+    """Rows of `about`: what a user takes for the batch."""
+    return state0[0].shape[0] if state0[0].dim() else 1
+
+
 def _empty_factors(region: str, state0: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     spec, (steps, coefficients) = find_site(region).spec, _factor_sizes(region, state0)
     S = state0[0].new_empty((steps,), dtype=spec.factor_dtype)
@@ -79,7 +85,9 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
     if n.shape[0] != samples:  # one coupled system fills the first of the slots that were announced
         n = torch.cat([n, n.new_zeros(samples - n.shape[0])])
     ticket = torch.tensor([done.kept, done.rows, done.serial], dtype=torch.int64)
-    return [*done.states, S, C, n, ticket]
+    rows = _rows(state0)
+    about = done.about if done.about.shape[0] == rows else done.about[:1].repeat(rows, 1)
+    return [*done.states, S, C, n, ticket, about]
 
 
 def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:
@@ -90,7 +98,8 @@ def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], 
     ]
     S, C = _empty_factors(region, state0)
     n = state0[0].new_empty((_samples(region, state0),), dtype=torch.int32)
-    return [*states, S, C, n, torch.empty(3, dtype=torch.int64, device="cpu")]
+    about = state0[0].new_empty((_rows(state0), 2), dtype=torch.float32)
+    return [*states, S, C, n, torch.empty(3, dtype=torch.int64, device="cpu"), about]
 
 
 def _solve_backward(
@@ -162,7 +171,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     saved, k = list(ctx.saved_tensors), ctx.count
-    states, (S, C, n, ticket) = saved[:k], saved[k : k + EXTRAS]
+    states, (S, C, n, ticket, _) = saved[:k], saved[k : k + EXTRAS]
     state0, operands = saved[k + EXTRAS : 2 * k + EXTRAS], saved[2 * k + EXTRAS :]
     cotangents = list(grads[:k])
     no_grad_sizes: list[None] | None = None if len(ctx.sizes) else []  # torch.library takes an empty list for a list of tensors
@@ -182,7 +191,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     )
 
 
-class _Once(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """Passes gradients on, and raises where somebody differentiates them."""
 
     @staticmethod
@@ -205,7 +214,7 @@ def _solve_backward_autograd(keyset: Any, *args: Any) -> list[Tensor]:
         return grads
     tensors = [t for a in args if isinstance(a, list) for t in a if isinstance(t, Tensor)]
     anchor = next((t for t in tensors if t.requires_grad), None)
-    return grads if anchor is None or not grads else list(_Once.apply(anchor, *grads))
+    return grads if anchor is None or not grads else list(Once.apply(anchor, *grads))
 
 
 _library.impl("solve", _solve, "CompositeExplicitAutograd")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,7 +18,7 @@ from . import engine, records
 from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
 from .agree import agreed
 from .body import Linearised, Runner, runner_for
-from .forward import Solution, solve
+from .forward import Solution, better_of, solve
 from .layout import Layout
 from .probe import rows_are_independent
 from .site import MISSES_BEFORE_KEPT, Site
@@ -37,13 +38,15 @@ class RegionWarning(UserWarning):
 
 @dataclasses.dataclass
 class Forward:
-    """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows."""
+    """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows.
+    `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept."""
 
     states: list[Tensor]
     n: Tensor
     kept: bool
     rows: bool
     serial: int
+    about: Tensor
 
 
 def run_forward(
@@ -65,11 +68,17 @@ def run_forward(
         evaluations += 1
         return runner.apply(z, operands)
 
-    def solved(start: Tensor, tol: float, steps: Tensor | None = None, coefficients: Tensor | None = None) -> Solution:
+    def stop(z: Tensor, f: Tensor) -> bool:
+        others = (*operands, *sizes)
+        return any(test.holds(layout, z, f, others) for test in spec.stop)
+
+    def solved(
+        start: Tensor, tol: float, steps: Tensor | None = None, coefficients: Tensor | None = None, solver: str = config.solver
+    ) -> Solution:
         return solve(
             body,
             start,
-            solver=config.solver,
+            solver=solver,
             tol=tol,
             stop_mode=config.stop_mode,
             max_iter=config.max_iter,
@@ -81,6 +90,7 @@ def run_forward(
             watched=not inside,
             anderson_memory=config.anderson_memory,
             anderson_damping=config.anderson_damping,
+            stop=stop if spec.stop else None,
         )
 
     due = site.due() and not inside
@@ -92,6 +102,8 @@ def run_forward(
             solution = captured.solve(z0, operands, steps, coefficients)
         if solution is None:
             solution = solved(z0, site.tol, steps, coefficients)
+        if spec.iterations is None and not inside and solution.missed():
+            solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard"))
     loop = None
     if due and spec.iterations is not None and solution is not None:
         loop = _apply(body, z0, spec.iterations)
@@ -99,7 +111,7 @@ def run_forward(
     elif inside:
         pass
     elif solution is not None and solution.outcome is None:
-        _count_misses(site, solution)
+        count_misses(site, solution)
     elif solution is not None:  # what it came to is asked at the next call, when the device has long been done
         site.pending = dataclasses.replace(solution, z=solution.residual, state=None)
     site.calls += layout.batch > 0
@@ -111,11 +123,11 @@ def run_forward(
     else:
         assert solution is not None
         z = solution.z
-    serial = 0 if inside else _record_forward(site, solution, z, evaluations, S, C)
+    serial = 0 if inside else record_forward(site, solution, z, evaluations, S, C)
     n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
     if solution is not None and solution.state is not None:
         n = solution.state.n
-    return Forward(layout.outputs(z), n, kept, rows, serial)
+    return Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n))
 
 
 def run_backward(
@@ -137,30 +149,17 @@ def run_backward(
     if kept or spec.config.backward == "unroll":
         return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
     z = layout.flatten(states)
-    linear = runner.linearise(z, operands, needs)
     config = spec.config
     found: AdjointSolution
     if config.backward == "jfb":
+        linear = runner.linearise(z, operands, needs)
         found = jacobian_free(linear.vjp_full, q)
     elif config.backward in ("phantom", "neumann"):
+        linear = runner.linearise(z, operands, needs)
         damping = config.backward_damping if config.backward == "phantom" else 1.0
         found = phantom(linear.vjp, linear.vjp_full, q, config.backward_steps, damping)
     else:
-        state: Factors | None = None
-        if spec.stores_steps:
-            S, C, n = factors
-            state = factors_of(*_buffers(S, C, layout, config.memory), n[: layout.batch])
-        found = solve_adjoint(
-            linear.vjp,
-            linear.vjp_full,
-            q,
-            state,
-            tol=config.backward_tol,
-            max_iter=max(1, config.backward_max_iter),
-            expected=site.expected_vjps,
-            body_eps=spec.body_eps,
-            skip=2 if config.memory < config.max_iter else 0,  # a restart may have left two pairs that are not exact
-        )
+        found, linear = _adjoint(site, layout, runner, z, q, operands, sizes, needs, factors)
         site.expected_vjps = found.needed
     if serial:
         records.complete(
@@ -173,9 +172,46 @@ def run_backward(
             adjoint_residual_batch=float(found.residual),
             adjoint_message=found.status.message,
         )
-    if _gradient_is_the_loops(site, linear, found):
+    if engine.capturing() or _gradient_is_the_loops(site, linear, found):
         return None, found.payload
     return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
+
+
+def _adjoint(
+    site: Site, layout: Layout, runner: Runner, z: Tensor, q: Tensor, operands: Sequence[Tensor], sizes: Sequence[int],
+    needs: tuple[bool, ...], factors: tuple[Tensor, Tensor, Tensor],
+) -> tuple[AdjointSolution, Linearised]:  # fmt: skip
+    """The adjoint solve with the forward's factors, captured where that is possible; and the body linearised at z."""
+    spec, config = site.spec, site.spec.config
+    max_iter = max(1, config.backward_max_iter)
+    skip = 2 if config.memory < config.max_iter else 0  # a restart may have left two pairs that are not exact
+    state: Factors | None = None
+    if spec.stores_steps:
+        S, C, n = factors
+        S, C = _buffers(S, C, layout, config.memory)
+        n = n[: layout.batch]
+        # On a GPU nothing is asked: the kernels look at each sample's own n.
+        state = Factors(S=S, C=C, n=n, high=S.shape[1]) if on_gpu(z.device) else factors_of(S, C, n)
+    inside = engine.capturing()
+    if not math.isinf(config.backward_tol) and not inside:
+        settings = engine.AdjointSettings(config.backward_tol, max_iter, spec.body_eps, skip)
+        captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
+        if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
+            return solved
+    linear = runner.linearise(z, operands, needs)
+    found = solve_adjoint(
+        linear.vjp,
+        linear.vjp_full,
+        q,
+        state,
+        tol=config.backward_tol,
+        max_iter=max_iter,
+        expected=site.expected_vjps,
+        body_eps=spec.body_eps,
+        skip=skip,
+        watched=not inside,
+    )
+    return found, linear
 
 
 def _gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution) -> bool:
@@ -214,7 +250,8 @@ def _captured(
 ) -> engine.CapturedForward | None:
     """The captured solve of this region for these shapes, on a GPU and from the second call on."""
     config = site.spec.config
-    if config.solver != "broyden" or config.engine == "loop" or not on_gpu(z0.device):
+    # A test of the user's own is a question to the host in every iteration.
+    if config.solver != "broyden" or config.engine == "loop" or site.spec.stop or not on_gpu(z0.device):
         return None
     settings = engine.ForwardSettings(
         site.tol, config.stop_mode, config.max_iter, config.memory, site.spec.factor_dtype, site.spec.body_eps
@@ -231,9 +268,15 @@ def _settle(site: Site) -> None:
     if solution is not None and solution.outcome is not None:
         missed, _ = solution.outcome()
         if missed:
-            _count_misses(site, solution)
+            count_misses(site, solution)
         else:
             site.misses = 0
+
+
+def _about(solution: Solution | None, n: Tensor) -> Tensor:
+    if solution is None:
+        return n.new_full((n.shape[0], 2), -1.0, dtype=torch.float32)
+    return torch.stack([solution.residual.float(), solution.iterations.float()], dim=1)
 
 
 def _decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
@@ -301,7 +344,7 @@ def _verify(site: Site, solution: Solution, loop: Tensor, solved: Callable[[Tens
     return solution
 
 
-def _count_misses(site: Site, solution: Solution) -> None:
+def count_misses(site: Site, solution: Solution) -> None:
     """A fixed-count loop whose solve misses its tolerance again and again goes back to its own iterations."""
     missed = solution.status.numel() > 0 and not bool(converged(solution.status).all())
     site.misses = site.misses + 1 if missed else 0
@@ -310,9 +353,10 @@ def _count_misses(site: Site, solution: Solution) -> None:
     if not site.warned:
         site.warned = True
         share = float(converged(solution.status).double().mean())
+        goal = "the loop's own test" if site.spec.stop else f"tol={site.tol:g}"
         warnings.warn(
-            f"fixed-point region at {site.spec.where}: {1 - share:.0%} of the samples missed tol="
-            f"{site.tol:g} within max_iter={site.spec.config.max_iter}; their best iterate is used "
+            f"fixed-point region at {site.spec.where}: {1 - share:.0%} of the samples missed {goal} "
+            f"within max_iter={site.spec.config.max_iter}; their best iterate is used "
             f"(largest residual {float(solution.residual.max()):.1e}). Raise max_iter or tol, or make the body contract",
             RegionWarning,
             stacklevel=2,
@@ -321,7 +365,7 @@ def _count_misses(site: Site, solution: Solution) -> None:
         site.decide("kept", None)
 
 
-def _record_forward(
+def record_forward(
     site: Site, solution: Solution | None, z: Tensor, evaluations: int, S: Tensor, C: Tensor
 ) -> int:
     if not records.recording():

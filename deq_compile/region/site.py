@@ -20,13 +20,14 @@ from deq_compile.config import Config
 from .body import BodySpec
 from .forward import Solution
 from .layout import Layout, flat_dtype
+from .stop import StopTest
 
 log = logging.getLogger("deq_compile.region")
 
 VERIFY_EVERY = 200  # calls that record gradients
 # Part of every key. Inductor caches graphs on disk by the text of our node: code cached by an earlier version of this
 # package expects that version's outputs. To be raised with every change of the operators' outputs.
-OUTPUT_FORMAT = 2
+OUTPUT_FORMAT = 3
 MISSES_BEFORE_KEPT = 3  # consecutive solves of a fixed-count loop that miss the tolerance
 
 
@@ -40,6 +41,7 @@ class RegionSpec:
     iterations  N of the user's fixed-count loop; None where a fixed point was declared
     grad        whether gradients are recorded through it
     config      settled options
+    stop        the user's own tests, any of which ends the solve in place of `config.tol`
     where       the user's file and line, for messages
     """
 
@@ -50,6 +52,7 @@ class RegionSpec:
     grad: bool
     config: Config
     where: str = "<unknown>"
+    stop: tuple[StopTest, ...] = ()
 
     @property
     def stores_steps(self) -> bool:
@@ -74,7 +77,8 @@ class RegionSpec:
     @property
     def fingerprint(self) -> str:
         """The same for equal regions, in every process: body, modes, dtypes, memory orders, count and options."""
-        facts = (OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key())
+        tests = [test.key for test in self.stop]
+        facts = (OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key(), tests)
         return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
     def layout(self, shapes: Sequence[Sequence[int]], rows: bool) -> Layout:
@@ -101,7 +105,7 @@ class Site:
         self.compares = spec.iterations is not None and config.semantics == "loop" and config.verify != "never"
         self.verdict = "pending" if self.compares else "solve"
         self.distance: float | None = None
-        self.tol = config.tol
+        self.tol = 0.0 if spec.stop else config.tol  # the user's test stops the batch, in place of a tolerance
         self.calls = 0
         self.misses = 0
         self.adjoint_misses = 0

@@ -18,6 +18,25 @@ from .state import RUNNING, BroydenState, coefficient_width, row_width
 NEVER = 2**31 - 1
 
 
+def launch(state: Any, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
+    """Launch a kernel; within `state.loading()` compile and load it only."""
+    if not state.only_load:
+        kernel[grid](*args, **constants)
+    elif (compiled := kernel.warmup(*args, grid=grid, **constants)) is not None:  # the interpreter compiles nothing
+        compiled._init_handles()
+
+
+def summarise(state: Any, out: Tensor) -> None:
+    """Enqueue three numbers about `state.done` and `state.iterations`; see the kernel. out: (3,) int32 in pinned memory."""
+    kernels = triton_kernels("broyden")
+    assert kernels is not None
+    if (here := state.scratch.get("summary")) is None:
+        here = state.scratch["summary"] = torch.empty(3, dtype=torch.int32, device=state.done.device)
+    launch(state, kernels.summarise, (1,), state.done, state.iterations, here, state.done.shape[0], BB=256, num_warps=4)
+    if not state.only_load:
+        out.copy_(here, non_blocking=True)
+
+
 @dataclass(kw_only=True, eq=False)
 class TritonState(BroydenState):
     """A Broyden state that Triton kernels work on. Counters live on the device; `active` is what the host last saw.
@@ -91,12 +110,6 @@ class TritonState(BroydenState):
         finally:
             self.only_load = False
 
-    def _run(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        if not self.only_load:
-            kernel[grid](*args, **constants)
-        elif (compiled := kernel.warmup(*args, grid=grid, **constants)) is not None:  # the interpreter compiles nothing
-            compiled._init_handles()
-
     def restart(self, z: Tensor, z0: Tensor, S: Tensor | None = None, C: Tensor | None = None) -> None:
         """Begin another solve in the same buffers: z and the best iterate become z0 (both (B, D), contiguous). With a table,
         `S` and `C` are the tensors that the solve fills."""
@@ -109,18 +122,14 @@ class TritonState(BroydenState):
         if any(a % 16 for a in addresses):
             raise ValueError(f"expected S and C at multiples of 16 bytes, got addresses {addresses}")
         table = self.n if self.table is None else self.table
-        self._run(
-            self.kernels.start, (B, cut.slabs), z0, z, self.z_best, self.n, self.best, self.mark, self.stall, self.iterations,
-            self.done, table, *addresses, D, cut.slab, BD=1024, TABLE=self.table is not None, num_warps=4,
+        launch(
+            self, self.kernels.start, (B, cut.slabs), z0, z, self.z_best, self.n, self.best, self.mark, self.stall,
+            self.iterations, self.done, table, *addresses, D, cut.slab, BD=1024, TABLE=self.table is not None, num_warps=4,
         )  # fmt: skip
 
     def summarise(self, out: Tensor) -> None:
-        """Enqueue for the host: samples that still run, samples that missed their tolerance, most evaluations. out: (3,) int32,
-        in pinned memory."""
-        here = self._buffer("summary", (3,), torch.int32)
-        self._run(self.kernels.summarise, (1,), self.done, self.iterations, here, self.done.shape[0], BB=256, num_warps=4)
-        if not self.only_load:
-            out.copy_(here, non_blocking=True)
+        """Enqueue for the host: samples that still run, that missed their tolerance, most evaluations. out: (3,) int32."""
+        summarise(self, out)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape)
@@ -152,10 +161,10 @@ class TritonState(BroydenState):
         limits = (float(self.tol), float(self.floor), float(self.eta), max_iter)
         if cut.slabs == 1:
             if self.handle is not None:
-                self._run(self.kernels.stop_looping, (1,), self.handle, num_warps=1)
+                launch(self, self.kernels.stop_looping, (1,), self.handle, num_warps=1)
             y = self._buffer("y", (B, 3 * cut.BM + 2), self.C.dtype)
-            self._run(
-                self.kernels.step_fused, (B,),
+            launch(
+                self, self.kernels.step_fused, (B,),
                 z, f, norm, self.S, self.C, *counters, self.z_best, y, table, handle, D, row, LD, *limits,
                 M=M, BM=cut.BM, BD=cut.BD, BD2=cut.BD2, STAGES=cut.stages, num_warps=cut.warps, **options,
             )  # fmt: skip
@@ -165,13 +174,13 @@ class TritonState(BroydenState):
         ints = self._buffer("ints", (B, 4), torch.int32)
         floats = self._buffer("floats", (B, 2), self.C.dtype)
         pending = self._buffer("pending", (B,), self.C.dtype)
-        self._run(
-            self.kernels.dots, (B, cut.slabs),
+        launch(
+            self, self.kernels.dots, (B, cut.slabs),
             z, f, self.S, self.C, *counters, parts, ints, floats, pending, table, handle, D, row, LD, cut.slab,
             M=M, BM=cut.BM, BD=cut.BD, STAGES=cut.stages, GIVEN=given, num_warps=cut.warps, **where,
         )  # fmt: skip
-        self._run(
-            self.kernels.combine, (B, cut.slabs),
+        launch(
+            self, self.kernels.combine, (B, cut.slabs),
             z, f, norm, self.S, self.C, *counters, self.z_best, y, parts, ints, floats, pending, table, handle, D, row, LD,
             cut.slab, cut.slabs, *limits, M=M, BM=cut.BM, BP=power_of_two(cut.slabs), BD=cut.BD2, num_warps=cut.warps, **options,
         )  # fmt: skip

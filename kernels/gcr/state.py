@@ -58,6 +58,9 @@ class GcrState(Progress):
     count: int = 0
     converged: bool = False
 
+    def unwatched(self) -> None:
+        """Do not ask a device how far it is: the iteration goes on to its cap, as somebody else's capture needs."""
+
     @property
     def needed(self) -> int:
         """The VJP at which the iteration ended; more may have been observed before the host looked."""

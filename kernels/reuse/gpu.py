@@ -15,22 +15,15 @@ from .multisecant import Multisecant, gram_torch, multisecant_aten
 def apply_transpose(factors: Factors, x: Tensor, kernels: Any, cut: Tiles | None = None) -> Tensor:
     """-H^T x for x (B, D) contiguous in the compute dtype; a new tensor. One or two launches, nothing goes to the host."""
     out = torch.empty_like(x)
-    _launch(factors.S, factors.C, factors.n, x, out, None, None, kernels, cut, shift=1)
+    _launch(factors.S, factors.C, factors.n, x, out, kernels, cut, shift=1)
     return out
 
 
 def apply_multisecant(operator: Multisecant, x: Tensor, kernels: Any, cut: Tiles | None = None) -> Tensor:
     """M x for x (B, D) contiguous in the compute dtype; a new tensor, as above."""
     out = torch.empty_like(x)
-    _launch(operator.S, operator.V, operator.n, x, out, None, None, kernels, cut, shift=0)
+    _launch(operator.S, operator.V, operator.n, x, out, kernels, cut, shift=0)
     return out
-
-
-def add_multisecant(
-    operator: Multisecant, x: Tensor, base: Tensor, done: Tensor, out: Tensor, kernels: Any, cut: Tiles | None = None
-) -> None:
-    """out = base + M x, all (B, D), for the samples whose `done` (B,) int32 is zero; the rows of the others stay."""
-    _launch(operator.S, operator.V, operator.n, x, out, base, done, kernels, cut, shift=0)
 
 
 def multisecant(factors: Factors, skip: int, kernels: Any) -> Multisecant:
@@ -63,8 +56,7 @@ def gram_columns(BM: int) -> int:
 
 
 def _launch(
-    S: Tensor, V: Tensor, n: Tensor, x: Tensor, out: Tensor, base: Tensor | None, done: Tensor | None, kernels: Any,
-    cut: Tiles | None, shift: int,
+    S: Tensor, V: Tensor, n: Tensor, x: Tensor, out: Tensor, kernels: Any, cut: Tiles | None, shift: int
 ) -> None:  # fmt: skip
     import triton.language as tl
 
@@ -75,13 +67,10 @@ def _launch(
     cut = cut or tiles(B, D, M + 1 - shift, V.element_size())
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
     d = torch.empty(2 * B * cut.slabs * cut.BM, dtype=V.dtype, device=x.device)
-    add = base is not None
-    # What a constant switches off still needs an argument.
-    base, done = (x if base is None else base), (n if done is None else done)
     if cut.slabs == 1:
         kernels.transpose_fused[(B,)](
-            x, base, out, S, V, n, done, d, D, row, LD,
-            M=M, SHIFT=shift, ADD=add, BM=cut.BM, BD=cut.BD, BD2=cut.BD2, STAGES=cut.stages, ACC=acc, num_warps=cut.warps,
+            x, out, S, V, n, d, D, row, LD,
+            M=M, SHIFT=shift, BM=cut.BM, BD=cut.BD, BD2=cut.BD2, STAGES=cut.stages, ACC=acc, num_warps=cut.warps,
         )  # fmt: skip
         return
     parts = torch.empty(B * cut.slabs * cut.BM, dtype=V.dtype, device=x.device)
@@ -90,6 +79,6 @@ def _launch(
         M=M, SHIFT=shift, BM=cut.BM, BD=cut.BD, STAGES=cut.stages, ACC=acc, num_warps=cut.warps,
     )  # fmt: skip
     kernels.transpose_combine[(B, cut.slabs)](
-        x, base, out, S, V, n, done, parts, d, D, row, LD, cut.slab, cut.slabs,
-        M=M, SHIFT=shift, ADD=add, BM=cut.BM, BP=power_of_two(cut.slabs), BD=cut.BD2, ACC=acc, num_warps=cut.warps,
+        x, out, S, V, n, parts, d, D, row, LD, cut.slab, cut.slabs,
+        M=M, SHIFT=shift, BM=cut.BM, BP=power_of_two(cut.slabs), BD=cut.BD2, ACC=acc, num_warps=cut.warps,
     )  # fmt: skip

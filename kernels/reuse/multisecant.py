@@ -98,7 +98,9 @@ def weights_from_gram(G: Tensor, C: Tensor, n: Tensor, skip: int = 0) -> Tensor:
     diagonal = K.diagonal(dim1=1, dim2=2)
     diagonal.add_(torch.where(live, diagonal.clamp_min(1.0) * (RIDGE + RIDGE_FAR * far), 1.0))
     factor, info = torch.linalg.cholesky_ex(K)
-    W = T.transpose(1, 2) @ torch.cholesky_solve(E, factor)
+    # Two triangular solves, not torch.cholesky_solve: that asks the device, and a graph cannot capture it.
+    half = torch.linalg.solve_triangular(factor, E, upper=False)
+    W = T.transpose(1, 2) @ torch.linalg.solve_triangular(factor.transpose(1, 2), half, upper=True)
     good = (info == 0) & torch.isfinite(W).all(2).all(1)
     return torch.where(good[:, None, None], W, 0.0)
 

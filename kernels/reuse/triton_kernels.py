@@ -1,8 +1,7 @@
 """Products with the stored steps for a GPU, x + sum_j d_j s_j with d = V^T b, fused (one program a sample) or split:
 
 SHIFT 1   -H^T x: V = C, lower triangular, and b_j = s_{j+1} . x for n - 1 pairs
-SHIFT 0   M x, the type-II operator: V = -W^T (multisecant.py), and b_j = s_j . x for n steps; with ADD, base + M x, and only for
-          samples that run
+SHIFT 0   M x, the type-II operator: V = -W^T (multisecant.py), and b_j = s_j . x for n steps
 
 Two reads of the steps; partial sums are added in a fixed order. `gram` makes the products of the steps that W is made of. This
 file has no imports of its own package, so that tests can load it a second time for Triton's interpreter.
@@ -47,14 +46,12 @@ def _weights(b_ptr, V_ptr, rows, LD, SHIFT: tl.constexpr, BM: tl.constexpr):
 
 
 @triton.jit
-def _add(x_ptr, base_ptr, out_ptr, S_ptr, d_ptr, rows, lo, hi, ROW, ADD: tl.constexpr, BD: tl.constexpr, ACC: tl.constexpr):
+def _add(x_ptr, out_ptr, S_ptr, d_ptr, rows, lo, hi, ROW, BD: tl.constexpr, ACC: tl.constexpr):
     d = tl.arange(0, BD)
     for d0 in tl.range(lo, hi, BD):
         o = d0 + d
         m = o < hi
         y = tl.load(x_ptr + o, mask=m, other=0.0).to(ACC)
-        if ADD:
-            y += tl.load(base_ptr + o, mask=m, other=0.0).to(ACC)
         for j in tl.range(0, rows, loop_unroll_factor=4):
             y += tl.load(d_ptr + j) * tl.load(S_ptr + j * ROW + o, mask=m, other=0.0).to(ACC)
         tl.store(out_ptr + o, y, mask=m)
@@ -62,15 +59,12 @@ def _add(x_ptr, base_ptr, out_ptr, S_ptr, d_ptr, rows, lo, hi, ROW, ADD: tl.cons
 
 @triton.jit
 def transpose_fused(
-    x_ptr, base_ptr, out_ptr, S_ptr, C_ptr, n_ptr, done_ptr, d_ptr, D, ROW, LD,
-    M: tl.constexpr, SHIFT: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BD2: tl.constexpr,
+    x_ptr, out_ptr, S_ptr, C_ptr, n_ptr, d_ptr, D, ROW, LD,
+    M: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BD2: tl.constexpr,
     STAGES: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """One sample: grid (B,). C is V, (B, M + 1 - SHIFT, LD)."""
     b = tl.program_id(0).to(tl.int64)
-    if ADD:
-        if tl.load(done_ptr + b) != 0:
-            return
     rows = tl.load(n_ptr + b) - SHIFT
     S_ptr += b * (M + 1) * ROW
     i = tl.arange(0, BM)
@@ -79,7 +73,7 @@ def transpose_fused(
     tl.debug_barrier()
     tl.store(d_ptr + i, _weights(d_ptr + BM, C_ptr + b * (M + 1 - SHIFT) * LD, rows, LD, SHIFT, BM))
     tl.debug_barrier()
-    _add(x_ptr + b * D, base_ptr + b * D, out_ptr + b * D, S_ptr, d_ptr, rows, 0, D, ROW, ADD, BD2, ACC)
+    _add(x_ptr + b * D, out_ptr + b * D, S_ptr, d_ptr, rows, 0, D, ROW, BD2, ACC)
 
 
 @triton.jit
@@ -98,16 +92,13 @@ def transpose_dots(
 
 @triton.jit
 def transpose_combine(
-    x_ptr, base_ptr, out_ptr, S_ptr, C_ptr, n_ptr, done_ptr, part_ptr, d_ptr, D, ROW, LD, SLAB, PARTS,
-    M: tl.constexpr, SHIFT: tl.constexpr, ADD: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
+    x_ptr, out_ptr, S_ptr, C_ptr, n_ptr, part_ptr, d_ptr, D, ROW, LD, SLAB, PARTS,
+    M: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Reduce the partial sums, then add the steps to a slab of columns: grid (B, slabs)."""
     b = tl.program_id(0).to(tl.int64)
     slab = tl.program_id(1)
-    if ADD:
-        if tl.load(done_ptr + b) != 0:
-            return
     rows = tl.load(n_ptr + b) - SHIFT
     i = tl.arange(0, BM)
     q = tl.arange(0, BP)
@@ -119,7 +110,7 @@ def transpose_combine(
     tl.debug_barrier()
     lo = slab * SLAB
     hi = tl.minimum(lo + SLAB, D)
-    _add(x_ptr + b * D, base_ptr + b * D, out_ptr + b * D, S_ptr + b * (M + 1) * ROW, d_ptr, rows, lo, hi, ROW, ADD, BD, ACC)
+    _add(x_ptr + b * D, out_ptr + b * D, S_ptr + b * (M + 1) * ROW, d_ptr, rows, lo, hi, ROW, BD, ACC)
 
 
 @triton.jit

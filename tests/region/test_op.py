@@ -110,7 +110,7 @@ def test_operands_that_alias() -> None:
 def test_factors_are_not_differentiable_and_sized_by_memory() -> None:
     z, w, x = inputs(3, 5)
     key = key_of(body, 1, memory=7)
-    state, S, C, n, ticket = solve_op([z], [w.requires_grad_(), x], [], key)
+    state, S, C, n, ticket, _ = solve_op([z], [w.requires_grad_(), x], [], key)
     assert state.requires_grad
     assert not any(t.requires_grad for t in (S, C, n, ticket))
     assert S.numel() == 3 * 8 * 5
@@ -121,7 +121,7 @@ def test_factors_are_not_differentiable_and_sized_by_memory() -> None:
 def test_no_factors_where_the_backward_reuses_none() -> None:
     z, w, x = inputs()
     for options in ({"solver": "picard"}, {"backward": "jfb"}):
-        _, S, C, _, _ = solve_op([z], [w, x], [], key_of(body, 1, **options))
+        _, S, C, _, _, _ = solve_op([z], [w, x], [], key_of(body, 1, **options))
         assert (S.numel(), C.numel()) == (0, 0)
 
 

@@ -1,0 +1,156 @@
+"""Questions about the bytecode of a loop: which side of a branch leaves it, and what is done only there.
+
+All of it works on Dynamo's `Instruction` lists, read only: opname, argval, target, positions.
+"""
+
+from __future__ import annotations
+
+import dis
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_UNCONDITIONAL = {"JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD_NO_INTERRUPT"}
+_RAISES = {"RAISE_VARARGS", "RERAISE"}
+_ENDS = {"RETURN_VALUE", "RETURN_CONST"} | _RAISES
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A conditional jump that leaves a loop.
+
+    jumps     the loop is left by jumping, not by falling through
+    loop      indices of the loop's instructions
+    position  of the test in the source; a `while` loop's guard before the loop has that of the test in it
+    counted   the loop is a `for`: an iterator stands on the stack while it runs
+    guard     whether this is that guard
+    """
+
+    jumps: bool
+    loop: frozenset[int]
+    position: Any
+    counted: bool
+    guard: bool = False
+
+
+class Code:
+    """The control flow of one function."""
+
+    def __init__(self, instructions: Sequence[Any]) -> None:
+        self.instructions = instructions
+        self.index = {id(inst): i for i, inst in enumerate(instructions)}
+        self.successors: list[list[int]] = []
+        for i, inst in enumerate(instructions):
+            after = [] if inst.opname in _UNCONDITIONAL | _ENDS or i + 1 == len(instructions) else [i + 1]
+            if inst.target is not None and ("JUMP" in inst.opname or inst.opname in ("FOR_ITER", "SEND")):
+                after.append(self.index[id(inst.target)])
+            self.successors.append(after)
+        self.predecessors: list[list[int]] = [[] for _ in instructions]
+        for i, after in enumerate(self.successors):
+            for j in after:
+                self.predecessors[j].append(i)
+
+    def _reach(self, edges: list[list[int]], start: int, allowed: set[int]) -> set[int]:
+        seen: set[int] = set()
+        stack = [start]
+        while stack:
+            for j in edges[stack.pop()]:
+                if j in allowed and j not in seen:
+                    seen.add(j)
+                    stack.append(j)
+        return seen
+
+    def reachable(self, start: int) -> set[int]:
+        return {start} | self._reach(self.successors, start, set(range(len(self.instructions))))
+
+    def in_loop(self, inst: Any) -> bool:
+        """Whether an instruction can be reached from itself."""
+        i = self.index.get(id(inst))
+        return i is not None and i in self._reach(self.successors, i, set(range(len(self.instructions))))
+
+    def exit_of(self, inst: Any) -> Exit | None:
+        """What a conditional jump leaves: the innermost loop that holds one of its sides and not the other."""
+        return self._exit_inside(inst) or self._guard(inst)
+
+    def _exit_inside(self, inst: Any) -> Exit | None:
+        i = self.index.get(id(inst))
+        if i is None or inst.target is None or i + 1 == len(self.instructions):
+            return None
+        jump, fall, allowed = self.index[id(inst.target)], i + 1, set(range(len(self.instructions)))
+        while True:
+            component = self._reach(self.successors, i, allowed) & self._reach(self.predecessors, i, allowed)
+            if i not in component:
+                return None
+            if (jump in component) != (fall in component):
+                return Exit(fall in component, frozenset(component), inst.positions, self._counted(component))
+            # both sides stay in this loop: look at the loops inside of it, those that avoid its entry
+            entries = [u for u in component if any(p not in component for p in self.predecessors[u])] or [min(component)]
+            allowed = component - {min(entries)}
+            if i not in allowed:
+                return None
+
+    def _guard(self, inst: Any) -> Exit | None:
+        """CPython tests the condition of `while` once before the loop and once at its end, from one place in the source."""
+        if inst.positions is None:
+            return None
+        for other in self.instructions:
+            if other is inst or other.positions != inst.positions or "POP_JUMP" not in other.opname:
+                continue
+            found = self._exit_inside(other)
+            if found is not None:
+                exit_when = ("TRUE" in other.opname) == found.jumps
+                return Exit(("TRUE" in inst.opname) == exit_when, found.loop, inst.positions, found.counted, guard=True)
+        return None
+
+    def _counted(self, component: set[int]) -> bool:
+        headers = (i for i in component if self.instructions[i].opname == "FOR_ITER")
+        return any(self.index[id(self.instructions[i].target)] not in component for i in headers)
+
+    def target(self, inst: Any, exit: Exit) -> int:
+        """Where the loop is left to."""
+        return self.index[id(inst.target)] if exit.jumps else self.index[id(inst)] + 1
+
+    def only_raises(self, start: int, limit: int = 40) -> bool:
+        """Whether a straight run of instructions ends in a raise: an assertion, not an exit."""
+        for inst in self.instructions[start : start + limit]:
+            if inst.opname in _RAISES:
+                return True
+            if inst.opname in _ENDS or inst.target is not None:
+                return False
+        return False
+
+    def stores(self, where: Any) -> set[str]:
+        """Local names that instructions store to."""
+        names: set[str] = set()
+        for i in where:
+            inst = self.instructions[i]
+            if inst.opname == "STORE_FAST_LOAD_FAST":
+                names.add(inst.argval[0])
+            elif inst.opname.startswith("STORE_FAST") or inst.opname in ("STORE_DEREF", "STORE_GLOBAL", "STORE_NAME"):
+                names.update(inst.argval if isinstance(inst.argval, tuple) else (inst.argval,))
+        return names
+
+    def one_sided(self, inst: Any, exit: Exit) -> tuple[set[int], set[int]]:
+        """Instructions done only when the loop is left here, and only when it ends in another way (exhausted, or `else`)."""
+        here = self.reachable(self.target(inst, exit)) - exit.loop
+        ends = {
+            j for i in exit.loop for j in self.successors[i]
+            if j not in exit.loop and i != self.index[id(inst)] and self.instructions[i].opname != "SEND"
+        }  # fmt: skip
+        elsewhere: set[int] = set()
+        for j in ends:
+            elsewhere |= self.reachable(j)
+        elsewhere -= exit.loop
+        if exit.guard or not elsewhere:
+            return set(), set()
+        return here - elsewhere, elsewhere - here
+
+    def constants(self, where: set[int]) -> Counter[str]:
+        """Constants that instructions push or return."""
+        found: Counter[str] = Counter()
+        for i in where:
+            inst = self.instructions[i]
+            if inst.opcode in dis.hasconst and inst.opname in ("LOAD_CONST", "RETURN_CONST", "LOAD_SMALL_INT"):
+                found[repr(inst.argval)] += inst.argval is not None
+        return +found

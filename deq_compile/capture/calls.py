@@ -1,0 +1,80 @@
+"""Calls that mean a fixed point, taken while Dynamo traces them.
+
+A recogniser looks at a call (the function and Dynamo's variables for its arguments) and says by which adapter it is to be
+traced: a function of this package, called with the name of the place and then with the user's own arguments. Where none
+recognises it, or the place is blocked, Dynamo goes on with the user's function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from deq_compile.report import Skipped
+
+from . import dynamo, marker
+
+Adapter = Callable[..., Any]
+# (function, arguments, keyword arguments) -> how to trace the call, why it is left alone, or None: it means nothing to us
+Recogniser = Callable[[Any, Sequence[Any], Mapping[str, Any]], "Adapter | Skipped | None"]
+_by_function: dict[Any, Adapter] = {}
+_recognisers: list[Recogniser] = []
+
+
+def take(function: Any, adapter: Adapter) -> None:
+    """Trace calls of `function` by `adapter(site, *args, **kwargs)`."""
+    _by_function[function] = adapter
+
+
+def give_back(function: Any) -> None:
+    """The opposite of `take`."""
+    _by_function.pop(function, None)
+
+
+def add(recogniser: Recogniser) -> None:
+    """Ask `recogniser` about every call that is traced; it should be quick to say None."""
+    _recognisers.append(recogniser)
+
+
+def install() -> Callable[[], None]:
+    """Patch Dynamo; returns what takes the patch out again."""
+    original = dynamo.UserFunctionVariable.call_function
+
+    @functools.wraps(original)
+    def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if marker.ours(tx):
+            arguments = [*self.self_args(), *args]
+            found = _ask(self.fn, arguments, kwargs)
+            if found is not None:
+                site = marker.site_of(tx, _name(self.fn))
+                if isinstance(found, Skipped):
+                    marker.refuse(tx, site, dataclasses.replace(found, location=marker.location(tx)))
+                elif not marker.blocked(tx, site):
+                    adapted = dynamo.UserFunctionVariable(found)
+                    return adapted.call_function(tx, [dynamo.ConstantVariable.create(site), *arguments], kwargs)
+        return original(self, tx, args, kwargs)
+
+    dynamo.UserFunctionVariable.call_function = call_function
+
+    def remove() -> None:
+        dynamo.UserFunctionVariable.call_function = original
+
+    return remove
+
+
+def _ask(function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Adapter | Skipped | None:
+    try:
+        found: Adapter | Skipped | None = _by_function.get(function)
+    except TypeError:  # not hashable
+        return None
+    for recogniser in _recognisers:
+        if found is not None:
+            break
+        found = recogniser(function, arguments, kwargs)
+    return found
+
+
+def _name(function: Any) -> str:
+    return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"

@@ -1,0 +1,51 @@
+"""The one place that names Dynamo's private parts (torch 2.11 to 2.13). Everything is `Any`: none of it is a promise.
+
+On a torch where one of these names is gone, `MISSING` says which, and capture stays off.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+MISSING: list[str] = []
+
+
+def _find(module: str, name: str, otherwise: Any = None) -> Any:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        MISSING.append(str(error))
+        return otherwise
+
+
+config = _find("torch._dynamo", "config")
+reset_code = _find("torch._dynamo", "reset_code")
+InstructionTranslator = _find("torch._dynamo.symbolic_convert", "InstructionTranslator")
+InliningInstructionTranslator = _find("torch._dynamo.symbolic_convert", "InliningInstructionTranslator")
+InliningGeneratorInstructionTranslator = _find("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
+livevars_analysis = _find("torch._dynamo.bytecode_analysis", "livevars_analysis")
+ConstantVariable = _find("torch._dynamo.variables", "ConstantVariable")
+CellVariable = _find("torch._dynamo.variables", "CellVariable")
+SymNodeVariable = _find("torch._dynamo.variables", "SymNodeVariable")
+TensorVariable = _find("torch._dynamo.variables", "TensorVariable")
+TorchInGraphFunctionVariable = _find("torch._dynamo.variables", "TorchInGraphFunctionVariable")
+UserFunctionVariable = _find("torch._dynamo.variables", "UserFunctionVariable")
+RangeIteratorVariable = _find("torch._dynamo.variables.lists", "RangeIteratorVariable")
+AttributeMutationExisting = _find("torch._dynamo.variables.base", "AttributeMutationExisting")
+# the one exception by which a backend can have a frame traced again
+RestartFromBackend = _find("torch._dynamo.exc", "TensorifyScalarRestartAnalysis", RuntimeError)
+
+
+def translators() -> list[Any]:
+    """The classes that trace frames, those that share a table of handlers once."""
+    classes = [InstructionTranslator, InliningInstructionTranslator, InliningGeneratorInstructionTranslator]
+    return list({id(cls.dispatch_table): cls for cls in classes}.values())
+
+
+def current() -> Any:
+    """The outermost translator at work in this thread; None outside of Dynamo."""
+    try:
+        return InstructionTranslator.current_tx()
+    except AttributeError:
+        return None

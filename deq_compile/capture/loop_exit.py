@@ -1,0 +1,262 @@
+"""Keep Dynamo in a loop whose exit depends on data.
+
+    for _ in range(100):
+        z_new = f(z, x)
+        done = (z_new - z).norm() < tol
+        z = z_new
+        if done:              # stock Dynamo breaks the graph here, in every iteration
+            break
+
+For our backend the translator passes such a branch by on the side that stays, leaves a `may_exit` in the graph, and after
+UNROLLED visits takes the exit. The loop then stands in the graph as a chain of equal segments, which the passes know how
+to find; the tests say when its solve is done. Where no pass takes it, Dynamo traces the frame again without all this.
+
+What is assumed is that nothing but tensors depends on the number of iterations. Everything else is refused, with a line:
+a Python value that is written in the loop and read after it, attributes and lists that grow, constants that tell one end
+of the loop from the other.
+
+`capture.install` switches this on after a self-test only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import dis
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from deq_compile.report import Reason, Skipped
+
+from . import dynamo, marker
+from .bytecode import Code, Exit
+
+_JUMPS = (
+    "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE",
+    "POP_JUMP_FORWARD_IF_TRUE", "POP_JUMP_BACKWARD_IF_TRUE", "POP_JUMP_FORWARD_IF_FALSE", "POP_JUMP_BACKWARD_IF_FALSE",
+)  # fmt: skip
+
+
+@dataclasses.dataclass
+class _Visits:
+    """One passage through a loop: how often its test was met, the state of everything mutable then, and its iterator."""
+
+    entry: int
+    cap: int
+    iterator: Any
+    seen: int = 0
+    world: Any = None
+
+
+_codes: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # by code object
+
+
+def install() -> Callable[[], None]:
+    """Patch the translators; returns what takes the patches out again."""
+    undo: list[tuple[Any, int, Any]] = []
+    for cls in dynamo.translators():
+        for name in _JUMPS:
+            opcode = dis.opmap.get(name)
+            if opcode is not None and cls.dispatch_table[opcode] is not None:
+                undo.append((cls, opcode, cls.dispatch_table[opcode]))
+                cls.dispatch_table[opcode] = _handler(cls.dispatch_table[opcode], "TRUE" in name)
+    method_item = dynamo.TensorVariable.method_item
+
+    @functools.wraps(method_item)
+    def item(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        if tx.one_graph or dynamo.config.capture_scalar_outputs or not marker.ours(tx) or not _in_loop(tx):
+            return method_item(self, tx, *args, **kwargs)
+        _allow_scalars(tx)
+        with dynamo.config.patch(capture_scalar_outputs=True):
+            return method_item(self, tx, *args, **kwargs)
+
+    dynamo.TensorVariable.method_item = item
+
+    def remove() -> None:
+        for cls, opcode, handler in undo:
+            cls.dispatch_table[opcode] = handler
+        dynamo.TensorVariable.method_item = method_item
+
+    return remove
+
+
+def _handler(original: Callable[..., Any], jumps_if_true: bool) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def handle(self: Any, inst: Any) -> Any:
+        value = self.stack[-1]
+        if depends_on_data(value) and marker.ours(self):
+            found = _exit(self, inst)
+            if found is not None and _pass_by(self, inst, found, jumps_if_true):
+                return None
+        return original(self, inst)
+
+    return handle
+
+
+def depends_on_data(value: Any) -> bool:
+    if isinstance(value, dynamo.TensorVariable):
+        return True
+    return isinstance(value, dynamo.SymNodeVariable) and bool(free_unbacked_symbols(value.sym_num))
+
+
+def _code(tx: Any) -> Code:
+    # the instruction list is Dynamo's own for each translator, its offsets those of the code object
+    known = _codes.get(tx.f_code)
+    if known is None or known.instructions is not tx.instructions:
+        known = _codes[tx.f_code] = Code(tx.instructions)
+    return known
+
+
+def _exit(tx: Any, inst: Any) -> Exit | None:
+    code = _code(tx)
+    found = code.exit_of(inst)
+    return None if found is None or code.only_raises(code.target(inst, found)) else found
+
+
+def _in_loop(tx: Any) -> bool:
+    """Whether the instruction at work in this frame, or in one that called it, stands in a loop that is not blocked."""
+    while tx is not None:
+        if tx.current_instruction is not None and _code(tx).in_loop(tx.current_instruction):
+            return not any(marker.blocked(tx, _site(tx, test)) for test in _tests(tx))
+        tx = tx.parent
+    return False
+
+
+def _tests(tx: Any) -> Iterator[Any]:
+    """The positions of all conditional jumps that leave a loop of this frame."""
+    code = _code(tx)
+    for inst in code.instructions:
+        if "POP_JUMP" in inst.opname and (found := code.exit_of(inst)) is not None:
+            yield found.position
+
+
+def _allow_scalars(tx: Any) -> None:
+    shape_env = tx.output.shape_env
+    if not shape_env.allow_scalar_outputs:
+        shape_env.settings = dataclasses.replace(shape_env.settings, allow_scalar_outputs=True)
+
+
+def _site(tx: Any, position: Any) -> str:
+    """A test in a frame, and how that frame was reached."""
+    return marker.site_of(tx.parent, tx.f_code.co_filename, tuple(position or ()))
+
+
+def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
+    """Go on as if the loop were not left, or leave it after enough visits. False: this is for stock Dynamo."""
+    site = _site(tx, exit.position)
+    if marker.blocked(tx, site):
+        return False
+    table: dict[str, _Visits] = tx.output.__dict__.setdefault("_deq_compile_visits", {})
+    iterator = _iterator(tx) if exit.counted else None
+    visits = table.get(site)
+    if visits is None or exit.guard or visits.iterator is not iterator:
+        entry = visits.entry + 1 if visits is not None else 0
+        visits = table[site] = _Visits(entry, _range_left(iterator), iterator)
+    if not exit.guard:
+        why = _leaks(tx, inst, exit) or _grows(tx, inst, exit, visits)
+        if why is not None:
+            reason, detail = why
+            marker.refuse(tx, site, Skipped(reason, marker.location(tx), detail))
+            return False
+        visits.seen += 1
+    value = tx.pop()
+    exit_when = jumps_if_true == exit.jumps
+    tx.output.create_proxy(
+        "call_function", marker.may_exit, (value.as_proxy(), site, visits.entry, exit_when, visits.cap), {}
+    )
+    leaves = visits.seen >= marker.UNROLLED
+    if leaves:
+        visits.iterator = object()  # whoever comes again enters anew
+    if leaves == exit.jumps:
+        tx.jump(inst)
+    return True
+
+
+def _iterator(tx: Any) -> Any:
+    """The range that the innermost `for` of this frame runs through, if it stands on the stack."""
+    # lazily wrapped values are left alone: looking would realise them
+    return next((v for v in reversed(tx.stack) if type(v) is dynamo.RangeIteratorVariable), None)
+
+
+def _range_left(iterator: Any) -> int:
+    """Iterations of a range from this one on, where their number is known; 0 otherwise."""
+    left = getattr(iterator, "len", None)
+    return left + 1 if isinstance(left, int) else 0
+
+
+def _leaks(tx: Any, inst: Any, exit: Exit) -> tuple[Reason, str] | None:
+    """Python values whose value after the loop would say when, or how, it was left."""
+    code = _code(tx)
+    live = dynamo.livevars_analysis(code.instructions, code.instructions[code.target(inst, exit)])
+    for name in sorted(live & code.stores(exit.loop)):
+        value = tx.symbolic_locals.get(name)
+        if value is not None and not _is_data(tx, value):
+            return Reason.COUNTER, f"{name!r} is written in the loop and read after it"
+    here, elsewhere = code.one_sided(inst, exit)
+    for name in sorted(code.stores(here)):
+        value = tx.symbolic_locals.get(name)
+        if value is None or not _is_data(tx, value):
+            return Reason.COUNTER, f"{name!r} says how the loop was left"
+    if elsewhere and code.constants(here) != code.constants(elsewhere):
+        return Reason.COUNTER, "a constant says how the loop was left"
+    return None
+
+
+def _is_data(tx: Any, value: Any) -> bool:
+    """A tensor, a number read from one, or a tuple or list of those: what the graph computes."""
+    value = value.realize() if hasattr(value, "realize") else value
+    if isinstance(value, dynamo.CellVariable):
+        value = tx.output.side_effects.load_cell(value)
+    items = value.__dict__.get("items")
+    if isinstance(items, list | dict):
+        return all(_is_data(tx, item) for item in (items if isinstance(items, list) else items.values()))
+    return depends_on_data(value)
+
+
+def _grows(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str] | None:
+    """Whether something that outlives the loop was changed since the last visit: an attribute, a list, a dict."""
+    code = _code(tx)
+    live = dynamo.livevars_analysis(code.instructions, code.instructions[code.target(inst, exit)])
+    world = _world(tx, live)
+    before, visits.world = visits.world, world
+    if before is None:
+        return None
+    for name, now in world.items():
+        then = before.get(name)
+        if then != now and (then is not None or name[0] == "attribute of a lasting object"):
+            return Reason.SIDE_EFFECT, f"{name[0]} {name[-1]!r} changes in every iteration"
+    return None
+
+
+def _world(tx: Any, live: set[Any]) -> dict[tuple[Any, ...], Any]:
+    """Everything mutable, as far as it can be told apart: attributes written, and the lengths of containers in sight."""
+    found: dict[tuple[Any, ...], Any] = {}
+    effects = tx.output.side_effects
+    for owner, written in effects.store_attr_mutations.items():
+        lasting = isinstance(owner.mutation_type, dynamo.AttributeMutationExisting)
+        what = "attribute of a lasting object" if lasting else "attribute"
+        for name, value in written.items():
+            found[what, id(owner), name] = id(value)
+    for key, value in effects.id_to_variable.items():
+        size = _size(value)
+        if size is not None:
+            found["container", key, type(value).__name__] = size
+    frame = tx
+    while frame is not None:
+        for name, value in frame.symbolic_locals.items():
+            if (frame is not tx or name in live) and (size := _size(value)) is not None:
+                found["list or dict", id(frame), name] = (id(value), size)
+        frame = frame.parent
+    return found
+
+
+def _size(value: Any) -> int | None:
+    items = value.__dict__.get("items") if hasattr(value, "__dict__") else None
+    return len(items) if isinstance(items, list | dict | set) and _mutable(value) else None
+
+
+def _mutable(value: Any) -> bool:
+    return getattr(value, "mutation_type", None) is not None

@@ -1,0 +1,117 @@
+"""`fixed_point(f, z0)`: the fixed point said outright, in eager mode and under the compiler."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .capture import calls, marker
+from .config import Options
+from .region.eager import solve_eagerly
+
+S = TypeVar("S")
+
+
+def fixed_point(f: Callable[[S], S], z0: S, /, **options: Any) -> S:
+    """The fixed point z* = f(z*), found from z0 by the solver of the compiler, with the implicit gradient.
+
+    Works in plain eager mode. Inside a model compiled with this backend it becomes a region of the whole graph; another
+    backend breaks its graph here. Gradients flow to everything that `f` reads: parameters, closures, tensors it captured.
+    The initial state has gradient zero.
+
+    Args:
+        f: maps a state to a state of the same structure, shapes and dtypes. It is called many times, so it should neither
+            draw random numbers nor write to anything.
+        z0: a tensor, or a pytree of tensors (lists, tuples, dicts, named tuples, registered dataclasses), real floating point.
+            Where all of them have one size in dimension 0, that is taken for a batch if f keeps its rows apart (`batch`).
+        options: as in `deq_compile.config.Options`; those that speak of loops (`min_repeats`, `semantics`, `verify`, ...)
+            mean nothing here, nor does `inner` in eager mode.
+
+    Returns:
+        The iterate of smallest residual, in the structure of z0. A sample that missed the tolerance says so in a
+        `RegionWarning` and in `record_solves`.
+
+    Raises:
+        ValueError: an unknown option or bad value, or an f that changes structure, shape or dtype of its argument.
+        TypeError: a state that is no tensor, or not real floating point.
+        RuntimeError: a double backward.
+    """
+    if torch.compiler.is_dynamo_compiling():  # not by our backend, or where it found no region: outside of the graph
+        return _outside(f, z0, options)
+    return _eager(f, z0, options)
+
+
+def _eager(f: Callable[[S], S], z0: S, options: dict[str, Any]) -> S:
+    config = Options.from_options(options).resolve()
+    leaves, structure = pytree.tree_flatten(z0)
+    _check_state(leaves)
+
+    def body(states: list[Tensor]) -> list[Tensor]:
+        out = f(pytree.tree_unflatten(states, structure))
+        results, made = pytree.tree_flatten(out)
+        _check_result(leaves, structure, results, made)
+        return results
+
+    found = solve_eagerly(body, leaves, config, key=getattr(f, "__code__", type(f)), where=_caller())
+    return pytree.tree_unflatten(found, structure)
+
+
+_outside = torch._dynamo.disable(_eager)
+
+
+def _check_state(leaves: list[Any]) -> None:
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            what = str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
+            raise TypeError(f"fixed_point: expected z0 of real floating-point tensors, got {what}")
+    if not leaves:
+        raise TypeError("fixed_point: expected z0 of at least one tensor, got an empty structure")
+
+
+def _check_result(leaves: list[Tensor], structure: Any, results: list[Any], made: Any) -> None:
+    if made != structure:
+        raise ValueError(f"fixed_point: expected f to return the structure of z0, {structure}, got {made}")
+    for before, after in zip(leaves, results, strict=True):
+        same = isinstance(after, Tensor) and after.shape == before.shape
+        if not same or (after.dtype != before.dtype and not torch.is_autocast_enabled(before.device.type)):
+            got = f"{tuple(after.shape)} in {after.dtype}" if isinstance(after, Tensor) else type(after).__name__
+            raise ValueError(
+                f"fixed_point: expected f to keep shape and dtype of its state, {tuple(before.shape)} in {before.dtype}, "
+                f"got {got}"
+            )
+
+
+def _caller() -> str:
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (frame.f_code.co_filename.startswith((marker.PACKAGE, _TORCH))):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+_TORCH = torch.__path__[0]
+
+
+def _traced(site: str, f: Any, z0: Any, **options: Any) -> Any:
+    """What Dynamo traces in place of `fixed_point` for our backend."""
+    pairs = tuple((name, value) for name, value in options.items())
+    if isinstance(z0, Tensor):
+        (found,), _ = marker.region(lambda z: (f(z[0]),), (z0,), site, "fixed_point", (), pairs)
+        return found
+    leaves, structure = pytree.tree_flatten(z0)
+
+    def body(states: tuple[Tensor, ...]) -> Any:
+        results, made = pytree.tree_flatten(f(pytree.tree_unflatten(list(states), structure)))
+        if made != structure:
+            raise ValueError(f"fixed_point: expected f to return the structure of z0, {structure}, got {made}")
+        return results
+
+    states, _ = marker.region(body, tuple(leaves), site, "fixed_point", (), pairs)
+    return pytree.tree_unflatten(list(states), structure)
+
+
+calls.take(fixed_point, _traced)

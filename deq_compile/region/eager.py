@@ -1,0 +1,223 @@
+"""A declared fixed point in plain eager mode: the solver and the adjoint of the compiled path, autograd for the products.
+
+The fixed point is evaluated once more with gradients recorded, and its result handed on through a node whose backward
+replaces the cotangent q by the adjoint w = q + J^T w. Whatever f reads, closures included, thereby gets its implicit gradient.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deq_compile.config import Config
+from deq_compile.kernels.broyden import Factors
+
+from . import records
+from .adjoint import solve_adjoint
+from .body import BodySpec
+from .forward import Solution, better_of, solve
+from .layout import Layout
+from .modes import Ambient
+from .op import Once
+from .probe import rows_are_independent
+from .run import count_misses, record_forward
+from .site import RegionSpec, Site
+from .status import converged
+
+Body = Callable[[list[Tensor]], Sequence[Tensor]]
+
+_sites: weakref.WeakKeyDictionary[Any, dict[Any, Site]] = weakref.WeakKeyDictionary()
+
+
+def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any, where: str) -> list[Tensor]:
+    """The fixed point of `f` from `state0`, attached to the autograd graph of what f reads.
+
+    Args:
+        f: list of state tensors -> tensors of the same shapes.
+        state0: real floating-point tensors; left as they are.
+        config: settled options.
+        key: what stands for f from call to call (its code object); facts learnt about it are kept under that.
+        where: the user's file and line.
+    """
+    site = _site(key, state0, config, where)
+    layout = _layout(site, f, state0)
+
+    def flat(z: Tensor) -> Tensor:
+        with torch.no_grad():
+            return layout.flatten(f(layout.unflatten(z)))
+
+    z0 = layout.flatten(state0).detach()
+    solution = _solve(flat, z0, site, config.solver)
+    if not bool(converged(solution.status).all()):
+        solution = better_of(solution, lambda: _solve(flat, z0, site, "picard"))
+    count_misses(site, solution)
+    states = layout.outputs(solution.z)
+    kept = (solution.state.S, solution.state.C) if solution.state is not None else (z0.new_empty(0), z0.new_empty(0))
+    serial = record_forward(site, solution, solution.z, solution.evaluations, *kept)
+    if not torch.is_grad_enabled():
+        return states
+    inputs = [s.detach().requires_grad_() for s in layout.unflatten(solution.z)]
+    images = list(f(inputs))
+    if not _reads_more_than(images, inputs):
+        return states
+    for z in inputs:  # the engine also brings J^T w here, where nobody wants it
+        z.register_post_accumulate_grad_hook(_forget)
+    adjoint = _Adjoint(layout, inputs, images, solution.state, config, site, serial)
+    return list(_Implicit.apply(adjoint, states, *images))
+
+
+def _solve(flat: Callable[[Tensor], Tensor], z0: Tensor, site: Site, solver: str) -> Solution:
+    config, spec = site.spec.config, site.spec
+    return solve(
+        flat,
+        z0,
+        solver=solver,
+        tol=config.tol,
+        stop_mode=config.stop_mode,
+        max_iter=config.max_iter,
+        memory=config.memory,
+        factor_dtype=spec.factor_dtype,
+        body_eps=spec.body_eps,
+    )
+
+
+def _site(key: Any, state0: Sequence[Tensor], config: Config, where: str) -> Site:
+    """The site of a call, not registered: what is known of it lives as long as the user's code does."""
+    ambient = Ambient.now()
+    facts = (where, config.key(), ambient, tuple((s.dtype, s.dim()) for s in state0))
+    known = _sites.setdefault(key, {})
+    if facts not in known:
+        orders = tuple(tuple(range(s.dim())) for s in state0)
+        spec = RegionSpec(
+            body=BodySpec(call=lambda *_: (), hash="eager", ambient=ambient, inner="eager"),
+            dtypes=tuple(s.dtype for s in state0),
+            orders=orders,
+            iterations=None,
+            grad=ambient.grad,
+            config=config,
+            where=where,
+        )
+        known[facts] = Site(f"eager-{where}", spec)
+    return known[facts]
+
+
+def _layout(site: Site, f: Body, state0: Sequence[Tensor]) -> Layout:
+    shapes = [s.shape for s in state0]
+    batched = all(s.dim() for s in state0) and len({s.shape[0] for s in state0}) == 1
+    if site.rows and not batched:
+        raise ValueError(
+            f"fixed point at {site.spec.where}: expected state tensors with one batch size in dimension 0 for batch='rows', got "
+            f"shapes {[tuple(s) for s in shapes]}. Fix: batch='whole' or batch='auto'"
+        )
+    if not batched:
+        return site.spec.layout(shapes, rows=False)
+    layout = site.spec.layout(shapes, rows=site.rows is not False)
+    if site.rows is None and shapes[0][0] >= 2:
+
+        def body(z: Tensor) -> Tensor:
+            with torch.no_grad():
+                return layout.flatten(f(layout.unflatten(z)))
+
+        site.rows = rows_are_independent(body, layout.flatten(state0).detach(), site.spec.body_eps)
+    return site.spec.layout(shapes, rows=site.rows is not False)
+
+
+def _reads_more_than(images: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether anything but `inputs` that requires gradients went into `images`."""
+    own = {id(z) for z in inputs}
+    stack = [image.grad_fn for image in images if image.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node: Any = stack.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) not in own:
+            return True
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return False
+
+
+def _forget(z: Tensor) -> None:
+    z.grad = None
+
+
+class _Adjoint:
+    """What the backward of one fixed point needs."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        inputs: list[Tensor],
+        images: list[Tensor],
+        factors: Factors | None,
+        config: Config,
+        site: Site,
+        serial: int,
+    ) -> None:
+        self.layout, self.inputs, self.images, self.factors = layout, inputs, images, factors
+        self.config, self.site, self.serial = config, site, serial
+
+    def solve(self, q: Tensor) -> Tensor:
+        config = self.config
+        found = solve_adjoint(
+            self.vjp,
+            lambda w: (self.vjp(w), None),
+            q,
+            self.factors,
+            tol=config.backward_tol,
+            max_iter=max(1, config.backward_max_iter),
+            expected=self.site.expected_vjps,
+            body_eps=self.site.spec.body_eps,
+        )
+        self.site.expected_vjps = found.needed
+        if self.serial:
+            records.complete(
+                self.serial,
+                cotangent=q,
+                w=found.w,
+                vjps=found.vjps,
+                adjoint_residual=float(found.residuals.max()),
+                adjoint_residual_mean=float(found.residuals.mean()),
+                adjoint_residual_batch=float(found.residual),
+                adjoint_message=found.status.message,
+            )
+        return found.w
+
+    def vjp(self, w: Tensor) -> Tensor:
+        """w (B, D) -> J^T w (B, D)."""
+        cotangents = [
+            c.to(image.dtype) for c, image in zip(self.layout.unflatten(w), self.images, strict=True) if image.requires_grad
+        ]
+        images = [image for image in self.images if image.requires_grad]
+        grads = torch.autograd.grad(images, self.inputs, cotangents, retain_graph=True, allow_unused=True)
+        return self.layout.flatten([torch.zeros_like(z) if g is None else g for g, z in zip(grads, self.inputs, strict=True)])
+
+
+class _Implicit(torch.autograd.Function):
+    """The fixed point; its cotangent q goes on as w to one attached evaluation of f."""
+
+    @staticmethod
+    def forward(ctx: Any, adjoint: _Adjoint, states: list[Tensor], *images: Tensor) -> tuple[Tensor, ...]:
+        ctx.adjoint = adjoint
+        ctx.set_materialize_grads(False)
+        return tuple(states)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        adjoint: _Adjoint = ctx.adjoint
+        if all(c is None for c in cotangents):
+            return (None, None, *([None] * len(cotangents)))
+        with torch.no_grad():
+            given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, adjoint.inputs, strict=True)]
+            q = adjoint.layout.flatten(given)
+            w = q if adjoint.config.backward == "jfb" else adjoint.solve(q)
+            found = [g.to(image.dtype) for g, image in zip(adjoint.layout.unflatten(w), adjoint.images, strict=True)]
+        if torch.is_grad_enabled():
+            found = list(Once.apply(adjoint.inputs[0], *found))
+        return (None, None, *found)

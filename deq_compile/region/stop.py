@@ -1,0 +1,77 @@
+"""When a solve may end, where the user's own test decides."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from deq_compile.kernels.broyden import CONVERGED, NORM_EPS, RUNNING, Progress
+
+from .layout import Layout
+
+
+class StopTest(Protocol):
+    """A test of a whole batch; `key` names what it computes, the same in every process."""
+
+    @property
+    def key(self) -> str: ...
+
+    def holds(self, layout: Layout, z: Tensor, f: Tensor, others: Sequence[Any]) -> bool: ...
+
+
+@dataclass(frozen=True)
+class GraphTest:
+    """The user's predicate, as a graph of the state tensors, their images, and some operands and sizes of the region.
+
+    call       call(*z, *f, *others) -> a bool tensor of one element, or a bool
+    hash       of what it computes
+    when       the value at which the loop ends
+    positions  of its own operands among those of the region, sizes after tensors
+    """
+
+    call: Callable[..., Any]
+    hash: str
+    when: bool
+    positions: tuple[int, ...]
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(repr((self.hash, self.when, self.positions)).encode()).hexdigest()[:8]
+
+    def holds(self, layout: Layout, z: Tensor, f: Tensor, others: Sequence[Any]) -> bool:
+        own = [others[i] for i in self.positions]
+        return bool(self.call(*layout.unflatten(z), *layout.unflatten(f), *own)) is self.when
+
+
+@dataclass(frozen=True)
+class NormTest:
+    """|f(z) - z| of the whole batch, absolute or relative to |f(z)|, is at most `tol`."""
+
+    tol: float
+    relative: bool
+
+    @property
+    def key(self) -> str:
+        return f"norm-{self.tol:g}-{self.relative}"
+
+    def holds(self, layout: Layout, z: Tensor, f: Tensor, others: Sequence[Any]) -> bool:
+        norm = torch.linalg.vector_norm(f - z)
+        scale = torch.linalg.vector_norm(f) + NORM_EPS if self.relative else 1.0
+        return bool(norm <= self.tol * scale)
+
+
+def accept(progress: Progress, z: Tensor, f: Tensor) -> None:
+    """End a solve at `z`, whose image is `f` (both (B, D)): every sample that still runs has converged."""
+    progress.evaluations += 1
+    running = progress.done == RUNNING
+    residual = torch.linalg.vector_norm(f - z, dim=1)
+    if progress.relative:
+        residual = residual / (torch.linalg.vector_norm(f, dim=1) + NORM_EPS)
+    progress.best.copy_(torch.where(running, residual.to(progress.best.dtype), progress.best))
+    progress.z_best.copy_(torch.where(running[:, None], z, progress.z_best))
+    progress.freeze(running, torch.full_like(progress.done, CONVERGED))

@@ -1,0 +1,157 @@
+"""Find the regions that capture marked: one application of the body between `enter` and `leave`."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from deq_compile.capture.marker import enter, leave
+from deq_compile.report import Reason, Skipped
+
+from .ambient import AUTOCAST_TARGETS, GRAD_TARGETS
+from .base import Loop, Pass, PassContext, describe, location_of, value_of
+
+
+@dataclasses.dataclass
+class Declared(Loop):
+    """A region whose body was traced once: one segment, which reads the results of `entry` and feeds `exit`."""
+
+    entry: fx.Node | None = None
+    exit: fx.Node | None = None
+
+    @property
+    def declared(self) -> bool:
+        return True
+
+    @property
+    def kind(self) -> str:
+        return self.form
+
+    @property
+    def passages(self) -> set[tuple[Any, ...]]:
+        return set()
+
+    @property
+    def first(self) -> fx.Node:
+        assert self.entry is not None
+        return self.entry
+
+    @property
+    def reads(self) -> list[fx.Node]:
+        assert self.exit is not None
+        return list(self.exit.args[1])  # type: ignore[arg-type]
+
+    @property
+    def outputs(self) -> list[fx.Node]:
+        assert self.exit is not None
+        return list(self.exit.args[0])  # type: ignore[arg-type]
+
+    @property
+    def uses(self) -> list[list[fx.Node]]:
+        return [self._items(i) for i in range(len(self.outputs))]
+
+    @property
+    def about(self) -> list[fx.Node]:
+        return self._items(len(self.outputs))
+
+    def _items(self, index: int) -> list[fx.Node]:
+        assert self.exit is not None
+        return [user for user in self.exit.users if user.args[1] == index]
+
+    @property
+    def anchor(self) -> fx.Node:
+        assert self.exit is not None
+        return self.exit
+
+    @property
+    def erased(self) -> list[fx.Node]:
+        assert self.entry is not None
+        assert self.exit is not None
+        # what the body reads and does not change may have been computed under an autocast that stands inside of it
+        body = [node for node in self.nodes if node.target not in AUTOCAST_TARGETS]
+        return [self.entry, *self.reads, *body, self.exit, *self.exit.users]
+
+    @property
+    def location(self) -> Any:
+        return location_of(self.entry) if self.entry is not None else super().location
+
+
+class FindDeclared(Pass):
+    name = "find_declared"
+
+    def run(self, graph: fx.Graph, context: PassContext) -> int:
+        for node in list(graph.nodes):
+            if node.target is not leave:
+                continue
+            found = _region(graph, node)
+            if isinstance(found, Declared):
+                context.loops.append(found)
+            else:
+                context.skip(found)
+        return len(context.loops)
+
+
+def _region(graph: fx.Graph, exit: fx.Node) -> Declared | Skipped:
+    results, entered, site = exit.args
+    items = list(entered) if isinstance(entered, tuple | list) else []
+    entry = items[0].args[0] if items and items[0].target is operator.getitem else None
+    if not isinstance(entry, fx.Node) or entry.target is not enter or entry.args[1] != site:
+        return Skipped(Reason.NOT_CAUGHT, location_of(exit), "", 1)
+    _one_read_each(graph, entry, items)
+
+    def skip(reason: Reason, node: fx.Node, detail: str) -> Skipped:
+        place = location_of(node)
+        return Skipped(reason, place if place.file else location_of(entry), detail, 1)
+
+    nodes, inside, between = [], set(items), False
+    for node in graph.nodes:
+        between = (between or node is entry) and node is not exit
+        if not between or node in inside or node is entry:
+            continue
+        if node.target is enter:
+            return skip(Reason.NESTED_EXIT, node, str(node.args[2]))
+        if node.target in AUTOCAST_TARGETS + GRAD_TARGETS or any(a in inside for a in node.all_input_nodes):
+            inside.add(node)
+            nodes.append(node)
+    for node in (*items, *nodes):
+        for user in node.users:
+            if user not in inside and user is not exit:
+                return skip(Reason.ESCAPES, node, f"used by {describe(user)}")
+    assert isinstance(results, tuple | list)
+    for state, result in zip(items, results, strict=True):
+        before, after = value_of(state), value_of(result)
+        if _meta(before) != _meta(after):
+            return skip(Reason.DRIFT, result, f"from {_meta(before)} to {_meta(after)}")
+    invariants = dict.fromkeys(a for node in nodes for a in node.all_input_nodes if a not in inside)
+    invariants |= dict.fromkeys(node for node in results if node not in inside)
+    return Declared(
+        nodes=nodes,
+        period=len(nodes),
+        count=1,
+        carried=(),
+        initial=tuple(entry.args[0]),  # type: ignore[arg-type]
+        invariants=tuple(invariants),
+        form=str(entry.args[2]),
+        hints=dict(entry.args[3]),  # type: ignore[arg-type]
+        options=dict(entry.args[4]),  # type: ignore[arg-type]
+        notes=(str(entry.args[5]),) if entry.args[5] else (),
+        entry=entry,
+        exit=exit,
+    )
+
+
+def _meta(value: Any) -> str:
+    return f"{list(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _one_read_each(graph: fx.Graph, entry: fx.Node, items: list[fx.Node]) -> None:
+    """Let every read of one state be the node that `leave` names."""
+    for user in list(entry.users):
+        first = next((item for item in items if item.args[1] == user.args[1]), None)
+        if first is not None and first is not user:
+            user.replace_all_uses_with(first)
+            graph.erase_node(user)

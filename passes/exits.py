@@ -1,0 +1,251 @@
+"""Make the tests that end a loop graphs of their own, and refuse what is no test of convergence.
+
+Capture passed each exit of the loop by, with a `may_exit` marker on the value that was tested. A solve may stand in for
+the loop only if that value asks how far an iterate is from its image: it must end the loop where the two are equal, and
+must not where they are far apart. That is tried out here, on random numbers in float64, for the test as a function of
+the iterate z and its image f(z). `while x.norm() > 2: x = x / 2` is thereby told from a loop that seeks a fixed point.
+
+A damped iteration tests its undamped step: with z_new = z + a (v - z), a constant, v is taken back from z_new.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from deq_compile.capture.marker import may_exit
+from deq_compile.report import Reason, Skipped
+
+from .base import ExitTest, Loop, Pass, PassContext, describe, hint, location_of, value_of
+from .functionalise import written_argument
+
+MEMORY = 40  # steps stored, however many iterations the user's loop may make: a plain iteration needs more than Broyden
+_FAR = 10.0  # a distance, in units of the iterate's own size
+_OPERAND = 1e-3  # stands for a tolerance that is a tensor, whose value is not known at compile time
+
+
+class Exits(Pass):
+    name = "exits"
+
+    def __init__(self, owner: fx.GraphModule) -> None:
+        self.owner = owner
+
+    def run(self, graph: fx.Graph, context: PassContext) -> int:
+        accepted = []
+        for loop in context.loops:
+            markers = [node for node in loop.segment(-1) if node.target is may_exit]
+            loop.test_offsets = _only_tested(loop) if markers else frozenset()
+            tests = [self._test(loop, node) for node in markers]
+            refused = next((test for test in tests if isinstance(test, Skipped)), None)
+            loop.tests = tuple(test for test in tests if isinstance(test, ExitTest))
+            if refused is None and markers and not loop.tests:  # nothing but guards against NaN
+                refused = Skipped(Reason.EXIT_TEST, location_of(markers[0]), "", loop.count)
+            if refused is not None:
+                context.skip(refused)
+                continue
+            caps = {int(node.args[4]) for node in markers}  # type: ignore[arg-type]
+            if markers and caps != {0}:
+                loop.hints |= {"max_iter": max(caps), "memory": min(max(caps), MEMORY)}
+            accepted.append(loop)
+        context.loops = accepted
+        return sum(len(loop.tests) for loop in accepted)
+
+    def _test(self, loop: Loop, marker: fx.Node) -> ExitTest | Skipped | None:
+        """None where the test never ends the loop at finite values: a guard against NaN, of which the solver has its own."""
+        predicate, when = marker.args[0], bool(marker.args[3])
+        assert isinstance(predicate, fx.Node)
+        outcomes = []
+        for made in (self._plain(loop, predicate), self._undamped(loop, predicate)):
+            if made is None:
+                continue
+            graph, reads = made
+            verdict = _probe(graph, loop, reads, when)
+            if verdict == "test":
+                return ExitTest(graph, when, reads)
+            if verdict == "guard":
+                return None
+            outcomes.append(verdict)
+        place = location_of(marker)
+        detail = f"{describe(predicate)}: {'; '.join(dict.fromkeys(outcomes)) or 'it reads more than the state'}"
+        return Skipped(Reason.EXIT_TEST, place if place.file else loop.location, detail, loop.count)
+
+    def _plain(self, loop: Loop, predicate: fx.Node) -> tuple[fx.GraphModule, tuple[fx.Node, ...]] | None:
+        """The test as a function of z and f(z)."""
+        return _Builder(loop).finish(self.owner, predicate)
+
+    def _undamped(self, loop: Loop, predicate: fx.Node) -> tuple[fx.GraphModule, tuple[fx.Node, ...]] | None:
+        """The test where it reads an intermediate v of the body, with z_new = z + a (v - z)."""
+        if len(loop.outputs) != 1:
+            return None
+        (result,), (read,) = loop.outputs, loop.reads
+        segment = loop.segment(-1)
+        upstream = _ancestors(predicate, segment)
+        for v in reversed(segment):
+            if v is result or v not in upstream or not _alike(v, result):
+                continue
+            mixing = _Builder(loop, images=[v])
+            made = mixing.finish(self.owner, result)
+            damping = _damping(made[0], loop, v) if made is not None and not made[1] else None
+            if damping is None:
+                continue
+            builder = _Builder(loop)
+            z, new = builder.env[read], builder.env[result]
+            step = builder.graph.call_function(torch.sub, (new, z))
+            builder.env[v] = builder.graph.call_function(torch.add, (z, step), {"alpha": 1.0 / damping})
+            return builder.finish(self.owner, predicate)
+        return None
+
+
+class _Builder:
+    """A graph of one value in the last segment, as a function of the state, its image, and what lies before the loop."""
+
+    def __init__(self, loop: Loop, images: Sequence[fx.Node] | None = None) -> None:
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, fx.Node] = {}
+        self.segment = set(loop.segment(-1))
+        self.chain = set(loop.nodes)
+        self.reads: dict[fx.Node, None] = {}
+        for prefix, nodes in (("z", loop.reads), ("f", images or loop.outputs)):
+            for i, node in enumerate(nodes):
+                self.env[node] = self.graph.placeholder(f"{prefix}{i}")
+        self.last = self.graph.placeholder("end")  # operands go before this one
+
+    def finish(self, owner: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, tuple[fx.Node, ...]] | None:
+        if not self._copy(node):
+            return None
+        self.graph.output(self.env[node])
+        self.graph.erase_node(self.last)
+        return fx.GraphModule(owner, self.graph, class_name="ExitTest"), tuple(self.reads)
+
+    def _copy(self, node: fx.Node) -> bool:
+        if node in self.env:
+            return True
+        if node in self.segment:
+            if not all(self._copy(a) for a in node.all_input_nodes):
+                return False
+            self.env[node] = self.graph.node_copy(node, lambda a: self.env[a])
+            return True
+        if node in self.chain or node.op == "get_attr" or not isinstance(value_of(node), Tensor | torch.SymInt | int):
+            return False  # an earlier iteration's
+        self.reads[node] = None
+        with self.graph.inserting_before(self.last):
+            self.env[node] = self.graph.placeholder(f"a{len(self.reads)}")
+        return True
+
+
+def _only_tested(loop: Loop) -> frozenset[int]:
+    """Offsets of what is computed for the tests alone."""
+    segment = loop.segment(-1)
+    needed: set[fx.Node] = set()
+    for node in loop.outputs:
+        needed |= _ancestors(node, segment)
+    read = {a for node in segment if node.target is may_exit for a in _ancestors(node, segment)}
+    return frozenset(o for o, node in enumerate(segment) if node in read and node not in needed)
+
+
+def _ancestors(node: fx.Node, segment: Sequence[fx.Node]) -> set[fx.Node]:
+    """`node` and what it is computed from, within a segment."""
+    inside, found, stack = set(segment), {node}, [node]
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a in inside and a not in found:
+                found.add(a)
+                stack.append(a)
+    return found
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    x, y = value_of(a), value_of(b)
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and str(x.shape) == str(y.shape) and x.dtype == y.dtype
+
+
+# ---- trying a test out
+
+
+def _random(like: fx.Node, generator: torch.Generator, scale: float = 1.0) -> Tensor:
+    value = value_of(like)
+    shape = [hint(s) for s in value.shape]
+    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(value.device)
+
+
+def _others(reads: Sequence[fx.Node]) -> list[Any] | None:
+    values: list[Any] = []
+    for node in reads:
+        value = value_of(node)
+        if isinstance(value, Tensor):
+            if not value.is_floating_point() or math.prod(hint(s) for s in value.shape) != 1:
+                return None
+            values.append(torch.full([hint(s) for s in value.shape], _OPERAND, dtype=torch.float64, device=value.device))
+        else:
+            values.append(hint(value))
+    return values
+
+
+def _probe(graph: fx.GraphModule, loop: Loop, reads: Sequence[fx.Node], when: bool) -> str:
+    """ "test", "guard" (against values that are not finite), or what speaks against it."""
+    others = _others(reads)
+    if others is None:
+        return "it reads a tensor whose value is not known"
+    generator = torch.Generator().manual_seed(0)
+
+    def ends(z: list[Tensor], f: list[Tensor]) -> bool:
+        return bool(graph(*z, *f, *others)) is when
+
+    try:
+        with torch.no_grad():
+            z = [_random(node, generator) for node in loop.outputs]
+            noise = [_random(node, generator, _FAR) for node in loop.outputs]
+            large = [1e3 * t for t in z]
+            equal = [ends(z, [t.clone() for t in z]), ends(large, [t.clone() for t in large])]
+            far = [ends(z, [a + b for a, b in zip(z, noise, strict=True)]), ends(z, [2 * t for t in z])]
+            if all(equal) and not any(far):
+                return "test"
+            if not any(equal + far) and ends(z, [torch.full_like(t, math.nan) for t in z]):
+                return "guard"
+    except Exception as error:  # whatever the user's expression raises on other numbers than his own
+        return f"{type(error).__name__}: {error}"
+    return "it does not hold where an iterate equals its image" if not all(equal) else "it holds far from a fixed point"
+
+
+def _damping(graph: Callable[..., Tensor], loop: Loop, v: fx.Node) -> float | None:
+    """The constant a of z_new = z + a (v - z), where that is what `graph` computes from z and v."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    try:
+        with torch.no_grad():
+            for _ in range(2):
+                z, step = _random(v, generator), _random(v, generator)
+                change = graph(z, z + step) - z
+                a = float((change * step).sum() / (step * step).sum())
+                if not a or not torch.allclose(change, a * step, rtol=1e-9, atol=1e-9):
+                    return None
+                found.append(a)
+    except Exception:  # it does not run on these numbers: no damping then
+        return None
+    return found[0] if math.isclose(*found, rel_tol=1e-9) else None
+
+
+# ---- afterwards
+
+
+def drop_consumed(graph: fx.Graph, passages: set[tuple[Any, ...]]) -> None:
+    """Erase what is left of the tests of loops that were replaced: those before the first and after the last segment."""
+    for node in reversed(list(graph.nodes)):
+        if node.target is may_exit and node.args[1:3] in passages:
+            graph.erase_node(node)
+            _erase_unused(graph, node.args[0])
+
+
+def _erase_unused(graph: fx.Graph, node: Any) -> None:
+    if not isinstance(node, fx.Node) or node.users or node.op in ("placeholder", "get_attr", "output"):
+        return
+    if written_argument(node) is not None or node.is_impure():
+        return
+    reads = node.all_input_nodes
+    graph.erase_node(node)
+    for a in reads:
+        _erase_unused(graph, a)

@@ -1,0 +1,478 @@
+"""Loops whose exit depends on data, in the ways people write them, each with what is expected of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from deq_compile import Reason
+
+from .loops import D, Linear, contract
+
+TOL = 1e-6
+CAP = 300
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """A model and what becomes of it.
+
+    regions  number of solves
+    breaks   graph breaks; 0 means that it compiles under fullgraph=True
+    refused  why it is left alone, where it is
+    kind     what the report calls the region
+    """
+
+    build: Callable[[], nn.Module]
+    regions: int = 1
+    breaks: int = 0
+    refused: Reason | None = None
+    kind: str = "loop until a test"
+    shape: tuple[int, ...] = (4, D)
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def make(self) -> tuple[nn.Module, Tensor]:
+        torch.manual_seed(0)
+        model = self.build()
+        contract(model)
+        return model, torch.randn(self.shape, dtype=torch.float64).float()
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Linear()
+
+
+class WhileNorm(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        z_new, k = self.f(z, x), 0
+        while (z_new - z).norm() > TOL and k < CAP:
+            z = z_new
+            z_new = self.f(z, x)
+            k += 1
+        return z_new
+
+
+class WhileItem(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z, err = torch.zeros_like(x), float("inf")
+        while err > TOL:
+            z_new = self.f(z, x)
+            err = (z_new - z).abs().max().item()
+            z = z_new
+        return z
+
+
+class WhileTensorError(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z, err = torch.zeros_like(x), torch.tensor(1e9)
+        while err > TOL:
+            z_new = self.f(z, x)
+            err = (z_new - z).norm() / (z_new.norm() + 1e-9)
+            z = z_new
+        return z
+
+
+class WhileTrue(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        while True:
+            z_new = self.f(z, x)
+            if float((z_new - z).detach().norm()) < TOL:
+                break
+            z = z_new
+        return z_new
+
+
+class ForBreak(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            res = (z_new - z).norm()
+            z = z_new
+            if res < TOL:
+                break
+        return z
+
+
+class ForBreakItem(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            rel = (z_new - z).norm().item() / (1e-8 + z_new.norm().item())
+            z = z_new
+            if rel < TOL:
+                break
+        return z
+
+
+class PerSampleAll(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            err = (z_new - z).norm(dim=-1) / z_new.norm(dim=-1)
+            z = z_new
+            if torch.all(err < TOL):
+                break
+        return z
+
+
+class Allclose(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        z_new = self.f(z, x)
+        while not torch.allclose(z, z_new, rtol=0.0, atol=TOL):
+            z, z_new = z_new, self.f(z_new, x)
+        return z_new
+
+
+class EarlyReturn(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            if (z_new - z).norm() < TOL:
+                return z_new
+            z = z_new
+        return z
+
+
+class DampedUndampedTest(Cell):
+    """The test looks at the step before damping."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            v = self.f(z, x)
+            if (v - z).norm() / (v.norm() + 1e-8) < TOL:
+                break
+            z = z + 0.7 * (v - z)
+        return z
+
+
+class NanGuard(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            res = (z_new - z).norm()
+            z = z_new
+            if torch.isnan(res):
+                break
+            if res < TOL:
+                break
+        return z
+
+
+class TwoStates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = Linear(), Linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = torch.zeros_like(x), torch.zeros_like(x)
+        for _ in range(CAP):
+            a_new = self.f(a, x + 0.3 * b)
+            b_new = self.g(b, 0.3 * a)
+            err = torch.maximum((a_new - a).norm(), (b_new - b).norm())
+            a, b = a_new, b_new
+            if err < TOL:
+                break
+        return a + b
+
+
+class LastResidualReturned(Cell):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            res = (z_new - z).norm()
+            z = z_new
+            if res < TOL:
+                break
+        return z, res
+
+
+class Submodule(nn.Module):
+    """A solver module inside a model, called on something computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.solve, self.head = nn.Linear(D, D), ForBreak(), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.solve(torch.relu(self.embed(x))))
+
+
+def iterate(f: Callable[[Tensor], Tensor], z: Tensor, tol: float = TOL, max_iter: int = CAP) -> Tensor:
+    for _ in range(max_iter):
+        z_new = f(z)
+        if torch.norm(z_new - z) < tol:
+            return z_new
+        z = z_new
+    return z
+
+
+class InAFunction(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        return iterate(lambda z: self.f(z, x), torch.zeros_like(x))
+
+
+class NoGradAttached(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        with torch.no_grad():
+            for _ in range(CAP):
+                z_new = self.f(z, x)
+                if (z_new - z).norm() < TOL:
+                    z = z_new
+                    break
+                z = z_new
+        return self.f(z, x)
+
+
+class InsideALoop(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for _ in range(2):
+            z = torch.zeros_like(x)
+            for _ in range(CAP):
+                z_new = self.f(z, y)
+                diff = (z_new - z).abs().max()
+                z = z_new
+                if diff < TOL:
+                    break
+            y = 2 * z
+        return y
+
+
+class InsideCheckpoint(Cell):
+    def solve(self, x: Tensor) -> Tensor:
+        return iterate(lambda z: self.f(z, x), torch.zeros_like(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.solve, x, use_reentrant=False)
+
+
+class BreakElsewhere(nn.Module):
+    """A graph break before the region, and one after it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.head = Linear(), nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x)
+        torch._dynamo.graph_break()
+        z = iterate(lambda z: self.f(z, y), torch.zeros_like(y))
+        torch._dynamo.graph_break()
+        return self.head(z)
+
+
+class OneOfTwo(nn.Module):
+    """Two loops, of which one grows a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = Linear(), Linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = iterate(lambda z: self.f(z, x), torch.zeros_like(x))
+        trace = []
+        for _ in range(CAP):
+            z_new = self.g(z, x)
+            trace.append((z_new - z).norm())
+            z = z_new
+            if trace[-1] < TOL:
+                break
+        return z * len(trace)
+
+
+# ---- what has to be left alone
+
+
+class CounterReturned(Cell):
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        z = torch.zeros_like(x)
+        for k in range(CAP):  # noqa: B007
+            z_new = self.f(z, x)
+            res = (z_new - z).norm()
+            z = z_new
+            if res < TOL:
+                break
+        return z, k
+
+
+class FlagReturned(Cell):
+    def forward(self, x: Tensor) -> tuple[Tensor, bool]:
+        z, converged = torch.zeros_like(x), False
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            res = (z_new - z).norm()
+            z = z_new
+            if res < TOL:
+                converged = True
+                break
+        return z, converged
+
+
+class EarlyReturnSaysHow(Cell):
+    def forward(self, x: Tensor) -> tuple[Tensor, str]:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            if (z_new - z).norm() < TOL:
+                return z_new, "converged"
+            z = z_new
+        return z, "gave up"
+
+
+class AttributeWritten(Cell):
+    steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for k in range(CAP):
+            z_new = self.f(z, x)
+            res = (z_new - z).norm()
+            z = z_new
+            self.steps = k
+            if res < TOL:
+                break
+        return z
+
+
+class CountingCell(Linear):
+    calls = 0
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(z, x)
+
+
+class CallsCounted(Cell):
+    """The body counts its evaluations, as code for differential equations does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = CountingCell()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return iterate(lambda z: self.f(z, x), torch.zeros_like(x))
+
+
+class ListGrows(Cell):
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        z, trace = torch.zeros_like(x), []
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            trace.append((z_new - z).norm())
+            z = z_new
+            if trace[-1] < TOL:
+                break
+        return z, trace
+
+
+class Prints(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for k in range(CAP):
+            z_new = self.f(z, x)
+            res = (z_new - z).norm()
+            z = z_new
+            print(k)
+            if res < TOL:
+                break
+        return z
+
+
+class Halving(Cell):
+    """No fixed point is sought: the norm is to be brought below a bound."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        while x.norm() > 0.1:
+            x = x * 0.5
+        return self.f(x, x)
+
+
+class CosineTest(Cell):
+    """The test does not see the length of the step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.ones_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            same = torch.cosine_similarity(z_new, z, dim=-1).min()
+            z = z_new
+            if same > 0.9:
+                break
+        return z
+
+
+class DependsOnStep(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for k in range(CAP):
+            z_new = self.f(z, x / (1 + k))
+            res = (z_new - z).norm()
+            z = z_new
+            if res < TOL:
+                break
+        return z
+
+
+class IfInside(Cell):
+    """A branch on data that is no exit."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(30):
+            if z.norm() > 100:
+                z = z * 0.5
+            z = self.f(z, x)
+        return z
+
+
+FORMS: dict[str, Form] = {
+    "while_norm": Form(WhileNorm),
+    "while_item": Form(WhileItem),
+    "while_tensor_error": Form(WhileTensorError),
+    "while_true": Form(WhileTrue),
+    "for_break": Form(ForBreak),
+    "for_break_item": Form(ForBreakItem),
+    "per_sample_all": Form(PerSampleAll),
+    "allclose": Form(Allclose),
+    "early_return": Form(EarlyReturn),
+    "damped": Form(DampedUndampedTest),
+    "nan_guard": Form(NanGuard),
+    "two_states": Form(TwoStates),
+    "last_residual_returned": Form(LastResidualReturned),
+    "submodule": Form(Submodule),
+    "in_a_function": Form(InAFunction),
+    "no_grad_attached": Form(NoGradAttached),
+    "inside_a_loop": Form(InsideALoop, regions=2),
+    "inside_checkpoint": Form(InsideCheckpoint),
+    "break_elsewhere": Form(BreakElsewhere, breaks=2),
+    "one_of_two": Form(OneOfTwo, breaks=1, refused=Reason.SIDE_EFFECT),
+    "counter_returned": Form(CounterReturned, 0, 1, Reason.COUNTER),
+    "flag_returned": Form(FlagReturned, 0, 1, Reason.COUNTER),
+    "early_return_says_how": Form(EarlyReturnSaysHow, 0, 1, Reason.COUNTER),
+    "attribute_written": Form(AttributeWritten, 0, 1, Reason.SIDE_EFFECT),
+    "calls_counted": Form(CallsCounted, 0, 1, Reason.SIDE_EFFECT),
+    "list_grows": Form(ListGrows, 0, 1, Reason.SIDE_EFFECT),
+    "halving": Form(Halving, 0, 1, Reason.EXIT_TEST),
+    "cosine_test": Form(CosineTest, 0, 1, Reason.EXIT_TEST),
+    "depends_on_step": Form(DependsOnStep, 0, 1, Reason.OTHER_CONSTANT),
+    "prints": Form(Prints, 0, 1),
+    "if_inside": Form(IfInside, 0, 1),
+}

@@ -1,0 +1,90 @@
+"""Models of TorchDEQ, unmodified: one graph, one region, and the numbers of its own float64 run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from deq_compile import explain
+from tests.helpers import compiled, largest_error, reference, value_and_grads
+from tests.models.library import IFT, LIBRARY, Library, One
+
+TAKEN = [name for name, library in LIBRARY.items() if library.refused is None]
+LEFT = [name for name, library in LIBRARY.items() if library.refused is not None]
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken(name: str) -> None:
+    library = LIBRARY[name]
+    model, x = library.make()
+    run, report = compiled(model, tol=None, backward_tol=None)  # theirs hold
+    double = library.make()[0].double()  # made anew: their normalised weights cannot be copied
+    if library.train:
+        error = largest_error(value_and_grads(run, model, x), value_and_grads(double, double, x.double()))
+    else:
+        with torch.no_grad():
+            error = largest_error([run(x).double()], [double(x.double())])
+    assert [r.status for r in report.regions] == ["solve"], str(report)
+    assert report.graphs == 1
+    assert report.regions[0].kind.startswith("TorchDEQ ")
+    assert report.regions[0].location.file.endswith("library.py")
+    assert error < 1e-4
+
+
+# torch's own, where it meets their gradient function at a graph break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", LEFT)
+def test_left_alone(name: str) -> None:
+    library = LIBRARY[name]
+    model, x = library.make()
+    run, report = compiled(model, fullgraph=False)
+    found = value_and_grads(run, model, x)
+    assert library.refused in [s.reason for s in report.skipped], str(report)
+    assert largest_error(found, value_and_grads(model, model, x)) < 1e-5
+
+
+def test_there_are_enough() -> None:
+    assert len(TAKEN) >= 20
+
+
+@pytest.mark.parametrize("mode", ["abs", "rel"])
+@pytest.mark.parametrize("train", [True, False])
+def test_statistics(mode: str, train: bool) -> None:
+    """All keys, and numbers that are true of the state that is returned."""
+
+    class Told(One):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            z_out, info = self.deq(lambda z: self.f(z, x), torch.zeros_like(x))
+            return z_out[-1], info
+
+    library = Library(Told, {**IFT, "f_stop_mode": mode, "f_tol": 1e-3}, train=train)
+    model, x = library.make()
+    run, _ = compiled(model, tol=None, backward_tol=None)
+    z, info = run(x)
+    _, theirs = model(x)
+    assert type(info) is type(theirs)
+    assert info.keys() == theirs.keys()
+    image = model.f(z, x)
+    absolute = (image - z).norm(dim=1).detach()
+    # relative to |z|, which is |f(z)| but for the residual itself
+    torch.testing.assert_close(info["abs_lowest"], absolute, rtol=2e-3, atol=1e-7)
+    torch.testing.assert_close(info["rel_lowest"], absolute / image.norm(dim=1).detach(), rtol=2e-3, atol=1e-7)
+    assert info[f"{mode}_lowest"].max() <= 1e-3
+    assert 2 <= info["nstep"].min() <= info["nstep"].max() <= theirs["nstep"].max()
+    for key in ("abs", "rel"):
+        torch.testing.assert_close(info[f"{key}_trace"], info[f"{key}_lowest"][:, None], rtol=0, atol=0)
+
+
+def test_their_settings_are_the_defaults_and_options_beat_them() -> None:
+    model, x = Library(One, {**IFT, "f_tol": 1e-2}).make()
+    exact = reference(Library(One, IFT).make()[0], x)
+    loose = largest_error(value_and_grads(compiled(model, tol=None, backward_tol=None)[0], model, x), exact)
+    torch._dynamo.reset()
+    tight = largest_error(value_and_grads(compiled(model)[0], model, x), exact)
+    assert tight < 1e-4 < loose
+
+
+def test_explain_says_what_becomes_of_the_gradient() -> None:
+    for config, word in ((IFT, "implicit gradient"), ({"grad": 2}, "phantom gradient stays")):
+        model, x = Library(One, config).make()
+        assert word in str(explain(model, inner="eager")(x))
