@@ -7,6 +7,7 @@ from .config import Options
 from .explicit import fixed_point
 from .region.records import SolveRecord, record_solves
 from .region.run import RegionWarning
+from .regularise import jac_reg, spectral_radius
 from .report import Location, Reason, Region, Report, Skipped
 
 __version__ = "0.1.0"
@@ -23,7 +24,9 @@ __all__ = [
     "deq_compile",
     "explain",
     "fixed_point",
+    "jac_reg",
     "record_solves",
+    "spectral_radius",
 ]
 
 _register_backend()
