@@ -31,7 +31,7 @@ from .region.body import BodySpec
 from .region.modes import Ambient
 from .region.op import solve_op
 from .region.site import RegionSpec, Site, register
-from .region.stop import GraphTest
+from .region.stop import GraphTest, NormTest, StopTest
 from .report import Region, Report
 from .scope import scoped_options
 
@@ -162,8 +162,12 @@ def _copy_of(graph: fx.Graph) -> fx.Graph:
 def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) -> tuple[Callable[..., object], tuple[Any, ...]]:
     """Register the region of a loop; the node that stands in for it."""
     chosen = scoped_options(loop.segment(0), options).merge(Options.from_options(loop.options))
+    whole_batch = loop.hints.pop("whole_batch_tol", None)
     config = usable(chosen.resolve(**loop.hints), [value_of(n) for n in loop.outputs])
-    spec = region_spec(loop, ambient, config)
+    tests: list[StopTest] = [_stop_test(test) for test in loop.tests]
+    tests += [NormTest(whole_batch, relative=False)] if whole_batch is not None else []
+    # an explicit tolerance beats what the user's code says
+    spec = region_spec(loop, ambient, config, () if config.provenance["tol"] == "option" else tuple(tests))
     site = register(spec)
     states = tuple((tuple(str(s) for s in value_of(n).shape), str(value_of(n).dtype)[6:]) for n in loop.outputs)
     row = Region(
@@ -189,7 +193,7 @@ def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) ->
     return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
 
 
-def region_spec(loop: Loop, ambient: Ambient, config: Config) -> RegionSpec:
+def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTest, ...] = ()) -> RegionSpec:
     assert loop.body is not None
     outputs = [value_of(n) for n in loop.outputs]
     tensors = [value_of(n) for n in (*loop.initial, *loop.operands) if is_tensor(n)]
@@ -208,8 +212,7 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config) -> RegionSpec:
         grad=ambient.grad and any(t.requires_grad for t in tensors),
         config=config,
         where=str(loop.location),
-        # an explicit tolerance beats the test that the user's code makes
-        stop=() if config.provenance["tol"] == "option" else tuple(_stop_test(test) for test in loop.tests),
+        stop=stop,
     )
 
 

@@ -25,7 +25,7 @@ InstructionTranslator = _find("torch._dynamo.symbolic_convert", "InstructionTran
 InliningInstructionTranslator = _find("torch._dynamo.symbolic_convert", "InliningInstructionTranslator")
 InliningGeneratorInstructionTranslator = _find("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
 livevars_analysis = _find("torch._dynamo.bytecode_analysis", "livevars_analysis")
-ConstantVariable = _find("torch._dynamo.variables", "ConstantVariable")
+VariableTracker = _find("torch._dynamo.variables.base", "VariableTracker")
 CellVariable = _find("torch._dynamo.variables", "CellVariable")
 SymNodeVariable = _find("torch._dynamo.variables", "SymNodeVariable")
 TensorVariable = _find("torch._dynamo.variables", "TensorVariable")
@@ -41,6 +41,11 @@ def translators() -> list[Any]:
     """The classes that trace frames, those that share a table of handlers once."""
     classes = [InstructionTranslator, InliningInstructionTranslator, InliningGeneratorInstructionTranslator]
     return list({id(cls.dispatch_table): cls for cls in classes}.values())
+
+
+def build(tx: Any, value: Any) -> Any:
+    """Dynamo's variable for a Python value."""
+    return VariableTracker.build(tx, value)
 
 
 def current() -> Any:

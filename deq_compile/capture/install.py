@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from . import allclose, calls, ddp, dynamo, loop_exit, marker, torchdeq  # noqa: F401 (torchdeq adds itself to calls)
+from . import allclose, calls, ddp, dynamo, loop_exit, marker
+from . import solver_calls as _solver_calls  # noqa: F401 (they add themselves to `calls`)
+from . import torchdeq as _torchdeq  # noqa: F401
 
 log = logging.getLogger("deq_compile.capture")
 

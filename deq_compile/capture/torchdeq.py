@@ -30,7 +30,7 @@ _LEAST_BACKWARD_TOL = 1e-6
 _NORM_EPS = 1e-9  # as in their relative residual
 
 
-def recognise(function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     core = sys.modules.get("torchdeq.core")
     if core is None or function not in (core.DEQSliced.forward, core.DEQIndexing.forward):
         return None
