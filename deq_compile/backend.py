@@ -27,6 +27,7 @@ from .passes.hoist import Hoist
 from .passes.inline import InlineCheckpoints, checkpoint_body
 from .passes.judge import Judge
 from .passes.replace import Replace
+from .passes.take_hooks import TakeHooks
 from .region.body import BodySpec
 from .region.modes import Ambient
 from .region.op import solve_op
@@ -127,8 +128,11 @@ def _rewrite(
     def min_repeats(nodes: Sequence[fx.Node]) -> int:
         return scoped_options(nodes, options).resolve().min_repeats
 
-    context = PassContext(min_repeats, report)
-    declared: list[Pass] = [InlineCheckpoints(gm), Functionalise(), FindDeclared(), Judge(start), Extract(gm)]
+    def keep_hooks(nodes: Sequence[fx.Node]) -> bool:
+        return scoped_options(nodes, options).resolve().hooks == "keep"
+
+    context = PassContext(min_repeats, keep_hooks, report)
+    declared: list[Pass] = [InlineCheckpoints(gm), Functionalise(), TakeHooks(), FindDeclared(), Judge(start), Extract(gm)]
     repeated: list[Pass] = [FindLoops(), Exits(gm), Judge(start), Hoist(), Extract(gm)]
     before = len(rows)
     consumed: set[tuple[Any, ...]] = set()

@@ -140,6 +140,7 @@ class PassContext:
     """What passes hand on to each other while one graph is compiled."""
 
     min_repeats: Callable[[Sequence[fx.Node]], int]
+    keep_hooks: Callable[[Sequence[fx.Node]], bool] = lambda nodes: False
     report: Report = dataclasses.field(default_factory=Report)
     loops: list[Loop] = dataclasses.field(default_factory=list)
 
@@ -168,7 +169,7 @@ class Pass(abc.ABC):
 
 def marked(node: fx.Node) -> str:
     """The site of a marker node."""
-    names = {"enter": 1, "leave": 2, "adjoint_hook": 3, "may_exit": 1}
+    names = {"enter": 1, "leave": 2, "adjoint_hook": 3, "adjoint_input": 1, "may_exit": 1}
     return str(node.args[names[node.target.__name__]])  # type: ignore[union-attr]
 
 

@@ -237,15 +237,16 @@ def drop_consumed(graph: fx.Graph, passages: set[tuple[Any, ...]]) -> None:
     for node in reversed(list(graph.nodes)):
         if node.target is may_exit and node.args[1:3] in passages:
             graph.erase_node(node)
-            _erase_unused(graph, node.args[0])
+            erase_unused(graph, node.args[0])
 
 
-def _erase_unused(graph: fx.Graph, node: Any) -> None:
-    if not isinstance(node, fx.Node) or node.users or node.op in ("placeholder", "get_attr", "output"):
+def erase_unused(graph: fx.Graph, node: Any) -> None:
+    """Erase a node that nothing reads, and then what only it has read."""
+    if not isinstance(node, fx.Node) or node._erased or node.users or node.op in ("placeholder", "get_attr", "output"):
         return
     if written_argument(node) is not None or node.is_impure():
         return
     reads = node.all_input_nodes
     graph.erase_node(node)
     for a in reads:
-        _erase_unused(graph, a)
+        erase_unused(graph, a)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from deq_compile import record_solves, register_solver
+from deq_compile.capture.hook_source import read_hook
 from deq_compile.capture.solver_family import Family, family_of
 from tests.helpers import compiled, largest_error, reference, value_and_grads
 from tests.models import solvers
-from tests.models.solvers import SOLVERS
+from tests.models.solvers import HOOKS, SOLVERS
 
 SOLVED = [name for name, form in SOLVERS.items() if form.regions]
 
@@ -107,3 +108,139 @@ def test_bad_registration(options: dict[str, Any], error: type[Exception], messa
         register_solver(solver, **options)
     with pytest.raises(TypeError, match="plain Python function"):
         register_solver(torch.nn.Linear(2, 2))
+
+
+# ---- hooks that solve the adjoint
+
+
+def implicit(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
+    """Value and the implicit gradient, by float64 backprop through a long loop."""
+
+    class Loop(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = model.f
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.zeros_like(x)
+            for _ in range(300):
+                z = self.f(z, x)
+            return z
+
+    return reference(Loop(), x)
+
+
+@pytest.mark.parametrize("name", list(HOOKS))
+@pytest.mark.parametrize("options", [{}, {"tol": None, "backward_tol": None}], ids=["ours", "theirs"])
+def test_hook_taken(name: str, options: dict[str, Any]) -> None:
+    form = HOOKS[name]
+    model, x = form.make()
+    run, report = compiled(model, **options)
+    with record_solves() as solves:
+        found = value_and_grads(run, model, x)
+    assert [(r.kind, r.backward) for r in report.regions] == [(form.kind, "reuse")], str(report)
+    assert "the hook's adjoint solve is taken over" in report.regions[0].notes[0]
+    assert len(solves) == 1
+    assert solves[0].vjps is not None
+    assert largest_error(found, implicit(model, x)) < 1e-3
+
+
+def test_a_hooks_own_tolerance_is_the_default_and_an_option_beats_it() -> None:
+    """The loop in the hook has a count only, which stands for 1e-4."""
+    for options, low, high in (({"backward_tol": None}, 1e-6, 1e-4), ({"backward_tol": 1e-6}, 0.0, 1e-6)):
+        model, x = HOOKS["hook, loop"].make()
+        with record_solves() as solves:
+            compiled(model, **options)[0](x).sum().backward()
+        assert solves[0].adjoint_residual_batch is not None
+        assert low <= solves[0].adjoint_residual_batch <= high
+        torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("hooks", ["take", "keep"])
+def test_hooks_that_stay(hooks: str) -> None:
+    """A hook that scales, and one that would be taken but for `hooks="keep"`: the solve before them is still taken."""
+    form = solvers.Form(solvers.HookedScaling) if hooks == "take" else HOOKS["hook, loop"]
+    model, x = form.make()
+    run, report = compiled(model, fullgraph=False, hooks=hooks)
+    found = value_and_grads(run, model, x)
+    assert [r.backward for r in report.regions] == ["-"], str(report)
+    assert largest_error(found, reference(model, x)) < 1e-4
+
+
+class OtherStep(solvers.HookedLoop):
+    """The hook differentiates something else than the step it is registered on."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            z = self.solve(x)
+        z = self.f(z, x)
+        z0 = z.detach().clone().requires_grad_()
+        f0 = self.f(z0, 2 * x)
+
+        def backward_hook(grad: Tensor) -> Tensor:
+            w = grad
+            for _ in range(100):
+                w = torch.autograd.grad(f0, z0, w, retain_graph=True)[0] + grad
+            return w
+
+        z.register_hook(backward_hook)
+        return z
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_hook_of_another_step_stays() -> None:
+    model, x = solvers.Form(OtherStep).make()
+    run, report = compiled(model, fullgraph=False)
+    found = value_and_grads(run, model, x)
+    assert [s.reason.name for s in report.skipped] == ["HOOK"]
+    assert largest_error(found, reference(model, x)) < 1e-4
+
+
+def test_what_counts_as_an_adjoint_solve() -> None:
+    """Read off the source: other maps, other results, and more than one map are none."""
+    f = z = torch.zeros(1)
+    grad = torch.autograd.grad
+
+    def right(q: Any) -> Any:
+        return solvers.anderson(lambda w: grad(f, z, w, retain_graph=True)[0] + q, q)[0]
+
+    def minus(q: Any) -> Any:
+        return solvers.anderson(lambda w: grad(f, z, w, retain_graph=True)[0] - q, q)[0]
+
+    def scaled(q: Any) -> Any:
+        return 2 * solvers.anderson(lambda w: grad(f, z, w, retain_graph=True)[0] + q, q)[0]
+
+    def swapped(q: Any) -> Any:
+        return solvers.anderson(lambda w: q + grad(f, z, grad_outputs=w)[0], q)[0]
+
+    def of_q(q: Any) -> Any:
+        return solvers.anderson(lambda w: grad(f, z, q, retain_graph=True)[0] + q, q)[0]
+
+    def sometimes(q: Any) -> Any:
+        if q.norm() > 1:
+            return q
+        return solvers.anderson(lambda w: grad(f, z, w, retain_graph=True)[0] + q, q)[0]
+
+    def damped_loop(q: Any) -> Any:
+        w = q
+        for _ in range(10):
+            new = grad(f, z, w)[0] + q
+            w = 0.5 * new + 0.5 * w
+        return w
+
+    def two_names(q: Any) -> Any:
+        w = q
+        for _ in range(10):
+            new = grad(f, z, w)[0] + q
+            if (new - w).norm() < 1e-7:
+                break
+            w = new
+        return w
+
+    hooks = (right, minus, scaled, swapped, of_q, sometimes, damped_loop, two_names)
+    taken = [hook.__name__ for hook in hooks if read_hook(hook.__code__)]
+    assert taken == ["right", "swapped", "two_names"]
+    loop = read_hook(two_names.__code__)
+    assert loop is not None
+    assert loop.loop_tol == 1e-7

@@ -32,6 +32,9 @@ TensorVariable = _find("torch._dynamo.variables", "TensorVariable")
 TorchInGraphFunctionVariable = _find("torch._dynamo.variables", "TorchInGraphFunctionVariable")
 UserFunctionVariable = _find("torch._dynamo.variables", "UserFunctionVariable")
 RangeIteratorVariable = _find("torch._dynamo.variables.lists", "RangeIteratorVariable")
+RemovableHandleVariable = _find("torch._dynamo.variables", "RemovableHandleVariable")
+ValueMutationNew = _find("torch._dynamo.variables.base", "ValueMutationNew")
+wrap_fx_proxy = _find("torch._dynamo.variables.builder", "wrap_fx_proxy")
 AttributeMutationExisting = _find("torch._dynamo.variables.base", "AttributeMutationExisting")
 # the one exception by which a backend can have a frame traced again
 RestartFromBackend = _find("torch._dynamo.exc", "TensorifyScalarRestartAnalysis", RuntimeError)
@@ -46,6 +49,11 @@ def translators() -> list[Any]:
 def build(tx: Any, value: Any) -> Any:
     """Dynamo's variable for a Python value."""
     return VariableTracker.build(tx, value)
+
+
+def removed_handle() -> Any:
+    """The variable of a hook's handle after `handle.remove()`."""
+    return RemovableHandleVariable(mutation_type=ValueMutationNew(), idx=RemovableHandleVariable.REMOVED)
 
 
 def current() -> Any:

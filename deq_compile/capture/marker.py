@@ -54,9 +54,15 @@ def leave(results: Sequence[Tensor], entered: Sequence[Tensor], site: str) -> tu
 
 
 @torch._dynamo.allow_in_graph
-def adjoint_hook(z: Tensor, f: Tensor, z0: Tensor, site: str, hints: Any) -> Tensor:
-    """`z` with a hook whose result solves w = q + (df/dz0)^T w for the cotangent q of `z`."""
+def adjoint_hook(z: Tensor, f: Tensor, z0: Tensor, site: str, tol: float) -> Tensor:
+    """`z` with a hook that gives back w = q + (df/dz0)^T w for the cotangent q of `z`, solved to `tol`."""
     return z.clone()
+
+
+@torch._dynamo.allow_in_graph
+def adjoint_input(z: Tensor, site: str) -> Tensor:
+    """`z.requires_grad_()`, of a tensor made in the graph."""
+    return z.detach().clone().requires_grad_()
 
 
 def may_exit(predicate: Any, site: str, entry: int, exit_when: bool, cap: int) -> None:
@@ -82,7 +88,7 @@ def region(
 
 
 has_side_effect(may_exit)
-MARKERS = (enter, leave, adjoint_hook, may_exit)
+MARKERS = (enter, leave, adjoint_hook, adjoint_input, may_exit)
 
 
 def is_marker(target: Any) -> bool:
