@@ -129,8 +129,17 @@ class _Builder:
                 return False
             self.env[node] = self.graph.node_copy(node, lambda a: self.env[a])
             return True
-        if node in self.chain or node.op == "get_attr" or not isinstance(value_of(node), Tensor | torch.SymInt | int):
+        value = value_of(node)
+        if node in self.chain or node.op == "get_attr":
             return False  # an earlier iteration's
+        if isinstance(value, torch.SymFloat | float) and node.op != "placeholder":  # a number from before the loop
+            if not all(self._copy(a) for a in node.all_input_nodes):
+                return False
+            with self.graph.inserting_before(self.last):
+                self.env[node] = self.graph.node_copy(node, lambda a: self.env[a])
+            return True
+        if not isinstance(value, Tensor | torch.SymInt | int):
+            return False
         self.reads[node] = None
         with self.graph.inserting_before(self.last):
             self.env[node] = self.graph.placeholder(f"a{len(self.reads)}")
@@ -179,10 +188,17 @@ def _others(reads: Sequence[fx.Node]) -> list[Any] | None:
         if isinstance(value, Tensor):
             if not value.is_floating_point() or math.prod(hint(s) for s in value.shape) != 1:
                 return None
-            values.append(torch.full([hint(s) for s in value.shape], _OPERAND, dtype=torch.float64, device=value.device))
+            number = next((known for user in node.users if (known := _number(value_of(user))) is not None), _OPERAND)
+            values.append(torch.full([hint(s) for s in value.shape], number, dtype=torch.float64, device=value.device))
         else:
             values.append(hint(value))
     return values
+
+
+def _number(value: Any) -> float | None:
+    """What a symbolic float is in this call."""
+    known = value.node.hint if isinstance(value, torch.SymFloat) else None
+    return None if known is None else float(known)
 
 
 def _probe(graph: fx.GraphModule, loop: Loop, reads: Sequence[fx.Node], when: bool) -> str:

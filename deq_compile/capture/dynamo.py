@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
 MISSING: list[str] = []
 
 
@@ -49,6 +51,20 @@ def translators() -> list[Any]:
 def build(tx: Any, value: Any) -> Any:
     """Dynamo's variable for a Python value."""
     return VariableTracker.build(tx, value)
+
+
+def constant(tx: Any, variable: Any) -> Any:
+    """The Python value of a variable; a number that may change is held to what it is, by a guard.
+
+    Raises:
+        LookupError: it has none.
+    """
+    variable = variable.realize() if hasattr(variable, "realize") else variable
+    if isinstance(variable, SymNodeVariable) and not free_unbacked_symbols(variable.sym_num):
+        return variable.evaluate_expr(tx.output)
+    if variable.is_python_constant():
+        return variable.as_python_constant()
+    raise LookupError(type(variable).__name__)
 
 
 def removed_handle() -> Any:

@@ -41,7 +41,7 @@ def read_hook(code: types.CodeType) -> AdjointHook | None:
     if node is None or len(node.args.args) != 1 or node.args.vararg or node.args.kwonlyargs:
         return None
     cotangent = node.args.args[0].arg
-    body = node.body if isinstance(node.body, list) else [ast.Return(node.body)]
+    body: list[ast.stmt] = node.body if isinstance(node.body, list) else [ast.Return(node.body)]
     found = [part for statement in body for part in ast.walk(statement) if (_map(part, cotangent)) is not None]
     if len(found) != 1:
         return None

@@ -17,8 +17,6 @@ from deq_compile.report import Location, Reason, Skipped
 from . import calls, dynamo, marker
 from .solver_family import Family, SolveInfo, family_of, roles_of
 
-_EPS = 1e-9
-
 
 def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     roles = roles_of(function)
@@ -36,8 +34,8 @@ def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[
     family = family_of(function, state.ndim)
     if not isinstance(family, Family):
         return None if family is None else Skipped(Reason.SOLVER, Location(), family)
-    tol, cap = _number(family.tol, given, function), _number(family.cap, given, function)
-    mode = _constant(family.mode, given, function)
+    tol, cap = _number(tx, family.tol, given, function), _number(tx, family.cap, given, function)
+    mode = _constant(tx, family.mode, given, function)
     if (tol is None and family.tol is not None) or mode not in (None, "rel", "abs"):
         return None  # a tolerance that is computed
     absolute = mode == "abs" if mode is not None else family.absolute
@@ -56,23 +54,25 @@ def _flatten(bound: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _constant(name: str | None, given: Mapping[str, Any], function: Any) -> Any:
+def _constant(tx: Any, name: str | None, given: Mapping[str, Any], function: Any) -> Any:
+    """The value of an argument or its default; None where there is none that could be told."""
     if name is None:
         return None
     if name not in given:
         default = inspect.signature(function).parameters[name].default
         return None if default is inspect.Parameter.empty else default
-    value = given[name]
-    value = value.realize() if hasattr(value, "realize") else value
-    return value.as_python_constant() if hasattr(value, "is_python_constant") and value.is_python_constant() else None
+    try:
+        return dynamo.constant(tx, given[name])
+    except LookupError:
+        return None
 
 
-def _number(name: str | None, given: Mapping[str, Any], function: Any) -> float | int | None:
-    value = _constant(name, given, function)
+def _number(tx: Any, name: str | None, given: Mapping[str, Any], function: Any) -> float | int | None:
+    value = _constant(tx, name, given, function)
     return value if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
 
 
-# ---- traced by Dynamo from here on
+# ---- traced by Dynamo from here on: a global number would become an input of the graph under dynamic=True
 
 
 def _solve(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any) -> Any:
@@ -118,7 +118,7 @@ def _fill(what: Any, z: Any, about: Any, tol: Any, cap: Any, absolute: Any) -> A
         return False
     if what == "iterations":
         return about[:, 1].max()
-    norms = z.detach().reshape(about.shape[0], -1).norm(dim=1) + _EPS  # |f(z)|, but for a residual
+    norms = z.detach().reshape(about.shape[0], -1).norm(dim=1) + 1e-9  # |f(z)|, but for a residual
     size = torch.linalg.vector_norm(norms)
     lengths = about[:, 0] if absolute else about[:, 0] * norms
     whole = torch.linalg.vector_norm(lengths)

@@ -214,10 +214,11 @@ class Submodule(nn.Module):
         return self.head(self.solve(torch.relu(self.embed(x))))
 
 
-def iterate(f: Callable[[Tensor], Tensor], z: Tensor, tol: float = TOL, max_iter: int = CAP) -> Tensor:
-    for _ in range(max_iter):
+def iterate(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """No arguments by which capture would know a solver."""
+    for _ in range(CAP):
         z_new = f(z)
-        if torch.norm(z_new - z) < tol:
+        if torch.norm(z_new - z) < TOL:
             return z_new
         z = z_new
     return z
