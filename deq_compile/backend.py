@@ -28,6 +28,7 @@ from .passes.inline import InlineCheckpoints, checkpoint_body
 from .passes.judge import Judge
 from .passes.replace import Replace
 from .passes.take_hooks import TakeHooks
+from .passes.unroll_while import SITE, UnrollWhile
 from .region.body import BodySpec
 from .region.modes import Ambient
 from .region.op import solve_op
@@ -122,6 +123,28 @@ def _rewrite(
     gm: fx.GraphModule, start: Ambient, options: Options, report: Report, rows: list[Region], left: list[str]
 ) -> None:
     """One graph, and the bodies of its checkpoints. `left` collects the sites of markers that nothing consumed."""
+    skip: set[str] = set()
+    while True:
+        graph, found, unconsumed = _attempt(gm, start, options, report, skip)
+        loops = {site for site in unconsumed if site.startswith(SITE)}
+        if not loops:
+            break
+        skip |= loops  # operators that were written out for nothing
+    rows += found
+    left += unconsumed
+    if found:
+        gm.graph = graph
+        gm.recompile()
+    for node in gm.graph.nodes:
+        body = checkpoint_body(gm, node)
+        if body is not None:
+            _rewrite(body, ambient_at(gm.graph, node, start), options, report, rows, left)
+
+
+def _attempt(
+    gm: fx.GraphModule, start: Ambient, options: Options, report: Report, skip: set[str]
+) -> tuple[fx.Graph, list[Region], list[str]]:
+    """A rewritten copy of a graph, the regions in it, and the sites of markers that nothing consumed."""
     graph = _copy_of(gm.graph)
     deduplicate_constants(graph)
 
@@ -132,9 +155,11 @@ def _rewrite(
         return scoped_options(nodes, options).resolve().hooks == "keep"
 
     context = PassContext(min_repeats, keep_hooks, report)
-    declared: list[Pass] = [InlineCheckpoints(gm), Functionalise(), TakeHooks(), FindDeclared(), Judge(start), Extract(gm)]
+    declared: list[Pass] = [
+        InlineCheckpoints(gm), Functionalise(), UnrollWhile(gm, skip), TakeHooks(), FindDeclared(), Judge(start), Extract(gm),
+    ]  # fmt: skip
     repeated: list[Pass] = [FindLoops(), Exits(gm), Judge(start), Hoist(), Extract(gm)]
-    before = len(rows)
+    rows: list[Region] = []
     consumed: set[tuple[Any, ...]] = set()
     for steps in (declared, repeated):
         context.loops = []
@@ -144,14 +169,7 @@ def _rewrite(
         modes = {id(loop): ambient_at(graph, loop.first, start) for loop in context.loops}
         Replace(lambda loop: _call(loop, modes[id(loop)], options, rows))(graph, context)  # noqa: B023 (called at once)
     drop_consumed(graph, consumed)
-    left += [marked(node) for node in graph.nodes if is_marker(node.target)]
-    if len(rows) > before:
-        gm.graph = graph
-        gm.recompile()
-    for node in gm.graph.nodes:
-        body = checkpoint_body(gm, node)
-        if body is not None:
-            _rewrite(body, ambient_at(gm.graph, node, start), options, report, rows, left)
+    return graph, rows, [marked(node) for node in graph.nodes if is_marker(node.target)]
 
 
 def _copy_of(graph: fx.Graph) -> fx.Graph:

@@ -47,6 +47,8 @@ class Exits(Pass):
             if refused is not None:
                 context.skip(refused)
                 continue
+            if markers and str(markers[0].args[1]).startswith("while_loop:"):
+                loop.form = "while_loop"
             caps = {int(node.args[4]) for node in markers}  # type: ignore[arg-type]
             if markers and caps != {0}:
                 loop.hints |= {"max_iter": max(caps), "memory": min(max(caps), MEMORY)}

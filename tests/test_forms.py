@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,11 +10,17 @@ import torch
 
 from deq_compile import record_solves
 from tests.helpers import compiled, largest_error, reference, value_and_grads
-from tests.models.exits import FORMS, Form
+from tests.models.exits import FORMS as EXITS
+from tests.models.exits import Form
+from tests.models.operators import OPERATORS
 
-# torch's own, where it resumes a frame after a graph break with a tensor that requires gradients
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+# torch's own: where it resumes a frame after a graph break, and where it meets an autograd function
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated:DeprecationWarning"
+)
 
+MODELS = os.path.join(os.path.dirname(__file__), "models")
+FORMS = {**EXITS, **OPERATORS}
 SOLVED = [name for name, form in FORMS.items() if form.regions]
 LEFT = [name for name, form in FORMS.items() if not form.regions]
 
@@ -32,7 +39,7 @@ def test_solved(name: str) -> None:
     _, report, solves, _, error = run_form(form)
     assert len(report.regions) == form.regions, str(report)
     assert {r.kind for r in report.regions} == {form.kind}
-    assert all(r.status == "solve" and r.location.file.endswith("exits.py") for r in report.regions)
+    assert all(r.status == "solve" and r.location.file.startswith(MODELS) for r in report.regions)
     assert len(solves) >= form.regions
     assert error < 5e-3
     if form.refused is not None:
@@ -50,7 +57,7 @@ def test_left_alone(name: str) -> None:
     assert largest_error(found, value_and_grads(model, model, x)) < 1e-6
     if form.refused is not None:
         assert form.refused in [s.reason for s in report.skipped], str(report)
-        assert all(s.location.file.endswith("exits.py") and s.location.line for s in report.skipped)
+        assert all(s.location.file.startswith(MODELS) and s.location.line for s in report.skipped)
 
 
 @pytest.mark.parametrize("name", ["for_break", "while_item", "per_sample_all"])

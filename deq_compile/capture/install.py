@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from . import allclose, calls, ddp, dynamo, hooks, loop_exit, marker
+from . import allclose, calls, ddp, dynamo, functions, hooks, loop_exit, marker
 from . import solver_calls as _solver_calls  # noqa: F401 (they add themselves to `calls`)
 from . import torchdeq as _torchdeq  # noqa: F401
 
@@ -156,5 +156,6 @@ _FEATURES: list[tuple[str, Callable[[], Callable[[], None]], Callable[[], None]]
     ("loops whose exit depends on data", loop_exit.install, _test_loop_exit),
     ("calls of solvers", calls.install, _test_calls),
     ("backward hooks", hooks.install, _test_hooks),
+    ("autograd functions in the report", functions.install, lambda: None),
     ("torch.allclose as a loop's test", allclose.install, _test_allclose),
 ]

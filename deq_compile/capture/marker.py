@@ -131,8 +131,12 @@ def blocked(tx: Any, site: str) -> bool:
 
 def refuse(tx: Any, site: str, skipped: Skipped) -> None:
     """Leave a place to stock Dynamo from now on, and remember why."""
-    key = _key(tx)
-    _blocked.setdefault(key, set()).add(site)
+    _blocked.setdefault(_key(tx), set()).add(site)
+    tell(tx, skipped)
+
+
+def tell(tx: Any, skipped: Skipped) -> None:
+    """Have something said in the report of the backend that is being traced for."""
     told = _refusals.setdefault(_teller(tx), [])
     if skipped not in told:
         told.append(skipped)
