@@ -158,7 +158,7 @@ def _attempt(
     declared: list[Pass] = [
         InlineCheckpoints(gm), Functionalise(), UnrollWhile(gm, skip), TakeHooks(), FindDeclared(), Judge(start), Extract(gm),
     ]  # fmt: skip
-    repeated: list[Pass] = [FindLoops(), Exits(gm), Judge(start), Hoist(), Extract(gm)]
+    repeated: list[Pass] = [FindLoops(), Exits(gm), TakeHooks(loops=True), Judge(start), Hoist(), Extract(gm)]
     rows: list[Region] = []
     consumed: set[tuple[Any, ...]] = set()
     for steps in (declared, repeated):

@@ -10,8 +10,9 @@ hook's own tolerance; what the hook would have written elsewhere (statistics) is
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from torch import fx
 from deq_compile.capture.marker import adjoint_hook, adjoint_input, enter, leave
 from deq_compile.report import Reason, Skipped
 
-from .base import Pass, PassContext, location_of, value_of
+from .base import Loop, Pass, PassContext, location_of, value_of
+from .declared import region_at
 from .exits import erase_unused
 
 # Capture took the hook for a solve: more products than the default cap, since its tolerance may be tighter than ours.
@@ -29,59 +31,84 @@ PRODUCTS = 60
 _SAME_VALUE = {"detach", "clone", "contiguous", "requires_grad_"}
 
 
+@dataclasses.dataclass
+class _Solve:
+    """A solve without gradients: its result, the image and the read of its body, and what it starts from and says."""
+
+    solved: fx.Node
+    image: fx.Node
+    read: fx.Node
+    entry: tuple[Any, ...]  # the arguments of `enter`
+    exit: fx.Node | None = None  # the `leave` of a marked solve
+    loop: Loop | None = None  # or the loop
+
+
 class TakeHooks(Pass):
+    """Once for the solves that capture marked, and once, `loops`, for loops that a test ends; what it takes of those
+    changes places with them in the context."""
+
     name = "take_hooks"
+
+    def __init__(self, loops: bool = False) -> None:
+        self.loops = loops
 
     def run(self, graph: fx.Graph, context: PassContext) -> int:
         taken = 0
         for hook in [node for node in graph.nodes if node.target is adjoint_hook]:
-            why = "hooks='keep'" if context.keep_hooks([hook]) else _take(graph, hook)
+            why = "hooks='keep'" if context.keep_hooks([hook]) else self._take(graph, hook, context)
             if why is None:
                 taken += 1
-            else:
+            elif (self.loops or why != _NOT_YET) and not hook.meta.get(_TOLD):
+                hook.meta[_TOLD] = True
                 context.skip(Skipped(Reason.HOOK, location_of(hook), why, 1))
         for node in reversed(list(graph.nodes)):
             if node.target is adjoint_input and not node.users:
                 erase_unused(graph, node)
         return taken
 
+    def _take(self, graph: fx.Graph, hook: fx.Node, context: PassContext) -> str | None:
+        """Why a hook stays; None where it was taken over."""
+        arguments: Any = hook.args
+        z, image, start, _, tol = arguments
+        solve = _loop_before(z, context.loops) if self.loops else _marked_before(z)
+        if solve is None:
+            return _NOT_YET
+        solved = solve.solved
 
-def _take(graph: fx.Graph, hook: fx.Node) -> str | None:
-    """Why a hook stays; None where it was taken over."""
-    arguments: Any = hook.args
-    z, image, start, _, tol = arguments
-    assert isinstance(z, fx.Node)
-    assert isinstance(image, fx.Node)
-    assert isinstance(start, fx.Node)
-    solved = _solved(z)
-    if solved is None:
-        return "no solve lies before the step that it is registered on"
-    exit = solved.args[0]
-    assert isinstance(exit, fx.Node)
-    marked: Any = exit.args
-    (result,), (read,) = marked[0], marked[1]
-    entry = read.args[0]
+        def is_state(node: fx.Node) -> bool:
+            return _source(node) is solved
 
-    def is_state(node: fx.Node) -> bool:
-        return _source(node) is solved
-
-    attached = _between(z, is_state)
-    if not _same(z, image, is_state, lambda node: _source(node, start) is start):
-        return "what it differentiates is another computation than the attached step"
-    if not _same(z, result, is_state, lambda node: node is read):
-        return "the solve before it has another body than the attached step"
-    if any(user not in attached for node in attached if node is not z for user in node.users):
-        return "an intermediate of the attached step is used elsewhere"
-    others = [user for node in (solved, *_copies(solved)) for user in node.users if user not in attached and not _copy(user)]
-    others += [user for user in exit.users if user is not solved]
-    if not _downstream(others).isdisjoint(attached):
-        return "the attached step depends on what the solver said of itself"
-    _merge(graph, hook, z, solved, entry, exit, attached, float(tol))
-    return None
+        attached = _between(z, is_state)
+        if not _same(z, image, is_state, lambda node: _source(node, start) is start):
+            return "what it differentiates is another computation than the attached step"
+        if not _same(z, solve.image, is_state, lambda node: node is solve.read):
+            return "the solve before it has another body than the attached step"
+        if any(user not in attached for node in attached if node is not z for user in node.users):
+            return "an intermediate of the attached step is used elsewhere"
+        chain = set(solve.loop.nodes) if solve.loop is not None else set()
+        others = [u for node in (solved, *_copies(solved)) for u in node.users if u not in attached | chain and not _copy(u)]
+        if solve.exit is not None:
+            others += [user for user in solve.exit.users if user is not solved]
+        if not _downstream(others).isdisjoint(attached):
+            return "the attached step depends on what the solver said of itself"
+        end = _merge(graph, hook, z, solve, attached, float(tol))
+        if solve.loop is not None:
+            region = region_at(graph, end)
+            if isinstance(region, Skipped):
+                raise RuntimeError(f"a step was merged with its loop, and is no region: {region}")
+            region.tests, region.exits = solve.loop.tests, solve.loop.passages
+            context.loops = [region if loop is solve.loop else loop for loop in context.loops]
+            for node in reversed(solve.loop.nodes):
+                graph.erase_node(node)
+        return None
 
 
-def _solved(z: fx.Node) -> fx.Node | None:
-    """The state that a marked solve returned, which `z` is computed from; None unless it is the only one."""
+_TOLD = "deq_compile_told"
+_NOT_YET = "no solve that could be taken over lies before the step that it is registered on"
+
+
+def _marked_before(z: fx.Node) -> _Solve | None:
+    """The marked solve that `z` is computed from, if that is the only one."""
     found: dict[fx.Node, None] = {}
     seen, stack = {z}, [z]
     while stack:
@@ -94,7 +121,29 @@ def _solved(z: fx.Node) -> fx.Node | None:
                 seen.add(a)
                 stack.append(a)
     states = [node for node in found if node.args[1] == 0 and len(node.args[0].args[0]) == 1]  # type: ignore[union-attr,arg-type]
-    return states[0] if len(states) == len(found) == 1 else None
+    if not len(states) == len(found) == 1:
+        return None
+    exit: Any = states[0].args[0]
+    (image,), (read,) = exit.args[0], exit.args[1]
+    return _Solve(states[0], image, read, read.args[0].args, exit=exit)
+
+
+def _loop_before(z: fx.Node, loops: Sequence[Loop]) -> _Solve | None:
+    """The loop with a test that `z` is computed from. A loop of fixed count has a result of its own, which its hook may
+    not change; there the hook stays."""
+    ancestors, stack = {z}, [z]
+    while stack:
+        for a in stack.pop().all_input_nodes:
+            if a not in ancestors:
+                ancestors.add(a)
+                stack.append(a)
+    found = [loop for loop in loops if loop.tests and len(loop.outputs) == 1 and loop.outputs[0] in ancestors]
+    if len(found) != 1:
+        return None
+    (loop,) = found
+    site = str(next(iter(loop.passages))[0])
+    entry = (loop.initial, site, loop.kind, tuple(loop.hints.items()), (), "")
+    return _Solve(loop.outputs[0], loop.outputs[0], loop.reads[0], entry, loop=loop)
 
 
 def _copy(node: fx.Node) -> bool:
@@ -174,24 +223,16 @@ def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def _merge(
-    graph: fx.Graph,
-    hook: fx.Node,
-    z: fx.Node,
-    solved: fx.Node,
-    entry: fx.Node,
-    exit: fx.Node,
-    attached: set[fx.Node],
-    tol: float,
-) -> None:
-    arguments: Any = entry.args
-    states, site, form, hints, options, _ = arguments
+def _merge(graph: fx.Graph, hook: fx.Node, z: fx.Node, solve: _Solve, attached: set[fx.Node], tol: float) -> fx.Node:
+    """Mark the attached step as the region, and take the old solve out; the new `leave`."""
+    states, site, form, hints, options, _ = solve.entry
+    solved, exit = solve.solved, solve.exit
     first = next(node for node in graph.nodes if node in attached)
     more = (("backward_tol", tol), ("backward_max_iter", PRODUCTS))
     note = f"the hook's adjoint solve is taken over, at its tolerance {tol:g}; hooks='keep' leaves it"
     with graph.inserting_before(first):
         begin = graph.call_function(enter, (states, site, form, (*hints, *more), options, note))
-        begin.meta = dict(entry.meta)
+        begin.meta = {k: v for k, v in (exit or solved).meta.items() if k != "example_value"}
         state = _item(graph, begin, 0, solved)
     for node in attached:
         for a in node.all_input_nodes:
@@ -199,26 +240,30 @@ def _merge(
                 node.replace_input_with(a, state)
     with graph.inserting_after(z):
         end = graph.call_function(leave, ((z,), (state,), site))
-        end.meta = dict(exit.meta)
+        end.meta = dict(begin.meta)
     with graph.inserting_after(end):
         found = _item(graph, end, 0, z)
+    statistics = [user for user in exit.users if user.args[1] == 1] if exit is not None else []
     with graph.inserting_after(found):
-        about = _item(graph, end, 1, next((u for u in exit.users if u.args[1] == 1), exit))
-    with graph.inserting_after(about):
         plain = graph.call_method("detach", (found,))  # the solve ran without gradients, and so did who read its result
         plain.meta = dict(solved.meta)
+    if statistics:
+        with graph.inserting_after(found):
+            about = _item(graph, end, 1, statistics[0])
+        for user in statistics:
+            user.replace_all_uses_with(about)
+    chain = set(solve.loop.nodes) if solve.loop is not None else set()
     z.replace_all_uses_with(found, delete_user_cb=lambda user: user is not end)
     hook.replace_all_uses_with(found)
-    solved.replace_all_uses_with(plain)
-    for user in list(exit.users):
-        if user.args[1] == 1:
-            user.replace_all_uses_with(about)
+    solved.replace_all_uses_with(plain, delete_user_cb=lambda user: user not in chain)
     reads = [a for a in hook.args[1:3] if isinstance(a, fx.Node)]
     graph.erase_node(hook)
-    for node in (*reads, solved, *list(exit.users)):
+    for node in (*reads, *(list(exit.users) if exit is not None else ())):
         erase_unused(graph, node)
-    erase_unused(graph, exit)
+    if exit is not None:
+        erase_unused(graph, exit)
     _move_behind(graph, plain)
+    return end
 
 
 def _item(graph: fx.Graph, source: fx.Node, index: int, like: fx.Node) -> fx.Node:

@@ -120,7 +120,8 @@ def _bound(term: fx.Node, carried: Sequence[Any]) -> int:
     """Iterations that `k < N` allows, where k starts at a constant; 0 where that is not known."""
     if term.target not in _BELOW or len(term.args) < 2 or not isinstance(term.args[1], int):
         return 0
-    start = carried[_placeholders(term.graph).index(term.args[0])] if term.args[0] in _placeholders(term.graph) else None
+    places: list[Any] = list(_placeholders(term.graph))
+    start = carried[places.index(term.args[0])] if term.args[0] in places else None
     first = start.args[0] if isinstance(start, fx.Node) and start.target is torch.tensor else start
     return max(term.args[1] - first, 0) if isinstance(first, int) else 0
 

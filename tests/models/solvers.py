@@ -259,6 +259,17 @@ class HookedLoop(Model):
         return z
 
 
+class HookedWhile(HookedLoop):
+    """The forward is a loop with a test, and no call of a solver."""
+
+    def solve(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        z_new = self.f(z, x)
+        while (z_new - z).norm() > TOL:
+            z, z_new = z_new, self.f(z_new, x)
+        return z_new
+
+
 class HookedScaling(Model):
     """A hook that solves nothing stays what it is."""
 
@@ -290,5 +301,6 @@ HOOKS: dict[str, Form] = {
     "hook, anderson": Form(Hooked, kind="call of anderson"),
     "hook, forward_iteration": Form(lambda: Hooked(forward_iteration), kind="call of forward_iteration"),
     "hook on itself, broyden": Form(HookedOnItself, kind="call of broyden"),
+    "hook, while": Form(HookedWhile, kind="loop until a test"),
     "hook, loop": Form(HookedLoop, kind="call of forward_iteration"),
 }
