@@ -11,6 +11,7 @@ from torch import Tensor
 from deq_compile import record_solves, register_solver
 from deq_compile.capture.hook_source import read_hook
 from deq_compile.capture.solver_family import Family, family_of
+from tests.forms import expected
 from tests.helpers import compiled, largest_error, reference, value_and_grads
 from tests.models import solvers
 from tests.models.solvers import HOOKS, SOLVERS
@@ -19,26 +20,15 @@ SOLVED = [name for name, form in SOLVERS.items() if form.regions]
 
 
 @pytest.mark.parametrize("name", SOLVED)
-@pytest.mark.parametrize("options", [{}, {"tol": None, "backward_tol": None}], ids=["ours", "theirs"])
-def test_taken(name: str, options: dict[str, Any]) -> None:
+def test_taken_at_its_own_tolerance(name: str) -> None:
     form = SOLVERS[name]
     model, x = form.make()
-    run, report = compiled(model, **options)
+    run, report = compiled(model, tol=None, backward_tol=None)
     with record_solves() as solves:
         found = value_and_grads(run, model, x)
     assert [r.kind for r in report.regions] == [form.kind], str(report)
     assert len(solves) == 1
     assert largest_error(found, reference(model, x)) < 1e-4
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_a_root_finder_is_not_taken() -> None:
-    form = SOLVERS["root"]
-    model, x = form.make()
-    run, report = compiled(model, fullgraph=False)
-    found = value_and_grads(run, model, x)
-    assert report.regions == []
-    assert largest_error(found, value_and_grads(model, model, x)) < 1e-5
 
 
 def test_families() -> None:
@@ -113,36 +103,18 @@ def test_bad_registration(options: dict[str, Any], error: type[Exception], messa
 # ---- hooks that solve the adjoint
 
 
-def implicit(model: torch.nn.Module, x: Tensor) -> list[Tensor]:
-    """Value and the implicit gradient, by float64 backprop through a long loop."""
-
-    class Loop(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.f = model.f
-
-        def forward(self, x: Tensor) -> Tensor:
-            z = torch.zeros_like(x)
-            for _ in range(300):
-                z = self.f(z, x)
-            return z
-
-    return reference(Loop(), x)
-
-
 @pytest.mark.parametrize("name", list(HOOKS))
-@pytest.mark.parametrize("options", [{}, {"tol": None, "backward_tol": None}], ids=["ours", "theirs"])
-def test_hook_taken(name: str, options: dict[str, Any]) -> None:
+def test_hook_taken_at_its_own_tolerance(name: str) -> None:
     form = HOOKS[name]
     model, x = form.make()
-    run, report = compiled(model, **options)
+    run, report = compiled(model, tol=None, backward_tol=None)
     with record_solves() as solves:
         found = value_and_grads(run, model, x)
     assert [(r.kind, r.backward) for r in report.regions] == [(form.kind, "reuse")], str(report)
     assert "the hook's adjoint solve is taken over" in report.regions[0].notes[0]
     assert len(solves) == 1
     assert solves[0].vjps is not None
-    assert largest_error(found, implicit(model, x)) < 1e-3
+    assert largest_error(found, expected(form, x)) < 1e-3
 
 
 def test_a_hooks_own_tolerance_is_the_default_and_an_option_beats_it() -> None:

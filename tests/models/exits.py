@@ -26,6 +26,7 @@ class Form:
     breaks   graph breaks; 0 means that it compiles under fullgraph=True
     refused  why it is left alone, where it is
     kind     what the report calls the region
+    implicit the gradient is the implicit one, which the user's own backward approximates
     """
 
     build: Callable[[], nn.Module]
@@ -35,6 +36,7 @@ class Form:
     kind: str = "loop until a test"
     shape: tuple[int, ...] = (4, D)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    implicit: bool = False
 
     def make(self) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(0)

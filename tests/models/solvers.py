@@ -298,9 +298,9 @@ SOLVERS: dict[str, Form] = {
 }
 # hooks: the gradient is the implicit one
 HOOKS: dict[str, Form] = {
-    "hook, anderson": Form(Hooked, kind="call of anderson"),
-    "hook, forward_iteration": Form(lambda: Hooked(forward_iteration), kind="call of forward_iteration"),
-    "hook on itself, broyden": Form(HookedOnItself, kind="call of broyden"),
-    "hook, while": Form(HookedWhile, kind="loop until a test"),
-    "hook, loop": Form(HookedLoop, kind="call of forward_iteration"),
+    "hook, anderson": Form(Hooked, kind="call of anderson", implicit=True),
+    "hook, forward_iteration": Form(lambda: Hooked(forward_iteration), kind="call of forward_iteration", implicit=True),
+    "hook on itself, broyden": Form(HookedOnItself, kind="call of broyden", implicit=True),
+    "hook, while": Form(HookedWhile, kind="loop until a test", implicit=True),
+    "hook, loop": Form(HookedLoop, kind="call of forward_iteration", implicit=True),
 }
