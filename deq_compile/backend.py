@@ -19,7 +19,7 @@ from .config import Config, Options
 from .passes.ambient import ambient_at
 from .passes.base import ExitTest, Loop, Pass, PassContext, describe, is_tensor, marked, value_of
 from .passes.declared import FindDeclared
-from .passes.exits import Exits, drop_consumed
+from .passes.exits import Exits, drop_assertions, drop_consumed
 from .passes.extract import Extract, body_hash, dim_order
 from .passes.find_loops import FindLoops, deduplicate_constants
 from .passes.functionalise import Functionalise
@@ -147,6 +147,7 @@ def _attempt(
     """A rewritten copy of a graph, the regions in it, and the sites of markers that nothing consumed."""
     graph = _copy_of(gm.graph)
     deduplicate_constants(graph)
+    drop_assertions(graph)
 
     def min_repeats(nodes: Sequence[fx.Node]) -> int:
         return scoped_options(nodes, options).resolve().min_repeats
@@ -206,7 +207,8 @@ def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) ->
         notes=loop.notes,
     )
     rows.append(row)
-    log.info("region %s at %s: %s, %d operands", site.key, spec.where, loop.kind, len(loop.operands))
+    count = f"{spec.iterations} iterations" if spec.iterations is not None else "until its tolerance"
+    log.info("region %s at %s: %s, %s, %d operands", site.key, spec.where, loop.kind, count, len(loop.operands))
 
     def changed(site: Site) -> None:
         row.status, row.distance = site.verdict, site.distance
