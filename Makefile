@@ -13,6 +13,9 @@ VENV_OLDEST ?= .venv-oldest
 TORCH_INDEX ?=
 ARGS ?=
 
+# Two processes, however many cores there are: each test is told to use one thread, and memory is not without end.
+PARALLEL ?= -n 2 --dist worksteal
+
 PIP_FLAGS := --quiet --disable-pip-version-check
 RUN := $(VENV)/bin/python
 RUN_OLDEST := $(VENV_OLDEST)/bin/python
@@ -62,13 +65,13 @@ typecheck: $(VENV)/.installed
 	$(RUN) -m mypy
 
 test: lint typecheck
-	$(RUN) -m pytest -q $(ARGS)
+	$(RUN) -m pytest -q $(PARALLEL) $(ARGS)
 
 # An ignore that torch 2.13 needs may be unused under 2.11, so that one warning is off here.
 test-oldest: $(VENV_OLDEST)/.installed
 	$(RUN_OLDEST) -m ruff check --quiet . deq_compile/kernels deq_compile/passes
 	$(RUN_OLDEST) -m mypy --no-warn-unused-ignores
-	$(RUN_OLDEST) -m pytest -q $(ARGS)
+	$(RUN_OLDEST) -m pytest -q $(PARALLEL) $(ARGS)
 
 # Environments stay: they cost a download. Remove them by hand.
 clean:

@@ -7,11 +7,20 @@ import sys
 
 from bench import demo, kernels, step
 from bench.fuzz import cli as fuzz
+from bench.gpu import cli as gpu
 from bench.tables import cli as tables
 from bench.tables import compile_time
 
 # A command is a module with `add_arguments(parser)`, `main(args) -> exit status`, and a docstring.
-COMMANDS = {"compile-time": compile_time, "demo": demo, "fuzz": fuzz, "kernels": kernels, "step": step, "tables": tables}
+COMMANDS = {
+    "compile-time": compile_time,
+    "demo": demo,
+    "fuzz": fuzz,
+    "gpu": gpu,
+    "kernels": kernels,
+    "step": step,
+    "tables": tables,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,12 +19,13 @@ from typing import Any
 from tabulate import tabulate
 
 ARCHITECTURES = (80, 89, 90)
-# Steps stored: the first iterations, a usual solve, the full memory of 40.
-STEPS = (8, 16, 41)
+# Steps that fit: a small memory, a usual solve, the default memory of 40, the largest of 64.
+STEPS = (8, 16, 41, 65)
 DTYPES = ("fp32", "bf16")
-MEMORY = 40
 
 _INTS = {"n_ptr", "stall_ptr", "count_ptr", "done_ptr", "ints_ptr"}
+_LONGS = {"table_ptr", "handle_ptr"}
+_ADDRESSES = {"S_address", "C_address"}
 _ALIGNED = {"D", "ROW", "SLAB"}
 _FLOATS = {"tol", "floor", "eta"}
 
@@ -33,6 +34,7 @@ _FLOATS = {"tol", "floor", "eta"}
 class Row:
     kernel: str
     arch: str
+    form: str
     dtype: str
     steps: int
     registers: int
@@ -40,18 +42,22 @@ class Row:
     shared_bytes: int
     load_width: int
     async_copies: int
+    sets_condition: bool
 
 
 def kernels() -> dict[str, Any]:
     from deq_compile.kernels.broyden import triton_kernels as broyden
     from deq_compile.kernels.reuse import triton_kernels as reuse
 
-    names = {broyden: ("step_fused", "dots", "combine"), reuse: ("transpose_fused", "transpose_dots", "transpose_combine")}
+    names = {
+        broyden: ("start", "summarise", "step_fused", "dots", "combine"),
+        reuse: ("transpose_fused", "transpose_dots", "transpose_combine"),
+    }
     return {name: getattr(module, name) for module, some in names.items() for name in some}
 
 
-def constants(name: str, steps: int) -> dict[str, Any]:
-    """The compile-time arguments of a kernel, as the launchers choose them for a long row."""
+def constants(name: str, steps: int, graph: bool) -> dict[str, Any]:
+    """The compile-time arguments of a kernel, as the launchers choose them for a long row; `graph`: in a WHILE node."""
     import triton.language as tl
 
     from deq_compile.kernels.tiles import power_of_two, tiles
@@ -59,27 +65,30 @@ def constants(name: str, steps: int) -> dict[str, Any]:
     fused = name.endswith("fused")
     cut = tiles(32, 4096 if fused else 65536, steps)
     values = {
-        "M": MEMORY, "BM": cut.BM, "BD": cut.BD2 if name in ("combine", "transpose_combine") else cut.BD, "BD2": cut.BD2,
+        "M": steps - 1, "BM": cut.BM, "BD": cut.BD2 if name in ("combine", "transpose_combine") else cut.BD, "BD2": cut.BD2,
         "BP": power_of_two(cut.slabs), "STAGES": cut.stages, "RELATIVE": True, "GIVEN": False, "OBSERVE": True,
-        "ACC": tl.float32,
+        "INDIRECT": graph, "TABLE": graph, "COND": graph, "BB": 256, "ACC": tl.float32,
     }  # fmt: skip
-    warps = cut.update_warps if name in ("combine", "transpose_combine") else cut.warps
-    return {**values, "warps": warps, "stages": cut.stages}
+    if name in ("start", "summarise"):
+        return {**values, "BD": 1024, "warps": 4, "stages": cut.stages}
+    return {**values, "warps": cut.warps, "stages": cut.stages}
 
 
-def compile_one(name: str, kernel: Any, arch: int, dtype: str, steps: int) -> Row:
+def compile_one(name: str, kernel: Any, arch: int, dtype: str, steps: int, graph: bool) -> Row:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    values = constants(name, steps)
+    values = constants(name, steps, graph)
     given = {a: values[a] for a in kernel.arg_names if a in values}
     signature, attributes = {}, {}
     for i, a in enumerate(kernel.arg_names):
         if a in given:
             signature[a] = "constexpr"
         elif a.endswith("_ptr"):
-            signature[a] = "*i32" if a in _INTS else f"*{dtype}" if a == "S_ptr" else "*fp32"
+            signature[a] = "*i32" if a in _INTS else "*i64" if a in _LONGS else f"*{dtype}" if a == "S_ptr" else "*fp32"
+        elif a in _ADDRESSES:
+            signature[a] = "i64"
         else:
             signature[a] = "fp32" if a in _FLOATS else "i32"
         if a.endswith("_ptr") or a in _ALIGNED:
@@ -93,8 +102,9 @@ def compile_one(name: str, kernel: Any, arch: int, dtype: str, steps: int) -> Ro
     copies = re.findall(r"cp\.async\.c[ga]\.shared\.global[^;,]*,[^;,]*, (0x[0-9a-f]+|\d+)", ptx)
     widths += [int(size, 0) * 8 for size in copies]
     return Row(
-        name, f"sm_{arch}", dtype, steps, registers, local, int(compiled.metadata.shared), max(widths, default=0) // 8,
-        len(re.findall(r"cp\.async\.c[ga]", ptx)),
+        name, f"sm_{arch}", "graph" if graph else "plain", dtype, steps, registers, local, int(compiled.metadata.shared),
+        max(widths, default=0) // 8, len(re.findall(r"cp\.async\.c[ga]", ptx)),
+        b"cudaGraphSetConditional" in compiled.asm["cubin"],
     )  # fmt: skip
 
 
@@ -114,11 +124,14 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def rows(architectures: tuple[int, ...] = ARCHITECTURES, steps: tuple[int, ...] = STEPS) -> Iterator[Row]:
+    """Every kernel on every architecture; bf16 factors and the forms for captured graphs on the newest, where they matter."""
     for arch in architectures:
         for name, kernel in kernels().items():
+            in_graphs = (False, True) if arch == 90 and any(a in _LONGS for a in kernel.arg_names) else (False,)
             for count in steps:
                 for dtype in DTYPES if arch == 90 else DTYPES[:1]:
-                    yield compile_one(name, kernel, arch, dtype, count)
+                    for graph in in_graphs:
+                        yield compile_one(name, kernel, arch, dtype, count, graph)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

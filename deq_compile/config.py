@@ -101,8 +101,10 @@ _RULES: dict[str, _Rule] = {
     "stop_mode": _Rule("rel", _choice("rel", "abs")),
     "max_iter": _Rule(40, _integer(1)),
     "memory": _Rule(None, _integer(1)),
-    "solver": _Rule("broyden", _choice("broyden", "picard", planned=("anderson",))),
-    "backward": _Rule("reuse", _choice("reuse", "jfb", "exact", planned=("phantom", "neumann", "unroll"))),
+    "solver": _Rule("broyden", _choice("broyden", "anderson", "picard")),
+    "anderson_memory": _Rule(5, _integer(1)),
+    "anderson_damping": _Rule(1.0, _fraction),
+    "backward": _Rule("reuse", _choice("reuse", "jfb", "phantom", "neumann", "unroll", "exact")),
     "backward_steps": _Rule(5, _integer(1)),
     "backward_damping": _Rule(0.5, _fraction),
     "attached": _Rule("keep", _choice("keep", planned=("implicit",))),
@@ -116,6 +118,7 @@ _RULES: dict[str, _Rule] = {
     "verify_tol": _Rule(1e-3, _positive_or_inf),
     "loop_memory": _Rule(None, _integer(1)),
     "hooks": _Rule("take", _choice("take", "keep")),
+    "engine": _Rule("auto", _choice("auto", "while", "chunks", "loop")),
     "inner": _Rule("inductor", _choice("inductor", "aot_eager", "eager")),
     "inductor": _Rule({}, _patches),
 }
@@ -167,9 +170,12 @@ class Options:
     ``stop_mode``              "rel"          "rel": as above; "abs": |f(z) − z|
     ``max_iter``               40             cap on evaluations of the body
     ``memory``                 = max_iter     stored steps; when full, the solver restarts
-    ``solver``                 "broyden"      "broyden", "picard" ("anderson" is planned)
+    ``solver``                 "broyden"      "broyden", "anderson", "picard"
+    ``anderson_memory``        5              differences that Anderson acceleration keeps
+    ``anderson_damping``       1.0            its mixing, 0 < β ≤ 1
     ``backward``               "reuse"        "reuse", "jfb", "exact" (= "reuse" with ``backward_tol=1e-6``)
-                                              ("phantom", "neumann", "unroll" are planned)
+                                              "jfb": Jacobian-free; "phantom", "neumann": ``backward_steps`` products;
+                                              "unroll": the loop's own gradient, at the loop's iterates
     ``backward_steps``         5              k of phantom(k, τ) and of neumann(k)
     ``backward_damping``       0.5            τ of phantom(k, τ)
     ``attached``               "keep"         "keep" the Jacobian-free gradient of one attached step
@@ -189,6 +195,8 @@ class Options:
     ``loop_memory``            None           iterates held at a time by the backward of a kept loop; None: all N. With
                                               m < N, segments of m are recomputed, at N more evaluations
     ``hooks``                  "take"         "take" recognised adjoint-solving hooks over, or "keep" them
+    ``engine``                 "auto"         what the iterations run on, on a GPU: "while" (one CUDA graph with a WHILE node),
+                                              "chunks" (a CUDA graph of some iterations), "loop"; "auto": the first that works
     ``inner``                  "inductor"     the backend of the rest: "inductor", "aot_eager", "eager"
     ``inductor``               {}             settings passed on to Inductor
     ========================== ============== =================================================================
@@ -202,6 +210,8 @@ class Options:
     max_iter: int | None = None
     memory: int | None = None
     solver: str | None = None
+    anderson_memory: int | None = None
+    anderson_damping: float | None = None
     backward: str | None = None
     backward_steps: int | None = None
     backward_damping: float | None = None
@@ -216,6 +226,7 @@ class Options:
     verify_tol: float | None = None
     loop_memory: int | None = None
     hooks: str | None = None
+    engine: str | None = None
     inner: str | None = None
     inductor: dict[str, Any] | None = None
 
@@ -312,6 +323,8 @@ class Config:
     max_iter: int
     memory: int
     solver: str
+    anderson_memory: int
+    anderson_damping: float
     backward: str
     backward_steps: int
     backward_damping: float
@@ -326,6 +339,7 @@ class Config:
     verify_tol: float
     loop_memory: int | None
     hooks: str
+    engine: str
     inner: str
     inductor: dict[str, Any]
     provenance: dict[str, str] = field(compare=False)

@@ -74,9 +74,10 @@ class Region:
 
     `hoisted` names the operations that were moved out of the loop. `status` is "solve" (a Broyden or Picard solve stands in
     for the loop), "kept" (the loop's own iterations are run) or "pending" (not called yet, so not verified); `distance` is
-    the last measured max over samples of |z_N - z*| / |z*|, None before a verification or where none is asked for.
-    `iterations` is the count of a fixed-count loop, None where a fixed point was declared. `notes` say in words what was
-    done, and where the meaning differs from what the user's code would have done.
+    the last measured max over samples of |z_N - z*| / |z*|, None before a verification or where none is asked for. `engine` is
+    what the iterations ran on at the last call ("loop", "chunks", "while"; see region/engine), `engine_reason` why on nothing
+    better. `iterations` is the count of a fixed-count loop, None where a fixed point was declared. `notes` say in words what
+    was done, and where the meaning differs from what the user's code would have done.
     """
 
     key: str
@@ -90,6 +91,8 @@ class Region:
     backward: str
     status: str = "pending"
     distance: float | None = None
+    engine: str = "loop"
+    engine_reason: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -128,6 +131,7 @@ class Report:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if not self.regions:
             lines = [f"no fixed-point region in {self.graphs} graph(s)"]
+        lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
         lines += [f"{r.location}: {note}" for r in self.regions for note in r.notes]
         lines += [f"left alone  {skipped}" for skipped in self.skipped]
         lines += [f"graph break {' '.join(text.split())}" for text in self.graph_breaks]

@@ -18,7 +18,7 @@ import torch
 
 log = logging.getLogger("deq_compile.kernels")
 
-_SOURCES = ("vector.h", "broyden/cpu.cpp", "reuse/cpu.cpp")
+_SOURCES = ("vector.h", "broyden/cpu.cpp", "reuse/cpu.cpp", "reuse/multisecant.cpp", "gcr/cpu.cpp")
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 # Below this many elements a parallel region costs more than it saves.
 _PARALLEL_ELEMENTS = 1 << 15
@@ -36,6 +36,12 @@ class Broyden(ctypes.Structure):
     ]
 
 
+class Operator(ctypes.Structure):
+    """The C++ struct of the same name."""
+
+    _fields_ = [("slots", _I), ("ld", _I), ("S", _P), ("V", _P), ("n", _P)]
+
+
 class Functions:
     """The entry points for one dtype."""
 
@@ -48,7 +54,10 @@ class Functions:
         self.start = entry("broyden_start", [_P, _P])
         self.step = entry("broyden_step", [_P, _P, _P, _P, _I, _I], _I)
         self.transpose = entry("reuse_transpose", [_P, _P, _P])
-        self.adjoint_residual = entry("adjoint_residual", [_I, _I, _P, _P, _P, _P, _P, _P], _D)
+        self.multisecant = entry("multisecant", [_P, _P, _I, _I, _D, _D])
+        self.multisecant_apply = entry("multisecant_apply", [_P, _I, _I, _I, _P, _P])
+        self.gcr_start = entry("gcr_start", [_P, _P, _P, _P, _P, _P, _P], _D)
+        self.gcr_step = entry("gcr_step", [_P, _P, _P, _P, _P, _P, _P, _P, _D, _P, _P, _D, _I, _I, _P], _D)
 
 
 def source() -> str:

@@ -1,8 +1,10 @@
-"""Tile sizes and splits of the Triton kernels, by shape alone: sums come out the same on every device."""
+"""Tile sizes and splits of the Triton kernels, by shape alone: sums come out the same on every device, unless it was tuned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from . import tuned
 
 
 def power_of_two(x: int) -> int:
@@ -20,7 +22,7 @@ class Tiles:
     slabs   programs a row is split over; 1: the fused form
     slab    columns of one of them
     stages  of the software pipeline of the dot products
-    warps   of a program; update_warps those of the split update, each program of which holds C, BM x BM numbers, in registers
+    warps   of a program
     """
 
     BM: int
@@ -30,7 +32,6 @@ class Tiles:
     slab: int
     stages: int
     warps: int
-    update_warps: int = 4
 
 
 # Columns of a tile of steps by its rows: 4096 numbers an accumulator, 16 to 32 registers a thread.
@@ -44,7 +45,13 @@ MOST_SLABS = 64
 
 
 def tiles(B: int, D: int, steps: int, element_size: int = 4) -> Tiles:
-    """The tiles for B samples of D elements with up to `steps` steps stored. fp64 halves the columns."""
+    """The tiles for B samples of D elements with up to `steps` steps stored; `element_size` is that of the compute dtype. What
+    was tuned for this machine (:mod:`.tuned`), or the table above."""
+    return tuned.lookup(B, D, steps, element_size) or by_shape(B, D, steps, element_size)
+
+
+def by_shape(B: int, D: int, steps: int, element_size: int = 4) -> Tiles:
+    """The table's tiles. fp64 halves the columns."""
     BM = min(max(power_of_two(steps), 8), 128)
     BD = max(_COLUMNS[BM] * 4 // max(element_size, 4), 16)
     fused = D <= FUSED_COLUMNS or (B >= MANY_ROWS and D <= FUSED_COLUMNS_MANY_ROWS)
@@ -54,5 +61,5 @@ def tiles(B: int, D: int, steps: int, element_size: int = 4) -> Tiles:
     slabs = min(-(-D // SLAB_COLUMNS), MOST_SLABS)
     slab = -(-D // slabs)
     slab = (slab + 15) // 16 * 16
-    wide = BM >= 64
-    return Tiles(BM, BD, 2048 if wide else 512, -(-D // slab), slab, 3, 4, 16 if wide else 4)
+    many = BM > 64
+    return Tiles(BM, BD, 2048 if many else 512, -(-D // slab), slab, 3, 16 if many else 4)

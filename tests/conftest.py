@@ -58,8 +58,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     COUNTER.remove()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """Several processes (pytest-xdist): the first adds up what the others counted."""
+    COUNTER.count += getattr(node, "workeroutput", {}).get("inductor", 0)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    if COUNTER.count > INDUCTOR_BUDGET and exitstatus == pytest.ExitCode.OK:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["inductor"] = COUNTER.count
+    elif COUNTER.count > INDUCTOR_BUDGET and exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

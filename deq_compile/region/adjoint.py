@@ -1,4 +1,4 @@
-"""The backward solve: reuse the forward's factors, and certify the result.
+"""The backward solve: reuse what the forward learnt of the Jacobian, and certify the result.
 
 The implicit gradient needs the adjoint w = q + J^T w of the cotangent q. One vector-Jacobian product (VJP) at an
 estimate w gives the parameter gradients and J^T w, hence the adjoint residual r = q + J^T w - w: no gradient leaves
@@ -15,16 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import (
-    MAX_ITER,
-    NONFINITE,
-    BroydenState,
-    Factors,
-    advance,
-    new_state,
-    step_residual,
-)
-from deq_compile.kernels.reuse import adjoint_residual, apply_transpose
+from deq_compile.kernels.broyden import MAX_ITER, NONFINITE, Factors
+from deq_compile.kernels.gcr import GcrState, move, new_state
+from deq_compile.kernels.reuse import apply_transpose, multisecant
 from deq_compile.region.forward import FLOOR_EPS
 from deq_compile.region.status import AdjointStatus
 
@@ -32,7 +25,7 @@ from deq_compile.region.status import AdjointStatus
 # The last estimate is not given up for less: the lowest residual is not the lowest error (evidence, section 2).
 BLOWN_UP = 10.0
 
-# Steps of the adjoint iteration that are stored before it restarts; its own default cap is lower.
+# Pairs of the adjoint iteration that are stored before its basis is dropped.
 MEMORY = 40
 
 VJP = Callable[[Tensor], Tensor]
@@ -73,118 +66,115 @@ def solve_adjoint(
     max_iter: int = 20,
     expected: int | None = None,
     body_eps: float | None = None,
+    skip: int = 0,
 ) -> AdjointSolution:
-    """Solve w = q + J^T w from w_0 = -H^T q, by Broyden's method with H_0 = H^T.
+    """Solve w = q + J^T w by generalised conjugate residuals, preconditioned with the forward solve's type-II factors.
 
-    The iteration stops when the batch's relative residual is at most ``tol`` (the gradient sums over samples). Samples
-    that have reached ``tol`` by themselves are frozen. ``tol=inf`` is one raw reuse, the method of Nguyen & Mauch
-    (arXiv 2304.11663): w = -H^T q and one VJP. Otherwise the last estimate is returned, but for samples where it is not
-    finite or has blown up: those get their best one, or their cotangent.
+    The iteration (:mod:`deq_compile.kernels.gcr`) starts at w_0 = M q and takes every VJP at an estimate that may be returned. It
+    stops when the batch's relative residual is at most ``tol`` (the gradient sums over samples). Samples that have reached
+    ``tol`` by themselves are frozen. ``tol=inf`` is one raw reuse, the method of Nguyen & Mauch (arXiv 2304.11663):
+    w = -H^T q and one VJP. Otherwise the last estimate is returned, but for samples where it is not finite or has blown up:
+    those get their best one, or their cotangent.
 
     Args:
         vjp: w (B, D) -> J^T w (B, D).
         vjp_full: w (B, D) -> (J^T w, payload); dearer than ``vjp``, so called as seldom as possible.
         q: (B, D) cotangents, float32 or float64; left as it is. A sample with q = 0 gets w = 0.
-        state: factors of the forward solve; None means H = -I, so that w_0 = q.
+        state: factors of the forward solve; None means none: w_0 = q.
         tol: relative adjoint residual to reach.
         max_iter: cap on VJPs, at least 1; returning another estimate than the last takes one more.
         expected: the VJP at which the iteration is expected to end, where ``vjp_full`` is called outright; None: 1.
-
         body_eps: eps of the precision that the VJPs compute in; None is that of ``q``'s dtype.
+        skip: pairs of the factors that are left out, oldest first; see :func:`deq_compile.kernels.reuse.multisecant`.
 
     Raises:
         ValueError: ``max_iter`` < 1.
     """
     if max_iter < 1:
         raise ValueError(f"expected max_iter >= 1, got {max_iter}")
-    reuse = (lambda x: apply_transpose(state, x)) if state is not None else torch.clone
-    norms = _Norms(q)
     if math.isinf(tol):
-        return _one_vjp(vjp_full, reuse(q), norms)
-    # z_best starts as q: what a sample falls back to if it never has a finite residual.
+        return _one_vjp(vjp_full, apply_transpose(state, q) if state is not None else q.clone(), q)
     floor = FLOOR_EPS * (torch.finfo(q.dtype).eps if body_eps is None else body_eps)
-    adjoint = new_state(q, min(max_iter, MEMORY), tol=tol, floor=floor)
-    # The step from w = 0, whose residual q needs no VJP, is -H^T q and the first that is stored.
-    w = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    advance(adjoint, w, reuse(q))
-    return _refine(vjp, vjp_full, norms, reuse, adjoint, w, max_iter, 1 if expected is None else expected)
+    operator = multisecant(state, skip) if state is not None else None
+    adjoint = new_state(q, operator, min(max_iter, MEMORY), tol=tol, floor=floor)
+    return _refine(vjp, vjp_full, adjoint, max_iter, 1 if expected is None else expected)
 
 
 def jacobian_free(vjp_full: VJPFull, q: Tensor) -> AdjointSolution:
     """The Jacobian-free gradient, w = q (Fung et al., arXiv 2103.12803): one VJP, residual reported. q is (B, D)."""
-    return _one_vjp(vjp_full, q.clone(), _Norms(q))
+    return _one_vjp(vjp_full, q.clone(), q)
 
 
-class _Norms:
-    """The cotangents, and residuals relative to them."""
+@torch.no_grad()
+def phantom(vjp: VJP, vjp_full: VJPFull, q: Tensor, steps: int, damping: float = 1.0) -> AdjointSolution:
+    """The phantom gradient (Geng et al., arXiv 2111.05177) of `steps` damped applications at the fixed point.
 
-    def __init__(self, q: Tensor) -> None:
-        self.q = q
-        self.norms = torch.linalg.vector_norm(q, dim=1)
-        self.batch = float(torch.linalg.vector_norm(self.norms))
-
-    def residual(self, w: Tensor, jw: Tensor) -> tuple[Tensor, Tensor, float]:
-        """r = q + J^T w - w (B, D), its relative norm of each sample (B,), and that of the batch."""
-        r, residuals, batch = adjoint_residual(self.q, jw, w, self.norms)
-        return r, residuals, batch / self.batch if batch else 0.0
+    w = damping * sum of (damping J^T + (1 - damping) I)^i q over i < steps: the gradient of z <- damping f(z) + (1 - damping) z
+    repeated `steps` times, all linearised at z*. With damping 1 the Neumann series cut after `steps` terms. `steps` VJPs.
+    """
+    w = damping * q
+    for _ in range(steps - 1):
+        w = damping * (q + vjp(w)) + (1 - damping) * w
+    return replace(_one_vjp(vjp_full, w, q), vjps=steps, needed=steps)
 
 
-def _one_vjp(vjp_full: VJPFull, w: Tensor, norms: _Norms) -> AdjointSolution:
+def _relative(q: Tensor, jw: Tensor, w: Tensor) -> tuple[Tensor, float]:
+    """|q + J^T w - w| / |q| of each sample (B,) and of the batch; 0 where q = 0."""
+    norms, scale = (torch.linalg.vector_norm(v, dim=1) for v in (q + jw.to(q.dtype) - w, q))
+    norms = norms.masked_fill(scale == 0, 0.0)
+    batch, whole = float(torch.linalg.vector_norm(norms)), float(torch.linalg.vector_norm(scale))
+    return norms / scale.masked_fill(scale == 0, 1.0), batch / whole if whole else 0.0
+
+
+def _one_vjp(vjp_full: VJPFull, w: Tensor, q: Tensor) -> AdjointSolution:
     jw, payload = vjp_full(w)
-    _, residuals, batch = norms.residual(w, jw)
+    residuals, batch = _relative(q, jw, w)
     status = AdjointStatus.CONVERGED if math.isfinite(batch) else AdjointStatus.NONFINITE
     return AdjointSolution(w, payload, 1, 1, batch, residuals, status)
 
 
-def _refine(
-    vjp: VJP,
-    vjp_full: VJPFull,
-    norms: _Norms,
-    reuse: Callable[[Tensor], Tensor],
-    adjoint: BroydenState,
-    w: Tensor,
-    max_iter: int,
-    expected: int,
-) -> AdjointSolution:
+def _refine(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int, expected: int) -> AdjointSolution:
     certified: AdjointSolution | None = None  # of the last call of vjp_full
     needed = 0
     while True:
         needed += 1
         last = needed == max_iter
         if last or needed == expected:
-            jw, payload = vjp_full(w)
-            r, residuals, batch = norms.residual(w, jw)
-            certified = AdjointSolution(w.clone(), payload, needed, needed, batch, residuals, AdjointStatus.CONVERGED)
+            at = adjoint.w.clone()  # `move` changes it
+            jw, payload = vjp_full(at)
+            move(adjoint, jw, last=last)
+            certified = AdjointSolution(
+                at, payload, needed, needed, adjoint.batch, adjoint.residuals.clone(), AdjointStatus.CONVERGED
+            )
         else:
-            r, residuals, batch = norms.residual(w, vjp(w))
-        if batch <= adjoint.tol:
-            chosen, status = w, AdjointStatus.CONVERGED
+            move(adjoint, vjp(adjoint.w), last=last)
+        if adjoint.converged:
+            chosen, status = adjoint.w, AdjointStatus.CONVERGED
             break
-        step_residual(adjoint, w, r if last else reuse(r), residuals, last=last)
         if not adjoint.running:
-            chosen, status = _choose(adjoint, norms.q, w, residuals)
+            chosen, status = _choose(adjoint)
             break
     if certified is not None and torch.equal(certified.w, chosen):
         found = replace(certified, vjps=needed, needed=needed)
     else:
         jw, payload = vjp_full(chosen)
-        _, residuals, batch = norms.residual(chosen, jw)
+        residuals, batch = _relative(adjoint.q, jw, chosen)
         found = AdjointSolution(chosen, payload, needed + 1, needed, batch, residuals, status)
     return replace(found, status=status if math.isfinite(found.residual) else AdjointStatus.NONFINITE)
 
 
-def _choose(adjoint: BroydenState, q: Tensor, w: Tensor, residuals: Tensor) -> tuple[Tensor, AdjointStatus]:
+def _choose(adjoint: GcrState) -> tuple[Tensor, AdjointStatus]:
     """The estimate to return where ``tol`` was missed: ``w``, but for samples that failed or blew up."""
     # Below the tolerance or the floor is good, however good the best was. Written so that NaN counts as blown up.
     limit = (BLOWN_UP * adjoint.best.clamp(max=1.0)).clamp(min=max(adjoint.tol, adjoint.floor))
-    blown = ~(residuals <= limit)
+    blown = ~(adjoint.residuals <= limit)
     # Samples that failed have been put back to their best estimate, or to q.
     usable = adjoint.best <= BLOWN_UP
     replaced = blown | (adjoint.done == NONFINITE)
     if replaced.any():
-        fallback = torch.where(usable[:, None], adjoint.z_best, q)
-        chosen = torch.where(blown[:, None], fallback, w)
+        fallback = torch.where(usable[:, None], adjoint.z_best, adjoint.q)
+        chosen = torch.where(blown[:, None], fallback, adjoint.w)
         lost = bool((replaced & ~usable).any())
         return chosen, AdjointStatus.FALLBACK_COTANGENT if lost else AdjointStatus.FALLBACK_BEST
     capped = bool((adjoint.done == MAX_ITER).any())
-    return w, AdjointStatus.MAX_ITER if capped else AdjointStatus.FLOOR
+    return adjoint.w, AdjointStatus.MAX_ITER if capped else AdjointStatus.FLOOR

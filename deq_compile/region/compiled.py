@@ -6,7 +6,6 @@ from which two graphs are taken: the state's VJP (called many times) and the VJP
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import threading
 from collections.abc import Callable, Sequence
@@ -24,6 +23,8 @@ from .layout import Layout
 
 Call = Callable[[list[Any]], Sequence[Any]]
 
+# The engines capture bodies themselves: an outer mode="reduce-overhead" must not make a graph, or a partition, of each.
+OWN_PATCHES = {"triton.cudagraphs": False, "graph_partition": False}
 
 
 class CompiledRunner(Runner):
@@ -104,8 +105,7 @@ class CompiledRunner(Runner):
         from torch._inductor.compile_fx import compile_fx_inner
 
         fake = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
-        patches = dict(self.spec.inductor)
-        with tracing(TracingContext(_fake_mode(graph))), config.patch(patches) if patches else contextlib.nullcontext():
+        with tracing(TracingContext(_fake_mode(graph))), config.patch({**dict(self.spec.inductor), **OWN_PATCHES}):
             compiled = compile_fx_inner(graph, fake)
         return getattr(compiled, "current_callable", None) or compiled
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from deq_compile.kernels import anderson
 from deq_compile.kernels.broyden import (
     NORM_EPS,
     RUNNING,
     BroydenState,
+    Factors,
     Progress,
     new_progress,
     new_state,
@@ -25,7 +27,7 @@ from .stop import accept
 # Multiples of the body's eps below which stagnation is the precision's doing.
 FLOOR_EPS = 50
 
-SOLVERS = ("broyden", "picard")
+SOLVERS = ("broyden", "anderson", "picard")
 STOP_MODES = ("rel", "abs")
 
 
@@ -39,15 +41,21 @@ class Solution:
         status: (B,) int8, values of :class:`~deq_compile.region.status.Status`.
         iterations: (B,) int32, body evaluations at which each sample stopped.
         residual: (B,) stopping residual at ``z``; inf where none was finite.
-        evaluations: body evaluations of the whole batch.
+        evaluations: body evaluations of the whole batch; 0 where only the device knows.
+        outcome: waits for a captured solve and says how many samples missed their tolerance; None where nothing is pending.
     """
 
     z: Tensor
-    state: BroydenState | None
+    state: Factors | None
     status: Tensor
     iterations: Tensor
     residual: Tensor
     evaluations: int
+    outcome: Callable[[], tuple[int, int]] | None = None
+
+    def missed(self) -> bool:
+        """Whether a sample stopped short of its tolerance. Waits for the device."""
+        return self.outcome()[0] > 0 if self.outcome is not None else not bool(converged(self.status).all())
 
 
 @torch.no_grad()
@@ -65,6 +73,9 @@ def solve(
     body_eps: float | None = None,
     S: Tensor | None = None,
     C: Tensor | None = None,
+    watched: bool = True,
+    anderson_memory: int = 5,
+    anderson_damping: float = 1.0,
     stop: Callable[[Tensor, Tensor], bool] | None = None,
 ) -> Solution:
     """Solve z = f(z) for each sample of a batch, without recording gradients.
@@ -75,7 +86,8 @@ def solve(
     Args:
         f: body, (B, D) -> (B, D). It must not keep its argument, which changes in place afterwards.
         z0: (B, D) initial iterates, float32 or float64; left as it is. Nothing is evaluated where B = 0.
-        solver: "broyden" (good Broyden with H_0 = -I, :mod:`deq_compile.kernels.broyden`) or "picard" (z <- f(z)).
+        solver: "broyden" (good Broyden with H_0 = -I, :mod:`deq_compile.kernels.broyden`), "anderson" (type II,
+            :mod:`deq_compile.kernels.anderson`) or "picard" (z <- f(z)).
         tol: residual at which a sample stops.
         stop_mode: "rel" or "abs".
         max_iter: cap on body evaluations, at least 1.
@@ -85,6 +97,8 @@ def solve(
         body_eps: eps of the precision that the body computes in; None is that of ``z0``'s dtype.
         S: (B, memory + 1, D) buffer for the steps; its contents are never read.
         C: (B, memory, memory) buffer for the coefficients, in ``z0``'s dtype; its contents are never read.
+        anderson_memory, anderson_damping: m and beta of "anderson".
+        watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
         stop: (z, f(z)) -> whether the whole batch may stop here; ``tol`` and the floor stop single samples beside it.
 
     Raises:
@@ -103,8 +117,14 @@ def solve(
         progress = new_progress(z0, tol=tol, relative=relative, floor=floor)
         _iterate(f, z, progress, max_iter, _picard_step, stop)
         return _solution(progress, None)
+    if solver == "anderson":
+        window = anderson.new_state(z0, anderson_memory, anderson_damping, tol=tol, relative=relative, floor=floor)
+        _iterate(f, z, window, max_iter, anderson.step, stop)
+        return _solution(window, None)
     memory = max_iter if memory is None else memory
     state = new_state(z0, memory, factor_dtype, eta, S, C, tol=tol, relative=relative, floor=floor)
+    if not watched:
+        state.unwatched()
     _iterate(f, z, state, max_iter, step, stop)
     return _solution(state, state)
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from deq_compile.kernels.broyden import coefficient_width
+from deq_compile.kernels.device import on_gpu
 
 from . import run
 from .site import site as find_site
@@ -50,8 +51,11 @@ def _factor_sizes(region: str, state0: Sequence[Tensor]) -> tuple[Any, Any]:
         return 0, 0
     memory = spec.config.memory
     total, samples = sum(math.prod(s.shape) for s in state0), _samples(region, state0)
-    if state0[0].device.type == "cuda":  # enough for rows padded to 16 elements, and for one padded row of all
-        total = (total + 16 * samples + 15) // 16 * 16
+    if on_gpu(state0[0].device):  # rows are padded to 16 elements, those of a batch or the one of a coupled system
+        total = (total + 15) // 16 * 16
+        if not any(s.dim() == 0 for s in state0):
+            row = sum(math.prod(s.shape[1:]) for s in state0)
+            total = torch.sym_max(total, samples * ((row + 15) // 16 * 16))
     return total * (memory + 1), samples * memory * coefficient_width(memory)
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from deq_compile.kernels.broyden import Factors, coefficient_width, factors_of, row_width
+from deq_compile.kernels.device import on_gpu
 
-from . import records
-from .adjoint import AdjointSolution, jacobian_free, solve_adjoint
+from . import engine, records
+from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
 from .agree import agreed
 from .body import Linearised, Runner, runner_for
 from .forward import Solution, better_of, solve
@@ -52,6 +53,9 @@ def run_forward(
 ) -> Forward:
     """Solve a region, or run its loop. `S` and `C` are flat buffers for the factors, empty where none are kept."""
     spec, config = site.spec, site.spec.config
+    inside = engine.under_capture(site, state0)
+    if not inside:
+        _settle(site)
     rows = _decide_rows(site, state0, operands, sizes)
     layout = spec.layout([s.shape for s in state0], rows)
     z0 = layout.flatten(state0).detach()
@@ -82,22 +86,33 @@ def run_forward(
             body_eps=spec.body_eps,
             S=steps,
             C=coefficients,
+            watched=not inside,
+            anderson_memory=config.anderson_memory,
+            anderson_damping=config.anderson_damping,
             stop=stop if spec.stop else None,
         )
 
-    due = site.due()
+    due = site.due() and not inside
     solution = None
     if due or site.verdict == "solve":
         steps, coefficients = _buffers(S, C, layout, config.memory) if spec.stores_steps else (None, None)
-        solution = solved(z0, site.tol, steps, coefficients)
-        if spec.iterations is None and not bool(converged(solution.status).all()):
+        captured = None if inside else _captured(site, runner, z0, operands, sizes)
+        if captured is not None:
+            solution = captured.solve(z0, operands, steps, coefficients)
+        if solution is None:
+            solution = solved(z0, site.tol, steps, coefficients)
+        if spec.iterations is None and not inside and solution.missed():
             solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard"))
     loop = None
     if due and spec.iterations is not None and solution is not None:
         loop = _apply(body, z0, spec.iterations)
         solution = _verify(site, solution, loop, solved)
-    elif solution is not None:
+    elif inside:
+        pass
+    elif solution is not None and solution.outcome is None:
         count_misses(site, solution)
+    elif solution is not None:  # what it came to is asked at the next call, when the device has long been done
+        site.pending = dataclasses.replace(solution, z=solution.residual, state=None)
     site.calls += layout.batch > 0
     kept = site.verdict == "kept" and (loop is not None or solution is None)
     if kept:
@@ -107,7 +122,7 @@ def run_forward(
     else:
         assert solution is not None
         z = solution.z
-    serial = record_forward(site, solution, z, evaluations, S, C)
+    serial = 0 if inside else record_forward(site, solution, z, evaluations, S, C)
     n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
     if solution is not None and solution.state is not None:
         n = solution.state.n
@@ -130,13 +145,17 @@ def run_backward(
     layout = spec.layout([s.shape for s in states], rows)
     q = layout.flatten([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
     runner = runner_for(spec.body, layout, operands, sizes)
-    if kept:
+    if kept or spec.config.backward == "unroll":
         return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
     z = layout.flatten(states)
     linear = runner.linearise(z, operands, needs)
     config = spec.config
+    found: AdjointSolution
     if config.backward == "jfb":
-        found: AdjointSolution = jacobian_free(linear.vjp_full, q)
+        found = jacobian_free(linear.vjp_full, q)
+    elif config.backward in ("phantom", "neumann"):
+        damping = config.backward_damping if config.backward == "phantom" else 1.0
+        found = phantom(linear.vjp, linear.vjp_full, q, config.backward_steps, damping)
     else:
         state: Factors | None = None
         if spec.stores_steps:
@@ -151,6 +170,7 @@ def run_backward(
             max_iter=max(1, config.backward_max_iter),
             expected=site.expected_vjps,
             body_eps=spec.body_eps,
+            skip=2 if config.memory < config.max_iter else 0,  # a restart may have left two pairs that are not exact
         )
         site.expected_vjps = found.needed
     if serial:
@@ -180,7 +200,7 @@ def _gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolutio
     """
     config, check = site.spec.config, site.verify_gradient
     site.verify_gradient = False
-    if not site.compares or config.backward == "jfb":  # jfb asks for another gradient than the loop's
+    if not site.compares or config.backward != "reuse":  # the others ask for another gradient than the loop's
         return True
     if check and site.spec.iterations is not None and found.w.numel():
         w = found.w
@@ -198,6 +218,34 @@ def _gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolutio
     if site.adjoint_misses >= MISSES_BEFORE_KEPT:
         site.decide("kept", None)
     return not missed
+
+
+def _captured(
+    site: Site, runner: Runner, z0: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]
+) -> engine.CapturedForward | None:
+    """The captured solve of this region for these shapes, on a GPU and from the second call on."""
+    config = site.spec.config
+    # A test of the user's own is a question to the host in every iteration.
+    if config.solver != "broyden" or config.engine == "loop" or site.spec.stop or not on_gpu(z0.device):
+        return None
+    settings = engine.ForwardSettings(
+        site.tol, config.stop_mode, config.max_iter, config.memory, site.spec.factor_dtype, site.spec.body_eps
+    )
+    found = engine.captured_forward((site.key, *sizes), runner, z0, operands, settings, config.engine)
+    if found is not None:
+        site.use(found.name, found.reason)
+    return found
+
+
+def _settle(site: Site) -> None:
+    """Learn what the last captured solve came to."""
+    solution, site.pending = site.pending, None
+    if solution is not None and solution.outcome is not None:
+        missed, _ = solution.outcome()
+        if missed:
+            count_misses(site, solution)
+        else:
+            site.misses = 0
 
 
 def _about(solution: Solution | None, n: Tensor) -> Tensor:
@@ -273,7 +321,7 @@ def _verify(site: Site, solution: Solution, loop: Tensor, solved: Callable[[Tens
 
 def count_misses(site: Site, solution: Solution) -> None:
     """A fixed-count loop whose solve misses its tolerance again and again goes back to its own iterations."""
-    missed = solution.z.numel() > 0 and not bool(converged(solution.status).all())
+    missed = solution.status.numel() > 0 and not bool(converged(solution.status).all())
     site.misses = site.misses + 1 if missed else 0
     if not missed:
         return
@@ -322,15 +370,16 @@ def _loop_gradient(
     needs: tuple[bool, ...],
     serial: int,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The exact gradient of a kept loop: recompute its N iterates, then one VJP at each, last to first."""
-    assert site.spec.iterations is not None
+    """The exact gradient of a loop: recompute its N iterates, then one VJP at each, last to first. Where a fixed point was
+    declared there is no N, and the loop is that of `max_iter` plain iterations."""
+    count = site.spec.iterations or site.spec.config.max_iter
     total: list[Tensor | None] = [None] * sum(needs)
     w = q
-    for iterate in _iterates_backwards(runner, z0, operands, site.spec.iterations, site.spec.config.loop_memory):
+    for iterate in _iterates_backwards(runner, z0, operands, count, site.spec.config.loop_memory):
         w, grads = runner.linearise(iterate, operands, needs).vjp_full(w)
         total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
     if serial:
-        records.complete(serial, cotangent=q, w=q, vjps=site.spec.iterations, adjoint_message="the loop's own gradient")
+        records.complete(serial, cotangent=q, w=q, vjps=count, adjoint_message="the loop's own gradient")
     return layout.unflatten(w), total
 
 

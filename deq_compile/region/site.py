@@ -18,6 +18,7 @@ import torch
 from deq_compile.config import Config
 
 from .body import BodySpec
+from .forward import Solution
 from .layout import Layout, flat_dtype
 from .stop import StopTest
 
@@ -92,7 +93,9 @@ class Site:
     distance  last measured max over samples of |z_N - z*| / |z*|
     tol       the solver's tolerance; a verification may have tightened the default
     expected_vjps  what the last backward needed, for the next one to predict with
-    on_change called with the site when a verdict or distance changes (the report listens)
+    pending   the last captured solve, whose outcome nobody has asked for yet
+    engine    what the iterations ran on at the last call, and why on nothing better
+    on_change called with the site when a verdict, distance or engine changes (the report listens)
     """
 
     def __init__(self, key: str, spec: RegionSpec) -> None:
@@ -109,6 +112,8 @@ class Site:
         self.verify_gradient = False  # the next backward looks at its gradient as the forward did at the value
         self.expected_vjps: int | None = None
         self.warned = False
+        self.pending: Solution | None = None
+        self.engine, self.engine_reason = "loop", ""
         self.on_change: Callable[[Site], None] = lambda site: None
 
     @property
@@ -122,6 +127,13 @@ class Site:
             return False
         periodic = self.spec.config.verify == "periodic" and self.spec.grad
         return self.calls == 0 or (periodic and self.calls % VERIFY_EVERY == 0)
+
+    def use(self, engine: str, reason: str) -> None:
+        """Note the engine of a call."""
+        if (engine, reason) != (self.engine, self.engine_reason):
+            self.engine, self.engine_reason = engine, reason
+            log.info("region %s at %s: engine %s %s", self.key, self.spec.where, engine, reason)
+            self.on_change(self)
 
     def decide(self, verdict: str, distance: float | None) -> None:
         if verdict != self.verdict or distance is not None:

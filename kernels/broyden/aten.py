@@ -12,11 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .state import CONVERGED, FLOOR, MAX_ITER, NONFINITE, NORM_EPS, RUNNING, BroydenState, Progress
-
-# Stagnation: best residual not improved by 10 % in 5 iterations while below the floor.
-STALL_GAIN = 0.9
-STALL_PATIENCE = 5
+from .state import CONVERGED, FLOOR, MAX_ITER, NONFINITE, NORM_EPS, RUNNING, STALL_GAIN, STALL_PATIENCE, BroydenState, Progress
 
 
 def step(state: BroydenState, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..device import triton_kernels
+from ..device import on_gpu, triton_kernels
 from . import aten
 from .cpu import CpuState
 from .gpu import TritonState
@@ -41,7 +41,7 @@ def new_state(
     """
     factor_dtype = check_start(z0, memory, factor_dtype, eta, S)
     S, C = new_buffers(z0, memory, factor_dtype, S, C)
-    if z0.device.type == "cuda" and (kernels := triton_kernels("broyden")) is not None:
+    if on_gpu(z0.device) and (kernels := triton_kernels("broyden")) is not None:
         return TritonState.create(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor, kernels=kernels)
     functions = native.functions(S, C) if factor_dtype == z0.dtype and z0.device.type == "cpu" else None
     if functions is not None:

@@ -13,11 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..device import on_gpu
+
 # The codes in Progress.done. Those above RUNNING are final.
 RUNNING, CONVERGED, FLOOR, MAX_ITER, NONFINITE = range(5)
 
 # Keeps the relative residual finite where f(z) = 0; as in TorchDEQ, so that tolerances mean the same.
 NORM_EPS = 1e-9
+
+# Stagnation: best residual not improved by 10 % in 5 iterations while below the floor.
+STALL_GAIN = 0.9
+STALL_PATIENCE = 5
 
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -114,6 +120,9 @@ class BroydenState(Progress, Factors):
     count: int = 0
     guarded: bool = False
 
+    def unwatched(self) -> None:
+        """Do not ask a device how far it is: the iteration goes on to its cap, as somebody else's capture needs."""
+
 
 def factors_of(S: Tensor, C: Tensor, n: Tensor) -> Factors:
     """Factors from the tensors that a finished solve left (S, C and n as in :class:`Factors`). Synchronises once."""
@@ -122,7 +131,7 @@ def factors_of(S: Tensor, C: Tensor, n: Tensor) -> Factors:
 
 def new_progress(z0: Tensor, *, tol: float = 0.0, relative: bool = True, floor: float = 0.0) -> Progress:
     """Progress of an iteration that starts at ``z0`` (B, D) and has seen no evaluation yet."""
-    return Progress(**_progress_fields(z0, tol, relative, floor))
+    return Progress(**progress_fields(z0, tol, relative, floor))
 
 
 def coefficient_width(memory: int) -> int:
@@ -132,7 +141,7 @@ def coefficient_width(memory: int) -> int:
 
 def row_width(D: int, device: torch.device) -> int:
     """Row length of S: on a GPU D rounded up to 16 elements, so that loads stay 16 bytes wide."""
-    return (D + 15) // 16 * 16 if device.type == "cuda" else D
+    return (D + 15) // 16 * 16 if on_gpu(device) else D
 
 
 def check_start(
@@ -177,11 +186,12 @@ def new_aten_state(
         C=C.zero_(),
         n=torch.zeros(z0.shape[0], dtype=torch.int32, device=z0.device),
         eta=eta,
-        **_progress_fields(z0, tol, relative, floor),
+        **progress_fields(z0, tol, relative, floor),
     )
 
 
-def _progress_fields(z0: Tensor, tol: float, relative: bool, floor: float) -> dict[str, Any]:
+def progress_fields(z0: Tensor, tol: float, relative: bool, floor: float) -> dict[str, Any]:
+    """The arguments of :class:`Progress` for an iteration that starts at ``z0`` (B, D)."""
     B = z0.shape[0]
     return {
         "done": torch.zeros(B, dtype=torch.int8, device=z0.device),

@@ -6,13 +6,19 @@ two launches; partial sums are added in a fixed order, without atomics, so that 
 Both read a row of f and z twice, its n steps twice, and write one step, z and the best iterate: 2n + 8 words an element.
 Every sample has its own number of steps; programs of samples that have stopped return at once. No value goes to the host.
 
+In a captured graph (INDIRECT) the addresses of S and C come from a table that `start` writes: they are new tensors in every
+solve. As the body of a WHILE node (COND) the last launch of an iteration keeps the loop going while a sample runs.
+
 This file has no imports of its own package, so that tests can load it a second time for Triton's interpreter.
 """
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+from triton.language import core
 
 RUNNING = tl.constexpr(0)
 CONVERGED = tl.constexpr(1)
@@ -22,9 +28,35 @@ NONFINITE = tl.constexpr(4)
 # NORM_EPS 1e-9, STALL_GAIN 0.9 and STALL_PATIENCE 5 of aten.py stand below as numbers: the interpreter multiplies no constexpr.
 
 
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@core.extern
+def _set_graph_conditional(handle, value, _semantic=None):
+    """The device function of CUDA graphs that decides whether a WHILE node goes round once more."""
+    symbol = {(core.dtype("int64"), core.dtype("int32")): ("cudaGraphSetConditional", core.dtype("int32"))}
+    return core.extern_elementwise("", "", [handle, value], symbol, is_pure=False, _semantic=_semantic)
+
+
+@triton.jit
+def _set_conditional(handle_ptr, value):
+    """Decide about the WHILE node whose handle lies at `handle_ptr`; in the interpreter, which has no graphs, that place itself
+    holds the decision."""
+    if INTERPRETED:
+        tl.store(handle_ptr, value)
+    else:
+        _set_graph_conditional(tl.load(handle_ptr), value)
+
+
 @triton.jit
 def _finite(x):
     return (x - x) == 0.0
+
+
+@triton.jit
+def _through(pointer, table_ptr, at: tl.constexpr):
+    """The address in slot `at` of the table, as a pointer of the type of `pointer`. Buffers start at multiples of 16 bytes."""
+    return tl.multiple_of(tl.load(table_ptr + at).to(tl.pointer_type(pointer.dtype.element_ty)), 16)
 
 
 @triton.jit
@@ -54,17 +86,22 @@ def _judge(gg, ff, norm, best, mark, stall, count, tol, floor, max_iter, RELATIV
 
 
 @triton.jit
-def _coefficients(a, r, C_ptr, n, eta, LD, BM: tl.constexpr):
-    """The n x n algebra: weights y of s_1 .. s_{n-1}, 1 / denominator, kappa, and the new row of C; a, r: [BM]."""
+def _coefficients(a, r, r_ptr, y_ptr, C_ptr, n, eta, LD, BM: tl.constexpr):
+    """The n x n algebra, 16 rows of C at a time: weights y of s_1 .. s_{n-1} to memory; 1 / denominator, kappa, and the new row
+    of C. a, r: [BM]; r stands in memory too, to be read shifted by one."""
     i = tl.arange(0, BM)
-    inner = i < n - 1
-    lower = inner[:, None] & (i[None, :] <= i[:, None])
-    C = tl.load(C_ptr + i[:, None] * LD + i[None, :], mask=lower, other=0.0)
-    y = tl.sum(C * tl.where(inner, a, 0.0)[None, :], axis=1)
-    shifted = tl.sum(tl.where(i[None, :] == i[:, None] + 1, r[None, :], 0.0), axis=1)  # r_{j+1}
-    shifted = tl.where(inner, shifted, 0.0)
+    j = tl.arange(0, 16)
+    row = tl.zeros_like(a)
+    minus_tau = tl.sum(tl.where(i == n - 1, a, 0.0), axis=0)
+    for j0 in tl.range(0, n - 1, 16):
+        k = j0 + j
+        C = tl.load(C_ptr + k[:, None] * LD + i[None, :], mask=(k[:, None] < n - 1) & (i[None, :] <= k[:, None]), other=0.0)
+        shifted = tl.load(r_ptr + k + 1, mask=k < n - 1, other=0.0)  # r_{j+1}
+        y = tl.sum(C * a[None, :], axis=1)
+        tl.store(y_ptr + k, y, mask=k < n - 1)
+        minus_tau += tl.sum(y * shifted, axis=0)
+        row += tl.sum(C * shifted[:, None], axis=0)
     sigma = tl.sum(tl.where(i == n - 1, r, 0.0), axis=0)
-    minus_tau = tl.sum(tl.where(i == n - 1, a, 0.0), axis=0) + tl.sum(y * shifted, axis=0)
     gamma = 1.0 - minus_tau / sigma
     damped = tl.abs(gamma) < eta
     denominator = tl.where(damped, tl.where(gamma >= 0.0, eta, -eta), gamma)
@@ -72,10 +109,10 @@ def _coefficients(a, r, C_ptr, n, eta, LD, BM: tl.constexpr):
     usable = _finite(kappa / denominator) & (n > 0)
     denominator = tl.where(usable, denominator, 1.0)
     kappa = tl.where(usable, kappa, 0.0)
-    row = tl.sum(C * shifted[:, None], axis=0) * kappa
+    row *= kappa
     row = tl.where(_finite(row), row, 0.0)
     row = tl.where(i == n - 1, kappa, row)
-    return y, 1.0 / denominator, kappa, row
+    return 1.0 / denominator, kappa, row
 
 
 @triton.jit
@@ -99,9 +136,9 @@ def _residual(z_ptr, f_ptr, o, m, GIVEN: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _dots(z_ptr, f_ptr, S_ptr, n, lo, hi, ROW, GIVEN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-          STAGES: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """a_j = s_j . g, r_j = s_j . s_{n-1}, |g|^2, |f|^2 over columns lo .. hi, from one read of the steps."""
+def _dots_tiled(out_ptr, z_ptr, f_ptr, S_ptr, n, lo, hi, ROW, GIVEN: tl.constexpr, STRIDE: tl.constexpr, BM: tl.constexpr,
+                BD: tl.constexpr, STAGES: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """`_dots` with tiles of BM rows."""
     i = tl.arange(0, BM)
     d = tl.arange(0, BD)
     acc_a = tl.zeros((BM, BD), ACC)
@@ -118,7 +155,24 @@ def _dots(z_ptr, f_ptr, S_ptr, n, lo, hi, ROW, GIVEN: tl.constexpr, BM: tl.const
         acc_r += s * last[None, :]
         acc_g += g * g
         acc_f += f * f
-    return tl.sum(acc_a, axis=1), tl.sum(acc_r, axis=1), tl.sum(acc_g, axis=0), tl.sum(acc_f, axis=0)
+    tl.store(out_ptr + i, tl.sum(acc_a, axis=1))
+    tl.store(out_ptr + STRIDE + i, tl.sum(acc_r, axis=1))
+    tl.store(out_ptr + 2 * STRIDE, tl.sum(acc_g, axis=0))
+    tl.store(out_ptr + 2 * STRIDE + 1, tl.sum(acc_f, axis=0))
+
+
+@triton.jit
+def _dots(out_ptr, z_ptr, f_ptr, S_ptr, n, lo, hi, ROW, GIVEN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+          STAGES: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    """a_j = s_j . g (at 0), r_j = s_j . s_{n-1} (at BM), |g|^2 and |f|^2 (at 2 BM) over columns lo .. hi, from one read of the
+    steps. Entries from n on are not written. The rows of a tile follow n, so that one launch serves every iteration."""
+    if BM <= 16:
+        _dots_tiled(out_ptr, z_ptr, f_ptr, S_ptr, n, lo, hi, ROW, GIVEN, BM, BM, BD, STAGES, ACC)
+    else:
+        if n <= 16:
+            _dots_tiled(out_ptr, z_ptr, f_ptr, S_ptr, n, lo, hi, ROW, GIVEN, BM, 16, BD * BM // 16, STAGES, ACC)
+        else:
+            _dots_tiled(out_ptr, z_ptr, f_ptr, S_ptr, n, lo, hi, ROW, GIVEN, BM, BM, BD, STAGES, ACC)
 
 
 @triton.jit
@@ -162,25 +216,87 @@ def _steps_after(code, n, M: tl.constexpr):
     return tl.where(code == RUNNING, moved, tl.where((code == NONFINITE) & (n > 0), n - 1, n))
 
 
+@triton.jit(do_not_specialize=["S_address", "C_address"])
+def start(
+    z0_ptr, z_ptr, best_z_ptr, n_ptr, best_ptr, mark_ptr, stall_ptr, count_ptr, done_ptr, table_ptr, S_address, C_address,
+    D, SLAB, BD: tl.constexpr, TABLE: tl.constexpr,
+):  # fmt: skip
+    """A new solve: no step stored, every sample at its row of z0, addresses in the table. Grid (B, slabs)."""
+    b = tl.program_id(0).to(tl.int64)
+    if tl.program_id(1) == 0:
+        tl.store(n_ptr + b, 0)
+        tl.store(stall_ptr + b, 0)
+        tl.store(count_ptr + b, 0)
+        tl.store(done_ptr + b, RUNNING)
+        tl.store(best_ptr + b, float("inf"))
+        tl.store(mark_ptr + b, float("inf"))
+        if TABLE:
+            if b == 0:
+                tl.store(table_ptr, S_address.to(tl.int64))
+                tl.store(table_ptr + 1, C_address.to(tl.int64))
+    d = tl.arange(0, BD)
+    lo = tl.program_id(1) * SLAB
+    hi = tl.minimum(lo + SLAB, D)
+    for d0 in tl.range(lo, hi, BD):
+        o = d0 + d
+        z = tl.load(z0_ptr + b * D + o, mask=o < hi, other=0.0)
+        tl.store(z_ptr + b * D + o, z, mask=o < hi)
+        tl.store(best_z_ptr + b * D + o, z, mask=o < hi)
+
+
+@triton.jit
+def summarise(done_ptr, count_ptr, out_ptr, B, BB: tl.constexpr):
+    """For the host to read: samples that still run, that stopped short of their tolerance, and the largest number of
+    evaluations. Grid (1,)."""
+    i = tl.arange(0, BB)
+    running = tl.zeros((BB,), tl.int32)
+    missed = tl.zeros((BB,), tl.int32)
+    most = tl.zeros((BB,), tl.int32)
+    for b0 in tl.range(0, B, BB):
+        done = tl.load(done_ptr + b0 + i, mask=b0 + i < B, other=CONVERGED)
+        running += tl.where(done == RUNNING, 1, 0)
+        missed += tl.where((done == MAX_ITER) | (done == NONFINITE), 1, 0)
+        most = tl.maximum(most, tl.load(count_ptr + b0 + i, mask=b0 + i < B, other=0))
+    tl.store(out_ptr, tl.sum(running, axis=0))
+    tl.store(out_ptr + 1, tl.sum(missed, axis=0))
+    tl.store(out_ptr + 2, tl.max(most, axis=0))
+
+
+@triton.jit
+def stop_looping(handle_ptr):
+    """Ahead of `step_fused` in the body of a WHILE node: the loop ends unless a sample says otherwise. Grid (1,)."""
+    _set_conditional(handle_ptr, 0)
+
+
 @triton.jit
 def step_fused(
     z_ptr, f_ptr, norm_ptr, S_ptr, C_ptr, n_ptr, best_ptr, mark_ptr, stall_ptr, count_ptr, done_ptr, best_z_ptr, y_ptr,
-    D, ROW, LD, tol, floor, eta, max_iter,
+    table_ptr, handle_ptr, D, ROW, LD, tol, floor, eta, max_iter,
     M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BD2: tl.constexpr, STAGES: tl.constexpr,
-    RELATIVE: tl.constexpr, GIVEN: tl.constexpr, OBSERVE: tl.constexpr, ACC: tl.constexpr,
+    RELATIVE: tl.constexpr, GIVEN: tl.constexpr, OBSERVE: tl.constexpr, INDIRECT: tl.constexpr, COND: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
-    """One iteration of one sample: grid (B,)."""
+    """One iteration of one sample: grid (B,). y (B, 3 BM + 2): the dot products, then the weights."""
     b = tl.program_id(0).to(tl.int64)
     if tl.load(done_ptr + b) != RUNNING:
         return
+    if INDIRECT:
+        S_ptr = _through(S_ptr, table_ptr, 0)
+        C_ptr = _through(C_ptr, table_ptr, 1)
     n = tl.load(n_ptr + b)
+    i = tl.arange(0, BM)
     z_ptr += b * D
     f_ptr += b * D
     best_z_ptr += b * D
     S_ptr += b * (M + 1) * ROW
     C_ptr += b * M * LD
-    y_ptr += b * BM
-    a, r, gg, ff = _dots(z_ptr, f_ptr, S_ptr, n, 0, D, ROW, GIVEN, BM, BD, STAGES, ACC)
+    y_ptr += b * (3 * BM + 2)
+    _dots(y_ptr, z_ptr, f_ptr, S_ptr, n, 0, D, ROW, GIVEN, BM, BD, STAGES, ACC)
+    tl.debug_barrier()
+    a = tl.load(y_ptr + i, mask=i < n, other=0.0)
+    r = tl.load(y_ptr + BM + i, mask=i < n, other=0.0)
+    gg = tl.load(y_ptr + 2 * BM)
+    ff = tl.load(y_ptr + 2 * BM + 1)
     code = RUNNING
     improved = 0 * n
     if OBSERVE:
@@ -201,18 +317,21 @@ def step_fused(
             return
     else:
         tl.store(n_ptr + b, _steps_after(code, n, M))
-    y, scale, kappa, row = _coefficients(a, r, C_ptr, n, eta, LD, BM)
-    tl.store(y_ptr + tl.arange(0, BM), y)
-    tl.debug_barrier()  # y goes through memory to be read one number at a time
+    if COND:
+        _set_conditional(handle_ptr, 1)
+    weights_ptr = y_ptr + 2 * BM + 2
+    scale, kappa, row = _coefficients(a, r, y_ptr + BM, weights_ptr, C_ptr, n, eta, LD, BM)
+    tl.debug_barrier()  # the weights go through memory to be read one number at a time
     _store_row(C_ptr, row, kappa, n, LD, M, BM)
-    _move(z_ptr, f_ptr, S_ptr, best_z_ptr, y_ptr, scale, n, improved, 0, D, ROW, M, GIVEN, BD2, ACC)
+    _move(z_ptr, f_ptr, S_ptr, best_z_ptr, weights_ptr, scale, n, improved, 0, D, ROW, M, GIVEN, BD2, ACC)
 
 
 @triton.jit
 def dots(
     z_ptr, f_ptr, S_ptr, C_ptr, n_ptr, best_ptr, mark_ptr, stall_ptr, count_ptr, done_ptr, part_ptr, ints_ptr, floats_ptr,
-    pending_ptr, D, ROW, LD, SLAB,
-    M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, GIVEN: tl.constexpr, ACC: tl.constexpr,
+    pending_ptr, table_ptr, handle_ptr, D, ROW, LD, SLAB,
+    M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, GIVEN: tl.constexpr, INDIRECT: tl.constexpr,
+    COND: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Partial dot products of a slab of columns: grid (B, slabs). part (B, slabs, 2 BM + 2).
 
@@ -222,6 +341,12 @@ def dots(
     slab = tl.program_id(1)
     done = tl.load(done_ptr + b)
     n = tl.load(n_ptr + b)
+    if INDIRECT:
+        S_ptr = _through(S_ptr, table_ptr, 0)
+        C_ptr = _through(C_ptr, table_ptr, 1)
+    if COND:
+        if (b == 0) & (slab == 0):
+            _set_conditional(handle_ptr, 0)
     if slab == 0:
         tl.store(ints_ptr + b * 4, n)
         tl.store(ints_ptr + b * 4 + 1, tl.load(stall_ptr + b))
@@ -233,36 +358,34 @@ def dots(
             tl.store(C_ptr + b * M * LD, tl.load(pending_ptr + b))
     if done != RUNNING:
         return
-    i = tl.arange(0, BM)
     lo = slab * SLAB
     hi = tl.minimum(lo + SLAB, D)
-    a, r, gg, ff = _dots(
-        z_ptr + b * D, f_ptr + b * D, S_ptr + b * (M + 1) * ROW, n, lo, hi, ROW, GIVEN, BM, BD, STAGES, ACC
-    )
     part_ptr += (b * tl.num_programs(1) + slab) * (2 * BM + 2)
-    tl.store(part_ptr + i, a)
-    tl.store(part_ptr + BM + i, r)
-    tl.store(part_ptr + 2 * BM, gg)
-    tl.store(part_ptr + 2 * BM + 1, ff)
+    S_ptr += b * (M + 1) * ROW
+    _dots(part_ptr, z_ptr + b * D, f_ptr + b * D, S_ptr, n, lo, hi, ROW, GIVEN, BM, BD, STAGES, ACC)
 
 
 @triton.jit
 def combine(
     z_ptr, f_ptr, norm_ptr, S_ptr, C_ptr, n_ptr, best_ptr, mark_ptr, stall_ptr, count_ptr, done_ptr, best_z_ptr, y_ptr,
-    part_ptr, ints_ptr, floats_ptr, pending_ptr, D, ROW, LD, SLAB, PARTS, tol, floor, eta, max_iter,
+    part_ptr, ints_ptr, floats_ptr, pending_ptr, table_ptr, handle_ptr, D, ROW, LD, SLAB, PARTS, tol, floor, eta, max_iter,
     M: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
-    RELATIVE: tl.constexpr, GIVEN: tl.constexpr, OBSERVE: tl.constexpr, ACC: tl.constexpr,
+    RELATIVE: tl.constexpr, GIVEN: tl.constexpr, OBSERVE: tl.constexpr, INDIRECT: tl.constexpr, COND: tl.constexpr,
+    ACC: tl.constexpr,
 ):  # fmt: skip
     """Reduce the partial sums, do the small algebra (each program for itself), update a slab of columns: grid (B, slabs)."""
     b = tl.program_id(0).to(tl.int64)
     slab = tl.program_id(1)
     if tl.load(ints_ptr + b * 4 + 3) != RUNNING:
         return
+    if INDIRECT:
+        S_ptr = _through(S_ptr, table_ptr, 0)
+        C_ptr = _through(C_ptr, table_ptr, 1)
     n = tl.load(ints_ptr + b * 4)
     i = tl.arange(0, BM)
     q = tl.arange(0, BP)
     P = part_ptr + b * PARTS * (2 * BM + 2) + q[:, None] * (2 * BM + 2)
-    some = q[:, None] < PARTS
+    some = (q[:, None] < PARTS) & (i[None, :] < n)
     a = tl.sum(tl.load(P + i[None, :], mask=some, other=0.0), axis=0)
     r = tl.sum(tl.load(P + BM + i[None, :], mask=some, other=0.0), axis=0)
     Q = part_ptr + b * PARTS * (2 * BM + 2) + q * (2 * BM + 2) + 2 * BM
@@ -275,7 +398,7 @@ def combine(
     best_z_ptr += b * D
     S_ptr += b * (M + 1) * ROW
     C_ptr += b * M * LD
-    y_ptr += (b * tl.num_programs(1) + slab) * BM
+    y_ptr += (b * tl.num_programs(1) + slab) * 2 * BM
     code = RUNNING
     improved = 0 * n
     if OBSERVE:
@@ -297,10 +420,13 @@ def combine(
             return
     elif slab == 0:
         tl.store(n_ptr + b, _steps_after(code, n, M))
-    y, scale, kappa, row = _coefficients(a, r, C_ptr, n, eta, LD, BM)
-    tl.store(y_ptr + i, y)
+    tl.store(y_ptr + BM + i, r)
+    tl.debug_barrier()
+    scale, kappa, row = _coefficients(a, r, y_ptr + BM, y_ptr, C_ptr, n, eta, LD, BM)
     tl.debug_barrier()
     if slab == 0:
+        if COND:
+            _set_conditional(handle_ptr, 1)
         # The other programs of this sample read rows below n - 1 of C. Row 0 is written again after a restart, under their
         # eyes: it is one number, kappa, and waits for the next `dots`, which reads no C.
         if (n >= 2) & (n <= M):

@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import native
 from ..broyden.cpu import describe
 from ..broyden.state import Factors
-from ..device import triton_kernels
-from . import aten, gpu
+from ..device import on_gpu, triton_kernels
+from . import aten, cpu, gpu
+from .multisecant import Multisecant, apply_aten, multisecant_aten
 
 
 def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
         (B, D), a new tensor in that dtype.
     """
     x = x.contiguous()
-    if x.device.type == "cuda" and (kernels := triton_kernels("reuse")) is not None:
+    if on_gpu(x.device) and (kernels := triton_kernels("reuse")) is not None:
         return gpu.apply_transpose(factors, x, kernels)
     functions = native.functions(factors.S, factors.C, x)
     if functions is None:
@@ -38,17 +39,21 @@ def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
     return y
 
 
-def adjoint_residual(q: Tensor, jw: Tensor, w: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, float]:
-    """r = q + J^T w - w, |r_b| / scale_b, and |r| over the batch; a sample with scale 0 counts as solved.
+def multisecant(factors: Factors, skip: int = 0) -> Multisecant:
+    """The type-II operator M, about (I - J^T)^-1, from the steps of a Broyden solve; formulas in :mod:`.multisecant`.
 
-    q, jw, w: (B, D); scale: (B,). Returns (B, D), (B,), and a number. Synchronises with the host.
+    Args:
+        factors: of a Broyden solve; only S, C's diagonal and n are read.
+        skip: the first pairs of every sample that are left out. After a restart the first two are not exact.
     """
-    jw = jw.to(q.dtype).contiguous()
-    functions = native.functions(q, jw, w, scale)
-    if functions is None:
-        r = (q + jw).sub_(w)
-        norms = torch.linalg.vector_norm(r, dim=1).masked_fill_(scale == 0, 0.0)
-        return r, norms / scale.masked_fill(scale == 0, 1.0), float(torch.linalg.vector_norm(norms))
-    r, relative = torch.empty_like(q), torch.empty_like(scale)
-    batch = functions.adjoint_residual(*q.shape, *(t.data_ptr() for t in (q, jw, w, scale, r, relative)))
-    return r, relative, batch
+    functions = native.functions(factors.S, factors.C)
+    if functions is not None:
+        return cpu.multisecant(factors, skip, functions)
+    return multisecant_aten(factors, skip)
+
+
+def apply_multisecant(operator: Multisecant, x: Tensor) -> Tensor:
+    """M x, a new tensor: two reads of the steps. x: (B, D) in the compute dtype."""
+    x = x.contiguous()
+    functions = native.functions(operator.S, operator.V, x)
+    return apply_aten(operator, x) if functions is None else cpu.apply(operator, x, functions)

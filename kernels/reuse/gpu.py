@@ -23,20 +23,20 @@ def apply_transpose(factors: Factors, x: Tensor, kernels: Any, cut: Tiles | None
     M, LD, row = factors.memory, C.shape[2], S.stride(1)
     cut = cut or tiles(B, D, M, C.element_size())
     acc = tl.float64 if x.dtype == torch.float64 else tl.float32
-    d = torch.empty(B * cut.slabs * cut.BM, dtype=C.dtype, device=x.device)
+    d = torch.empty(2 * B * cut.slabs * cut.BM, dtype=C.dtype, device=x.device)
     if cut.slabs == 1:
         kernels.transpose_fused[(B,)](
             x, out, S, C, factors.n, d, D, row, LD,
             M=M, BM=cut.BM, BD=cut.BD, BD2=cut.BD2, STAGES=cut.stages, ACC=acc, num_warps=cut.warps,
         )  # fmt: skip
         return out
-    parts = torch.empty_like(d)
+    parts = torch.empty(B * cut.slabs * cut.BM, dtype=C.dtype, device=x.device)
     kernels.transpose_dots[(B, cut.slabs)](
         x, S, factors.n, parts, D, row, cut.slab,
         M=M, BM=cut.BM, BD=cut.BD, STAGES=cut.stages, ACC=acc, num_warps=cut.warps,
     )  # fmt: skip
     kernels.transpose_combine[(B, cut.slabs)](
         x, out, S, C, factors.n, parts, d, D, row, LD, cut.slab, cut.slabs,
-        M=M, BM=cut.BM, BP=power_of_two(cut.slabs), BD=cut.BD2, ACC=acc, num_warps=cut.update_warps,
+        M=M, BM=cut.BM, BP=power_of_two(cut.slabs), BD=cut.BD2, ACC=acc, num_warps=cut.warps,
     )  # fmt: skip
     return out

@@ -31,3 +31,17 @@ def apply_transpose_reference(S: Tensor, C: Tensor, n: Tensor, x: Tensor) -> Ten
             continue
         rows.append(-dense_inverse(S[i, :stored], C[i].diagonal()[: stored - 1]).T @ x[i].double())
     return torch.stack(rows) if rows else x.double()
+
+
+def multisecant_reference(z: Tensor, g: Tensor, ridge: float, ridge_far: float) -> Tensor:
+    """M (D, D) in float64 of one sample from its iterates z (n+1, D) and residuals g (n+1, D), by the formula itself.
+
+    M = I - Y^T (Y Y^T + Lambda)^-1 (S + Y), rows of S and Y over |s_k|; see :mod:`.multisecant` for Lambda.
+    """
+    s, y = z.double().diff(dim=0), g.double().diff(dim=0)
+    eye = torch.eye(z.shape[1], dtype=torch.float64)
+    norms = s.norm(dim=1, keepdim=True)
+    s, y = s / norms, y / norms
+    far = torch.maximum(g.double().norm(dim=1)[1:], g.double().norm(dim=1)[:-1])
+    weight = (y.norm(dim=1) ** 2).clamp(min=1.0) * (ridge + ridge_far * far / far.max())
+    return eye - y.T @ torch.linalg.solve(y @ y.T + weight.diag(), s + y)

@@ -26,11 +26,16 @@ def _dots(x_ptr, S_ptr, n, lo, hi, ROW, BM: tl.constexpr, BD: tl.constexpr, STAG
 
 
 @triton.jit
-def _weights(b, C_ptr, n, LD, BM: tl.constexpr):
-    """d = C^T b."""
+def _weights(b_ptr, C_ptr, n, LD, BM: tl.constexpr):
+    """d = C^T b, 16 rows of C at a time; b is read from memory."""
     i = tl.arange(0, BM)
-    mask = (i[:, None] < n - 1) & (i[None, :] <= i[:, None])
-    return tl.sum(tl.load(C_ptr + i[:, None] * LD + i[None, :], mask=mask, other=0.0) * b[:, None], axis=0)
+    j = tl.arange(0, 16)
+    d = tl.zeros((BM,), C_ptr.dtype.element_ty)
+    for j0 in tl.range(0, n - 1, 16):
+        k = j0 + j
+        C = tl.load(C_ptr + k[:, None] * LD + i[None, :], mask=(k[:, None] < n - 1) & (i[None, :] <= k[:, None]), other=0.0)
+        d += tl.sum(C * tl.load(b_ptr + k, mask=k < n - 1, other=0.0)[:, None], axis=0)
+    return d
 
 
 @triton.jit
@@ -54,9 +59,11 @@ def transpose_fused(
     b = tl.program_id(0).to(tl.int64)
     n = tl.load(n_ptr + b)
     S_ptr += b * (M + 1) * ROW
-    d_ptr += b * BM
-    dots = _dots(x_ptr + b * D, S_ptr, n, 0, D, ROW, BM, BD, STAGES, ACC)
-    tl.store(d_ptr + tl.arange(0, BM), _weights(dots, C_ptr + b * M * LD, n, LD, BM))
+    i = tl.arange(0, BM)
+    d_ptr += b * 2 * BM
+    tl.store(d_ptr + BM + i, _dots(x_ptr + b * D, S_ptr, n, 0, D, ROW, BM, BD, STAGES, ACC))
+    tl.debug_barrier()
+    tl.store(d_ptr + i, _weights(d_ptr + BM, C_ptr + b * M * LD, n, LD, BM))
     tl.debug_barrier()
     _add(x_ptr + b * D, out_ptr + b * D, S_ptr, d_ptr, n, 0, D, ROW, BD2, ACC)
 
@@ -88,8 +95,10 @@ def transpose_combine(
     i = tl.arange(0, BM)
     q = tl.arange(0, BP)
     parts = tl.load(part_ptr + (b * PARTS + q[:, None]) * BM + i[None, :], mask=q[:, None] < PARTS, other=0.0)
-    d_ptr += (b * tl.num_programs(1) + slab) * BM
-    tl.store(d_ptr + i, _weights(tl.sum(parts, axis=0), C_ptr + b * M * LD, n, LD, BM))
+    d_ptr += (b * tl.num_programs(1) + slab) * 2 * BM
+    tl.store(d_ptr + BM + i, tl.sum(parts, axis=0))
+    tl.debug_barrier()
+    tl.store(d_ptr + i, _weights(d_ptr + BM, C_ptr + b * M * LD, n, LD, BM))
     tl.debug_barrier()
     lo = slab * SLAB
     _add(x_ptr + b * D, out_ptr + b * D, S_ptr + b * (M + 1) * ROW, d_ptr, n, lo, tl.minimum(lo + SLAB, D), ROW, BD, ACC)

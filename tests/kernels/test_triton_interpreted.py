@@ -22,6 +22,7 @@ from deq_compile.kernels.broyden import BroydenState, new_state, step, step_resi
 from deq_compile.kernels.broyden.aten import advance as advance_aten
 from deq_compile.kernels.broyden.gpu import TritonState
 from deq_compile.kernels.broyden.state import coefficient_width
+from deq_compile.kernels.device import rehearsal
 from deq_compile.kernels.reuse.reference import apply_transpose_reference
 from deq_compile.kernels.tiles import Tiles, tiles
 
@@ -256,6 +257,74 @@ def test_polling_asks_every_so_often() -> None:
         step(state, z, z)
         steps += 1
     assert steps == 4
+
+
+@pytest.mark.parametrize("form", ["fused", "split"])
+def test_traffic_and_launches_of_an_iteration(
+    form: str, interpreted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most 2n + 8 words of B D from and to the steps, f, z and the best iterate; at most two launches."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    B, D, n = 2, 96, 5
+    f, z0 = problem(B, D, torch.float64)
+    z = z0.clone()
+    state = triton_state(interpreted, z0, 12, form, tol=1e-14)
+    for _ in range(n):
+        step(state, z, f(z))
+    assert state.n.tolist() == [n, n]
+    fz = f(z)
+    spans = [(t.data_ptr(), t.data_ptr() + t.untyped_storage().nbytes()) for t in (state.S, z, fz, state.z_best)]
+    words = launches = 0
+
+    def counting(original: Any, mask_at: int) -> Any:
+        def access(self: Any, ptrs: Any, *args: Any) -> Any:
+            nonlocal words
+            at = ptrs.data[args[mask_at].data.astype(bool)]
+            words += sum(int(((at >= lo) & (at < hi)).sum()) for lo, hi in spans)
+            return original(self, ptrs, *args)
+
+        return access
+
+    def launched(*args: Any, **kwargs: Any) -> None:
+        nonlocal launches
+        launches += 1
+        run_kernel(*args, **kwargs)
+
+    run_kernel = gpu.launch
+    monkeypatch.setattr(gpu, "launch", launched)
+    for name, mask_at in (("create_masked_load", 0), ("create_masked_store", 1)):
+        monkeypatch.setattr(InterpreterBuilder, name, counting(getattr(InterpreterBuilder, name), mask_at))
+    step(state, z, fz)
+    assert 2 * n + 4 <= words / (B * D) <= 2 * n + 8
+    assert launches == (1 if form == "fused" else 2)
+
+
+@pytest.mark.parametrize("form", ["fused", "split"])
+def test_through_a_table_of_addresses(form: str, interpreted: dict[str, Any]) -> None:
+    """As in a captured graph: other S and C in every solve, counters begun anew by `restart`; bitwise the direct solve."""
+    f, z0 = problem(2, 40, torch.float32)
+    direct = triton_state(interpreted, z0, 12, form, tol=1e-4)
+    z = z0.clone()
+    run(direct, f, z)
+    with rehearsal():
+        state = TritonState.for_capture(
+            z0, 12, torch.float32, eta=0.125, tol=1e-4, relative=True, floor=0.0, limit=40
+        )  # fmt: skip
+        state.form = form
+        z = torch.full_like(z0, math.nan)
+        for _ in range(2):
+            S, C = (t.fill_(math.nan) for t in state.buffers())
+            state.restart(z, z0, S, C)
+            while bool((state.done == 0).any()):
+                step(state, z, f(z))
+            assert torch.equal(state.z_best, direct.z_best)
+            for b, n in enumerate(direct.n.tolist()):
+                assert torch.equal(S[b, :n], direct.S[b, :n])
+                assert torch.equal(C[b, : n - 1, : n - 1].tril(), direct.C[b, : n - 1, : n - 1].tril())
+    summary = torch.zeros(3, dtype=torch.int32)
+    state.summarise(summary)
+    assert summary.tolist() == [0, 0, int(direct.iterations.max())]
 
 
 @pytest.mark.parametrize("D", [1, 127, 8192, 8193, 65536, 585000, 5_000_000])

@@ -1,0 +1,120 @@
+"""Every kernel at the shapes of real workloads: time, bytes, share of the copy bandwidth, launches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deq_compile.kernels.broyden import Factors
+from deq_compile.kernels.broyden.gpu import TritonState
+from deq_compile.kernels.reuse import apply_transpose
+from deq_compile.kernels.tiles import tiles
+
+from .common import Setting
+
+MEMORY = 40
+# (what, B, D): MDEQ CIFAR-10 LARGE, MDEQ ImageNet SMALL, DEQ-Transformer, DEQ-Flow, and states of MLPs
+SHAPES = [
+    ("mdeq cifar", 32, 61440),
+    ("mdeq imagenet", 32, 188160),
+    ("deq transformer", 14, 105000),
+    ("deq flow", 3, 585000),
+    ("large", 32, 65536),
+    ("mlp128", 128, 128),
+    ("mlp1024", 32, 1024),
+    ("mlp1024 wide", 128, 1024),
+]
+DRY_SHAPES = [("fused", 2, 50), ("split", 1, 8200)]
+# What was expected before anything ran on a device (evidence, section 3; gpu.md): µs of one step.
+PREDICTED = {("large", 10): 75, ("large", 30): 187}
+
+
+def filled(setting: Setting, B: int, D: int, n: int, dtype: torch.dtype, memory: int) -> tuple[TritonState, Tensor, Tensor]:
+    """A state with n random steps, and z and f for one more."""
+    device = setting.device
+    generator = torch.Generator(device=device).manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device) / D**0.5
+
+    state = TritonState.for_capture(
+        normal(B, D), memory, dtype, eta=0.1, tol=0.0, relative=True, floor=0.0, limit=2**30
+    )  # fmt: skip
+    S, C = state.buffers()
+    for j in range(n):
+        S[:, j] = normal(B, D).to(dtype)
+    S[:, n - 1] *= 2
+    C.copy_(0.02 * torch.randn(C.shape, generator=generator, device=device).tril())
+    z = normal(B, D)
+    f = z + normal(B, D)
+    state.restart(z.clone(), z, S, C)
+    state.S, state.C, state.table = S, C, None  # as the loop passes them
+    state.n.fill_(n)
+    return state, z, f
+
+
+def step_bytes(B: int, D: int, n: int, element: int) -> int:
+    """Steps read twice and one written; f and z read twice, z and the best iterate written; the last step read once more."""
+    return B * D * ((2 * n + 1) * element + 6 * 4)
+
+
+def transpose_bytes(B: int, D: int, n: int, element: int) -> int:
+    """Two reads of n - 1 steps; x read twice, the result written."""
+    return B * D * (2 * (n - 1) * element + 3 * 4)
+
+
+def run(setting: Setting, bandwidth: float) -> None:
+    """`bandwidth`: of a copy, in GB/s."""
+    shapes = DRY_SHAPES if setting.dry else SHAPES
+    memory = 6 if setting.dry else MEMORY
+    for what, B, D in shapes:
+        for n in (4,) if setting.dry else (10, 30):
+            for dtype in (torch.float32, torch.bfloat16):
+                if setting.left < 5:
+                    setting.row("stopped: out of time", shape=[B, D], n=n)
+                    return
+                with setting.guarded(what, B=B, D=D, n=n):
+                    one_shape(setting, bandwidth, what, B, D, n, dtype, memory)
+                if not setting.dry:
+                    torch.cuda.empty_cache()
+
+
+def one_shape(
+    setting: Setting, bandwidth: float, what: str, B: int, D: int, n: int, dtype: torch.dtype, memory: int
+) -> None:
+    state, z, f = filled(setting, B, D, n, dtype, memory)
+    element = dtype.itemsize
+    cut = tiles(B, D, memory + 1)
+    form = "fused" if cut.slabs == 1 else "split"
+
+    at = z.clone()
+
+    def reset() -> None:
+        state.n.fill_(n)
+        z.copy_(at)
+
+    def report(kernel: str, microseconds: float, moved: int, launches: int, **more: Any) -> None:
+        rate = moved / microseconds / 1e3
+        setting.row(
+            kernel, shape=what, B=B, D=D, n=n, factors=str(dtype)[6:], form=form, us=round(microseconds, 2),
+            MB=round(moved / 1e6, 2), GB_per_s=round(rate, 1), share_of_copy=round(rate / bandwidth, 3), launches=launches,
+            **more,
+        )  # fmt: skip
+
+    moved = step_bytes(B, D, n, element)
+    floor = {"predicted_us": PREDICTED.get((what, n)) if dtype == torch.float32 else None}
+    microseconds = setting.device_us(lambda: state.step(z, f), reset)
+    if bool(state.done.any()):
+        raise RuntimeError(f"expected every sample to run on, got status {state.done.tolist()}: no step was timed")
+    report("step", microseconds, moved, 1 if form == "fused" else 2, **floor)
+    factors = Factors(S=state.S, C=state.C, n=state.n, high=n)
+    reset()
+    x = f.contiguous()
+    microseconds = setting.device_us(lambda: _discard(apply_transpose(factors, x)))
+    report("transpose", microseconds, transpose_bytes(B, D, n, element), 1 if form == "fused" else 2)
+
+
+def _discard(result: Tensor) -> None:
+    del result

@@ -1,0 +1,14 @@
+"""How the iterations of a solve reach a GPU.
+
+    loop    a plain Python loop: body, step, a look at the device every few iterations (forward.py, adjoint.py)
+    chunks  k iterations are one CUDA graph; the host reads a flag between two replays
+    while   the whole solve is one CUDA graph with a WHILE node: the last kernel of an iteration decides about the next one
+
+A solve of new shapes runs in the loop first, which warms everything up; the second one captures. What cannot be captured steps
+down: while, chunks, loop. The reason is kept and shown.
+"""
+
+from .captures import CapturedForward, ForwardSettings, captured_forward, clear, under_capture
+from .device import Refused
+
+__all__ = ["CapturedForward", "ForwardSettings", "Refused", "captured_forward", "clear", "under_capture"]

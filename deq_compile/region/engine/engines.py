@@ -1,0 +1,147 @@
+"""The engines that run a captured loop. What they run is a `Program`; what they run it on is a `Device`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from deq_compile.kernels.broyden.gpu import TritonState
+
+from .device import Device, Graph, Refused
+
+# Iterations of one graph of `chunks`. After the loop has ended, what is left of a chunk costs its bodies for nothing.
+CHUNK = 4
+
+
+class Program(Protocol):
+    """A loop whose every decision is taken on the device, on buffers of its own.
+
+    state   of the Broyden iteration; its launches end the loop
+    before  what precedes the loop; None where nothing does
+    trip    one iteration: enqueued, never waiting
+    """
+
+    state: TritonState
+    before: Callable[[], None] | None
+
+    def trip(self) -> None: ...
+
+
+class Engine:
+    """A program, captured. `launch` enqueues all of it, or as much as is needed to see its end; `outcome` waits for that."""
+
+    name: str
+    summary: Tensor  # (3,) int32 in pinned memory: running, missed, most evaluations
+
+    def launch(self) -> None:
+        raise NotImplementedError
+
+    def outcome(self) -> tuple[int, int]:
+        """Samples that missed their tolerance, and the most evaluations of any. Waits for the launch to end."""
+        raise NotImplementedError
+
+
+class While(Engine):
+    """The whole loop is one graph; the host takes no part in it."""
+
+    name = "while"
+
+    def __init__(self, device: Device, program: Program) -> None:
+        self.summary, self.event = device.pinned(3), device.event()
+        condition = device.new_condition()
+        state = program.state
+        state.handle = condition.handle
+        try:
+            # A kernel that sets the condition may run in that graph only: it is loaded, not run.
+            with state.loading():
+                program.trip()
+            before = device.capture(program.before, keep=True) if program.before is not None else None
+            trip = device.capture(program.trip, keep=True)
+            after = device.capture(lambda: state.summarise(self.summary), keep=True)
+            parts = {"condition": condition, "before": before, "trip": trip, "after": after}
+            self.graph: Graph = device.while_graph(parts)
+        except BaseException:
+            state.handle = None
+            raise
+
+    def launch(self) -> None:
+        self.graph.replay()
+        self.event.record()
+
+    def outcome(self) -> tuple[int, int]:
+        self.event.synchronize()
+        _, missed, most = self.summary.tolist()
+        return missed, most
+
+
+class Chunks(Engine):
+    """Iterations in graphs of `CHUNK`; as many as the last solve took are enqueued before the host looks for the first time."""
+
+    name = "chunks"
+
+    def __init__(self, device: Device, program: Program, cap: int) -> None:
+        self.summary, self.event = device.pinned(3), device.event()
+        self.cap = math.ceil(cap / CHUNK)
+        self.expected = 1
+        state = program.state
+
+        def chunk() -> None:
+            for _ in range(CHUNK):
+                program.trip()
+            state.summarise(self.summary)
+
+        self.before = device.capture(program.before) if program.before is not None else None
+        self.graph = device.capture(chunk)
+
+    def launch(self) -> None:
+        if self.before is not None:
+            self.before.replay()
+        done = 0
+        while done < self.cap:
+            for _ in range(max(min(self.expected, self.cap) - done, 1)):
+                self.graph.replay()
+                done += 1
+            self.event.record()
+            self.event.synchronize()
+            if int(self.summary[0]) == 0:
+                break
+        self.expected = max(math.ceil(int(self.summary[2]) / CHUNK), 1)
+
+    def outcome(self) -> tuple[int, int]:
+        _, missed, most = self.summary.tolist()
+        return missed, most
+
+
+def capture(device: Device, program: Program, cap: int, wanted: str) -> tuple[Engine | None, str]:
+    """The best engine that can run a program, and why the better ones cannot ("" where it is the best).
+
+    Args:
+        device: where to capture.
+        program: warmed up already.
+        cap: most iterations the program can take.
+        wanted: "auto", or the name of the best engine to try.
+    """
+    builders: dict[str, Callable[[], Engine]] = {
+        "while": lambda: While(device, program),
+        "chunks": lambda: Chunks(device, program, cap),
+    }
+    names = list(builders)
+    reasons: list[str] = []
+    for name in names if wanted == "auto" else names[names.index(wanted) :]:
+        engine, reason = _attempt(builders[name])
+        if engine is not None:
+            return engine, "; ".join(reasons)
+        reasons.append(f"{name}: {reason}")
+    return None, "; ".join(reasons)
+
+
+def _attempt(build: Callable[[], Engine]) -> tuple[Engine | None, str]:
+    try:
+        return build(), ""
+    except Refused as refused:
+        return None, str(refused)
+    except Exception as error:  # whatever a body may do that a capture does not allow
+        return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

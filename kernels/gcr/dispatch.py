@@ -1,0 +1,59 @@
+"""Which implementation runs the adjoint iteration: Triton on a GPU, C++ on a CPU, ATen where they cannot."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import native
+from ..broyden.state import COMPUTE_DTYPES, progress_fields
+from ..device import on_gpu, triton_kernels
+from ..reuse.multisecant import Multisecant
+from . import aten
+from .cpu import CpuGcr
+from .gpu import TritonGcr
+from .state import GcrState
+
+
+def new_state(q: Tensor, operator: Multisecant | None, memory: int, *, tol: float, floor: float = 0.0) -> GcrState:
+    """The iteration for w = q + J^T w, before its first VJP, which is to be taken at ``state.w`` = M q.
+
+    Args:
+        q: (B, D) cotangents, float32 or float64; not changed, and read until the iteration ends.
+        operator: M, see :func:`~..reuse.multisecant`; None is the identity.
+        memory: pairs that are stored before the basis is dropped, at least 1.
+        tol: relative residual at which a sample, or the batch as a whole, stops.
+        floor: relative residual below which stagnation counts as having converged.
+
+    Raises:
+        ValueError: an argument that is not as above.
+    """
+    if q.dim() != 2 or q.dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"expected q of shape (B, D) in float32 or float64, got {tuple(q.shape)} in {q.dtype}")
+    if memory < 1:
+        raise ValueError(f"expected memory >= 1, got {memory}")
+    q = q.contiguous()
+    if on_gpu(q.device) and (kernels := triton_kernels("gcr")) is not None:
+        return TritonGcr.create(q, operator, memory, tol, floor, kernels)
+    functions = native.functions(q) if operator is None else native.functions(q, operator.S, operator.V)
+    if functions is not None:
+        return CpuGcr.create(q, operator, memory, tol, floor, functions)
+    return aten.new_aten_state(q, operator, memory, progress_fields(q, tol, relative=True, floor=floor))
+
+
+def move(state: GcrState, jw: Tensor, *, last: bool = False) -> None:
+    """Judge the VJP jw = J^T w (B, D) at ``state.w``, then move every sample that still runs to its next trial. In place.
+
+    Sets ``true_residual``, ``residuals`` and ``batch``, those of ``state.w`` as it was. Where the batch's residual is at most
+    ``tol`` nothing moves and ``converged`` is set. Samples that stop keep their ``w``; one whose residual is not finite goes
+    back to its best trial.
+
+    Args:
+        state: changed in place.
+        jw: (B, D), any floating dtype.
+        last: no VJP will follow: samples that would go on get MAX_ITER, and nothing moves.
+    """
+    jw = jw.to(state.q.dtype)
+    if isinstance(state, CpuGcr | TritonGcr):
+        state.move(jw, last)
+    else:
+        aten.move(state, jw, last)

@@ -1,0 +1,201 @@
+"""What of the engines can be seen without a GPU and without kernels: operands, graph assembly, tags, patches, sizes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.gpu.rehearse import rehearsed
+from deq_compile.backend import rewrite
+from deq_compile.config import Options
+from deq_compile.region import op
+from deq_compile.region.engine import conditional
+from deq_compile.region.engine.device import Refused
+from deq_compile.region.engine.operands import Operands, addresses
+from deq_compile.report import Report
+
+
+@pytest.fixture(autouse=True)
+def _only_once(implementation: str) -> None:
+    if implementation != "aten":
+        pytest.skip("no matter of the CPU implementation")
+
+
+class Loop(nn.Module):
+    def __init__(self, width: int = 17) -> None:
+        super().__init__()
+        self.W = nn.Linear(width, width)
+        nn.init.orthogonal_(self.W.weight, gain=0.25)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(8):
+            z = torch.tanh(self.W(z) + x)
+        return z
+
+
+def test_operands_are_copied_or_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deq_compile.region.engine import operands as module
+
+    monkeypatch.setattr(module, "SMALL_BYTES", 64)
+    small, large, moving = torch.randn(4), torch.randn(8, 8), torch.randn(8, 8)
+    before = addresses([small, large, moving])
+    moving = moving.clone()
+    held = Operands([small, large, moving], before, frozenset())
+    assert held.copied == [0, 2]
+    assert held.fixed == [1]
+    assert held.load([small, large, moving])
+    for mine, given in zip(held.tensors, [small, large, moving], strict=True):
+        torch.testing.assert_close(mine, given, rtol=0, atol=0)
+    assert not held.load([small, large.clone(), moving])
+    assert not held.hopeless
+    assert not held.load([small, large.clone(), moving])
+    assert held.hopeless
+    assert held.moved == {1}
+    assert Operands([small, large], addresses([small, large]), frozenset({1})).copied == [0, 1]
+
+
+@pytest.mark.parametrize("view", ["expanded", "transposed", "sliced"])
+def test_copies_keep_strides(view: str) -> None:
+    base = torch.randn(6, 8)
+    given = {"expanded": base[:1].expand(5, 8), "transposed": base.t(), "sliced": base[:, ::2]}[view]
+    held = Operands([given], addresses([given]), frozenset())
+    assert held.load([given])
+    assert held.tensors[0].stride() == given.stride()
+    torch.testing.assert_close(held.tensors[0], given, rtol=0, atol=0)
+
+
+class Runtime:
+    """The calls of cuda.bindings.runtime that a WHILE graph takes, logged."""
+
+    def __init__(self, kinds: list[str]) -> None:
+        self.log: list[str] = []
+        self.kinds = kinds
+        self.cudaGraphNodeType = SimpleNamespace(cudaGraphNodeTypeConditional="conditional")
+        self.cudaGraphConditionalNodeType = SimpleNamespace(cudaGraphCondTypeWhile="while")
+
+    def cudaGraphNodeParams(self) -> Any:
+        return SimpleNamespace(type=None, conditional=SimpleNamespace(phGraph_out=["body"]))
+
+    def cudaGraph_t(self, raw: Any) -> Any:
+        return raw
+
+    def cudaGraphGetNodes(self, graph: Any, count: int) -> Any:
+        return 0, self.kinds[:count], len(self.kinds)
+
+    def cudaGraphNodeGetType(self, node: str) -> Any:
+        return 0, SimpleNamespace(name=f"cudaGraphNodeType{node}")
+
+    def cudaGraphAddChildGraphNode(self, graph: Any, after: Any, count: int, part: Any) -> Any:
+        self.log.append(f"{part} into {graph} after {after}")
+        return 0, f"node of {part}"
+
+    def cudaGraphAddNode(self, graph: Any, after: Any, data: Any, count: int, params: Any) -> Any:
+        self.log.append(f"{params.conditional.type} {params.conditional.handle} into {graph} after {after}")
+        return 0, "loop"
+
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:
+        self.log.append(f"instantiate {graph}")
+        return 0, "executable"
+
+    def cudaGraphExecDestroy(self, executable: Any) -> Any:
+        return (0,)
+
+    def cudaGetLastError(self) -> None: ...
+
+
+def part(name: str) -> Any:
+    return SimpleNamespace(raw_cuda_graph=lambda: name)
+
+
+def test_a_while_graph_is_assembled_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Runtime(["Kernel", "Memcpy", "Memset", "Kernel"])
+    monkeypatch.setattr(conditional, "runtime", lambda: fake)
+    condition: Any = SimpleNamespace(graph="outer", raw=7)
+    device: Any = SimpleNamespace(device=torch.device("cpu"))
+    conditional.WhileGraph(device, condition, part("before"), part("trip"), part("after"))
+    assert fake.log == [
+        "before into outer after None",
+        "while 7 into outer after ['node of before']",
+        "trip into body after None",
+        "after into outer after ['loop']",
+        "instantiate outer",
+    ]
+
+
+def test_a_body_with_other_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conditional, "runtime", lambda: Runtime(["Kernel", "Host", "MemAlloc", "WaitEvent"]))
+    with pytest.raises(Refused, match="nodes of type Host, MemAlloc, WaitEvent"):
+        conditional.WhileGraph(
+            SimpleNamespace(device=None), SimpleNamespace(graph="g", raw=1), None, part("trip"), part("after")  # type: ignore[arg-type]
+        )  # fmt: skip
+    with pytest.raises(Refused, match="CUDA said 999"):
+        conditional.checked((999, None))
+
+
+def test_a_machine_without_the_bindings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    conditional.runtime.cache_clear()
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(Refused, match="cuda-bindings is not installed"):
+        conditional.runtime()
+    conditional.runtime.cache_clear()
+
+
+def test_the_tag_outlives_aotautograd() -> None:
+    """Inductor's graph partition works around operators with this tag."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    seen: list[Any] = []
+
+    def compiler(gm: Any, inputs: Any) -> Any:
+        seen.extend(n.target for n in gm.graph.nodes if "deq" in str(n.target))
+        return make_boxed_func(gm.forward)
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        rewrite(gm, Options(inner="eager"), Report())
+        return aot_autograd(fw_compiler=compiler, bw_compiler=compiler)(gm, inputs)
+
+    torch.compile(Loop(), backend=backend)(torch.randn(3, 17)).sum().backward()
+    assert [str(t) for t in seen] == ["deq.solve.default", "deq.solve_backward.default"]
+    assert all(torch.Tag.cudagraph_unsafe in t.tags for t in seen)
+
+
+def test_bodies_are_no_graphs_of_inductors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the outer mode says: the engines capture."""
+    import torch._inductor.compile_fx as compile_fx
+    from torch._inductor import config
+
+    seen: list[tuple[bool, bool]] = []
+
+    def inner(gm: Any, inputs: Any) -> Any:
+        seen.append((config.triton.cudagraphs, config.graph_partition))
+        return lambda args: gm(*args)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", inner)
+    options = {"inductor": {"triton.cudagraphs": True, "graph_partition": True}, "verify": "never"}
+    gm_model = Loop()
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        rewrite(gm, Options.from_options(options), Report())
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(gm_model, backend=backend)(torch.randn(3, 17))
+    assert seen == [(False, False)]
+
+
+@pytest.mark.parametrize(("shapes", "row"), [([(3, 17)], 32), ([(2, 4, 16)], 64), ([(5, 3), (5, 2, 7)], 32)])
+def test_factors_take_no_more_than_padded_rows(shapes: list[tuple[int, ...]], row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(M + 1) B D elements, D rounded up to 16."""
+    config = SimpleNamespace(memory=40, batch="auto")
+    monkeypatch.setattr(op, "find_site", lambda key: SimpleNamespace(spec=SimpleNamespace(stores_steps=True, config=config)))
+    with rehearsed():
+        steps, _ = op._factor_sizes("key", [torch.empty(s) for s in shapes])
+    assert steps == 41 * shapes[0][0] * row
