@@ -39,6 +39,7 @@ from .scope import scoped_options
 
 log = logging.getLogger("deq_compile.backend")
 
+OWN_CAP = 1000  # iterations granted to a loop of the user's own whose bound is not known, where a solve has failed
 CompiledFn = Callable[..., Any]
 
 
@@ -238,6 +239,7 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
         config=config,
         where=str(loop.location),
         stop=stop,
+        own_cap=int(loop.hints.get("max_iter", OWN_CAP)) if loop.tests and loop.count > 1 else None,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -14,16 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from deq_compile.capture.marker import PACKAGE, may_exit
+from deq_compile.capture.marker import NOT_THE_USERS, may_exit
 from deq_compile.report import Location, Report, Skipped
 
 from .ambient import AUTOCAST_TARGETS
 
 log = logging.getLogger("deq_compile.passes")
 
-_TORCH = os.path.dirname(torch.__file__)
-# Frames that are not the user's: torch, this package, and the library whose calls are taken over.
-_NOT_THE_USERS = (_TORCH, PACKAGE, os.path.join(os.path.dirname(_TORCH), "torchdeq"))
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)')
 
 
@@ -206,13 +202,13 @@ def frames(node: fx.Node) -> list[Location]:
 def location_of(node: fx.Node) -> Location:
     """The user's line that a node comes from: the innermost one outside of torch."""
     found = frames(node)
-    own = [place for place in found if not place.file.startswith(_NOT_THE_USERS)]
+    own = [place for place in found if not place.file.startswith(NOT_THE_USERS)]
     return (own or found or [Location()])[-1]
 
 
 def common_location(nodes: Sequence[fx.Node]) -> Location:
     """The deepest frame that all nodes share, at the first of their lines in it: where the loop stands."""
-    stacks = [[place for place in frames(node) if not place.file.startswith(_NOT_THE_USERS)] for node in nodes]
+    stacks = [[place for place in frames(node) if not place.file.startswith(NOT_THE_USERS)] for node in nodes]
     stacks = [stack for stack in stacks if stack]
     if not stacks:
         return Location()

@@ -97,6 +97,26 @@ def test_jacobian_free() -> None:
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"solver": "anderson"},
+        {"solver": "picard"},
+        {"backward": "neumann", "backward_steps": 60},
+        {"backward": "phantom", "backward_steps": 60, "backward_damping": 0.8},
+        {"backward": "unroll", "max_iter": 60},
+    ],
+    ids=str,
+)
+def test_other_solvers_and_gradients(options: dict[str, Any]) -> None:
+    """Each is near the implicit gradient where its series is long; eager and compiled agree."""
+    model, x, expected = make(Closure)
+    model.more = options
+    assert largest_error(value_and_grads(model, model, x), expected) < 1e-4
+    run, _ = compiled(model, tol=None, backward_tol=None)
+    assert largest_error(value_and_grads(run, model, x), expected) < 1e-4
+
+
 def test_gradcheck() -> None:
     torch.manual_seed(0)
     w = (0.3 * torch.randn(3, 3, dtype=torch.float64)).requires_grad_()

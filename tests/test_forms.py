@@ -6,11 +6,14 @@ import re
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
-from deq_compile import Reason, explain
+from deq_compile import Reason, RegionWarning, explain, fixed_point, record_solves
 from tests.forms import DOCUMENT, MODELS, document, forms, measure
-from tests.helpers import compiled, largest_error, value_and_grads
+from tests.helpers import compiled, largest_error, reference, value_and_grads
 from tests.models.exits import FORMS as EXITS
+from tests.models.exits import Form, FrozenSamples
 
 # torch's own: where it resumes a frame after a graph break, and where it meets an autograd function
 pytestmark = pytest.mark.filterwarnings(
@@ -69,8 +72,6 @@ def test_the_users_own_tolerance(name: str) -> None:
     """Without an explicit tolerance the loop's own test says when it is done."""
     model, x = EXITS[name].make()
     run, report = compiled(model, tol=None)
-    from deq_compile import record_solves
-
     with record_solves() as solves:
         found = value_and_grads(run, model, x)
     assert len(report.regions) == 1
@@ -86,6 +87,27 @@ def test_dynamic_shapes(name: str) -> None:
         x = x[:1].repeat(batch, 1) + 0.1
         assert largest_error(value_and_grads(run, model, x), value_and_grads(model, model, x)) < 1e-4
     assert len(report.regions) == 1
+
+
+def test_a_body_that_freezes_samples_keeps_its_own_gradient() -> None:
+    """The adjoint residual tells: the fixed point is right and the implicit gradient is nothing, so the loop's is used."""
+    model, x = Form(FrozenSamples).make()
+    run, report = compiled(model)
+    with pytest.warns(RegionWarning, match="the loop's own gradient is used"):
+        found = value_and_grads(run, model, x)
+    assert len(report.regions) == 1
+    assert largest_error(found, reference(model, x)) < 1e-4
+
+
+def test_a_missed_adjoint_is_said() -> None:
+    def run(x: Tensor) -> Tensor:
+        return fixed_point(lambda z: z + 0 * x, torch.zeros(2, 3), max_iter=5)  # every point is fixed
+
+    x = torch.randn(2, 3, requires_grad=True)
+    with pytest.warns(RegionWarning, match="missed backward_tol"):
+        run(x).sum().backward()
+    with pytest.warns(RegionWarning, match="missed backward_tol"):
+        compiled(run, tol=None, backward_tol=None)[0](x).sum().backward()
 
 
 def test_explain_names_the_line(capsys: Any) -> None:

@@ -25,6 +25,10 @@ from . import dynamo
 from .ddp import innermost, takes_whole_graphs
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_TORCH = os.path.dirname(torch.__file__)
+# Frames that are not the user's: torch, this package, and the library whose calls are taken over.
+NOT_THE_USERS = (_TORCH, PACKAGE, os.path.join(os.path.dirname(_TORCH), "torchdeq"))
+
 # Segments traced of a loop whose exit depends on data, before the exit is taken.
 UNROLLED = 10
 INFO = 2  # columns of the second result of `leave`: stopping residual, iterations
@@ -116,7 +120,7 @@ def frames_of(tx: Any) -> list[tuple[str, int]]:
 
 
 def location(tx: Any) -> Location:
-    places = [place for place in frames_of(tx) if not place[0].startswith(os.path.dirname(torch.__file__))]
+    places = [place for place in frames_of(tx) if not place[0].startswith(NOT_THE_USERS)]
     return Location(*places[0]) if places else Location()
 
 

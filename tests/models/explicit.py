@@ -25,6 +25,7 @@ class Model(nn.Module):
     """The same map solved, or iterated 300 times: the reference."""
 
     loop = False
+    more: dict[str, Any] = {}  # noqa: RUF012
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class Model(nn.Module):
 
     def solve(self, f: Callable[[Any], Any], z: Any) -> Any:
         if not self.loop:
-            return fixed_point(f, z, **EXACT)
+            return fixed_point(f, z, **EXACT, **self.more)
         for _ in range(300):
             z = f(z)
         return z

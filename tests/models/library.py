@@ -114,7 +114,7 @@ class Library:
 
     def make(self) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(0)
-        cap = 80 if self.refused is None else 15  # their own solver is traced in pieces, a graph for each of its functions
+        cap = 80 if self.refused is None else 8  # their own solver is traced in pieces, a graph for each of its functions
         tight = {"f_tol": 1e-6, "b_tol": 1e-6, "f_max_iter": cap, "b_max_iter": cap}
         model = self.model(**{**tight, **self.config})
         if not isinstance(model, Normed):
