@@ -120,7 +120,8 @@ def frames_of(tx: Any) -> list[tuple[str, int]]:
 
 
 def location(tx: Any) -> Location:
-    places = [place for place in frames_of(tx) if not place[0].startswith(NOT_THE_USERS)]
+    every = frames_of(tx)
+    places = [place for place in every if not place[0].startswith(NOT_THE_USERS)] or every
     return Location(*places[0]) if places else Location()
 
 
