@@ -3,6 +3,7 @@
 from .api import deq_compile, explain
 from .backend import register_backend as _register_backend
 from .capture import install as _install_capture
+from .capture.solver_family import SolveInfo, register_solver
 from .config import Options
 from .explicit import fixed_point
 from .region.records import SolveRecord, record_solves
@@ -20,12 +21,14 @@ __all__ = [
     "RegionWarning",
     "Report",
     "Skipped",
+    "SolveInfo",
     "SolveRecord",
     "deq_compile",
     "explain",
     "fixed_point",
     "jac_reg",
     "record_solves",
+    "register_solver",
     "spectral_radius",
 ]
 

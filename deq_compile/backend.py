@@ -19,7 +19,7 @@ from .config import Config, Options
 from .passes.ambient import ambient_at
 from .passes.base import ExitTest, Loop, Pass, PassContext, describe, is_tensor, marked, value_of
 from .passes.declared import FindDeclared
-from .passes.exits import Exits, drop_consumed
+from .passes.exits import Exits, drop_assertions, drop_consumed
 from .passes.extract import Extract, body_hash, dim_order
 from .passes.find_loops import FindLoops, deduplicate_constants
 from .passes.functionalise import Functionalise
@@ -27,16 +27,19 @@ from .passes.hoist import Hoist
 from .passes.inline import InlineCheckpoints, checkpoint_body
 from .passes.judge import Judge
 from .passes.replace import Replace
+from .passes.take_hooks import TakeHooks
+from .passes.unroll_while import SITE, UnrollWhile
 from .region.body import BodySpec
 from .region.modes import Ambient
 from .region.op import solve_op
 from .region.site import RegionSpec, Site, register
-from .region.stop import GraphTest
+from .region.stop import GraphTest, NormTest, StopTest
 from .report import Region, Report
 from .scope import scoped_options
 
 log = logging.getLogger("deq_compile.backend")
 
+OWN_CAP = 1000  # iterations granted to a loop of the user's own whose bound is not known, where a solve has failed
 CompiledFn = Callable[..., Any]
 
 
@@ -121,16 +124,44 @@ def _rewrite(
     gm: fx.GraphModule, start: Ambient, options: Options, report: Report, rows: list[Region], left: list[str]
 ) -> None:
     """One graph, and the bodies of its checkpoints. `left` collects the sites of markers that nothing consumed."""
+    skip: set[str] = set()
+    while True:
+        graph, found, unconsumed = _attempt(gm, start, options, report, skip)
+        loops = {site for site in unconsumed if site.startswith(SITE)}
+        if not loops:
+            break
+        skip |= loops  # operators that were written out for nothing
+    rows += found
+    left += unconsumed
+    if found:
+        gm.graph = graph
+        gm.recompile()
+    for node in gm.graph.nodes:
+        body = checkpoint_body(gm, node)
+        if body is not None:
+            _rewrite(body, ambient_at(gm.graph, node, start), options, report, rows, left)
+
+
+def _attempt(
+    gm: fx.GraphModule, start: Ambient, options: Options, report: Report, skip: set[str]
+) -> tuple[fx.Graph, list[Region], list[str]]:
+    """A rewritten copy of a graph, the regions in it, and the sites of markers that nothing consumed."""
     graph = _copy_of(gm.graph)
     deduplicate_constants(graph)
+    drop_assertions(graph)
 
     def min_repeats(nodes: Sequence[fx.Node]) -> int:
         return scoped_options(nodes, options).resolve().min_repeats
 
-    context = PassContext(min_repeats, report)
-    declared: list[Pass] = [InlineCheckpoints(gm), Functionalise(), FindDeclared(), Judge(start), Extract(gm)]
-    repeated: list[Pass] = [FindLoops(), Exits(gm), Judge(start), Hoist(), Extract(gm)]
-    before = len(rows)
+    def keep_hooks(nodes: Sequence[fx.Node]) -> bool:
+        return scoped_options(nodes, options).resolve().hooks == "keep"
+
+    context = PassContext(min_repeats, keep_hooks, report)
+    declared: list[Pass] = [
+        InlineCheckpoints(gm), Functionalise(), UnrollWhile(gm, skip), TakeHooks(), FindDeclared(), Judge(start), Extract(gm),
+    ]  # fmt: skip
+    repeated: list[Pass] = [FindLoops(), Exits(gm), TakeHooks(loops=True), Judge(start), Hoist(), Extract(gm)]
+    rows: list[Region] = []
     consumed: set[tuple[Any, ...]] = set()
     for steps in (declared, repeated):
         context.loops = []
@@ -140,14 +171,7 @@ def _rewrite(
         modes = {id(loop): ambient_at(graph, loop.first, start) for loop in context.loops}
         Replace(lambda loop: _call(loop, modes[id(loop)], options, rows))(graph, context)  # noqa: B023 (called at once)
     drop_consumed(graph, consumed)
-    left += [marked(node) for node in graph.nodes if is_marker(node.target)]
-    if len(rows) > before:
-        gm.graph = graph
-        gm.recompile()
-    for node in gm.graph.nodes:
-        body = checkpoint_body(gm, node)
-        if body is not None:
-            _rewrite(body, ambient_at(gm.graph, node, start), options, report, rows, left)
+    return graph, rows, [marked(node) for node in graph.nodes if is_marker(node.target)]
 
 
 def _copy_of(graph: fx.Graph) -> fx.Graph:
@@ -162,8 +186,12 @@ def _copy_of(graph: fx.Graph) -> fx.Graph:
 def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) -> tuple[Callable[..., object], tuple[Any, ...]]:
     """Register the region of a loop; the node that stands in for it."""
     chosen = scoped_options(loop.segment(0), options).merge(Options.from_options(loop.options))
+    whole_batch = loop.hints.pop("whole_batch_tol", None)
     config = usable(chosen.resolve(**loop.hints), [value_of(n) for n in loop.outputs])
-    spec = region_spec(loop, ambient, config)
+    tests: list[StopTest] = [_stop_test(test) for test in loop.tests]
+    tests += [NormTest(whole_batch, relative=False)] if whole_batch is not None else []
+    # an explicit tolerance beats what the user's code says
+    spec = region_spec(loop, ambient, config, () if config.provenance["tol"] == "option" else tuple(tests))
     site = register(spec)
     states = tuple((tuple(str(s) for s in value_of(n).shape), str(value_of(n).dtype)[6:]) for n in loop.outputs)
     row = Region(
@@ -180,7 +208,8 @@ def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) ->
         notes=loop.notes,
     )
     rows.append(row)
-    log.info("region %s at %s: %s, %d operands", site.key, spec.where, loop.kind, len(loop.operands))
+    count = f"{spec.iterations} iterations" if spec.iterations is not None else "until its tolerance"
+    log.info("region %s at %s: %s, %s, %d operands", site.key, spec.where, loop.kind, count, len(loop.operands))
 
     def changed(site: Site) -> None:
         row.status, row.distance = site.verdict, site.distance
@@ -190,7 +219,7 @@ def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) ->
     return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
 
 
-def region_spec(loop: Loop, ambient: Ambient, config: Config) -> RegionSpec:
+def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTest, ...] = ()) -> RegionSpec:
     assert loop.body is not None
     outputs = [value_of(n) for n in loop.outputs]
     tensors = [value_of(n) for n in (*loop.initial, *loop.operands) if is_tensor(n)]
@@ -209,8 +238,8 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config) -> RegionSpec:
         grad=ambient.grad and any(t.requires_grad for t in tensors),
         config=config,
         where=str(loop.location),
-        # an explicit tolerance beats the test that the user's code makes
-        stop=() if config.provenance["tol"] == "option" else tuple(_stop_test(test) for test in loop.tests),
+        stop=stop,
+        own_cap=int(loop.hints.get("max_iter", OWN_CAP)) if loop.tests and loop.count > 1 else None,
     )
 
 

@@ -36,6 +36,9 @@ class Reason(enum.Enum):
     NESTED_EXIT = "the body holds another loop whose exit depends on data"
     TRAJECTORY = "states before the fixed point are asked for as well (a trajectory)"
     LIBRARY = "the library is asked for something that only its own solver can do"
+    SOLVER = "a solver is called whose result cannot be built from a solve of ours"
+    HOOK = "a backward hook stays as it is"
+    AUTOGRAD_FUNCTION = "an implicit gradient in a torch.autograd.Function stays outside of the graph, and as it is"
     NOT_CAUGHT = "the call was marked as a fixed point, but the graph was cut inside of it"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -14,16 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from deq_compile.capture.marker import PACKAGE, may_exit
+from deq_compile.capture.marker import NOT_THE_USERS, may_exit
 from deq_compile.report import Location, Report, Skipped
 
 from .ambient import AUTOCAST_TARGETS
 
 log = logging.getLogger("deq_compile.passes")
 
-_TORCH = os.path.dirname(torch.__file__)
-# Frames that are not the user's: torch, this package, and the library whose calls are taken over.
-_NOT_THE_USERS = (_TORCH, PACKAGE, os.path.join(os.path.dirname(_TORCH), "torchdeq"))
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (.+)')
 
 
@@ -140,6 +136,7 @@ class PassContext:
     """What passes hand on to each other while one graph is compiled."""
 
     min_repeats: Callable[[Sequence[fx.Node]], int]
+    keep_hooks: Callable[[Sequence[fx.Node]], bool] = lambda nodes: False
     report: Report = dataclasses.field(default_factory=Report)
     loops: list[Loop] = dataclasses.field(default_factory=list)
 
@@ -168,7 +165,7 @@ class Pass(abc.ABC):
 
 def marked(node: fx.Node) -> str:
     """The site of a marker node."""
-    names = {"enter": 1, "leave": 2, "adjoint_hook": 3, "may_exit": 1}
+    names = {"enter": 1, "leave": 2, "adjoint_hook": 3, "adjoint_input": 1, "may_exit": 1}
     return str(node.args[names[node.target.__name__]])  # type: ignore[union-attr]
 
 
@@ -205,13 +202,13 @@ def frames(node: fx.Node) -> list[Location]:
 def location_of(node: fx.Node) -> Location:
     """The user's line that a node comes from: the innermost one outside of torch."""
     found = frames(node)
-    own = [place for place in found if not place.file.startswith(_NOT_THE_USERS)]
+    own = [place for place in found if not place.file.startswith(NOT_THE_USERS)]
     return (own or found or [Location()])[-1]
 
 
 def common_location(nodes: Sequence[fx.Node]) -> Location:
     """The deepest frame that all nodes share, at the first of their lines in it: where the loop stands."""
-    stacks = [[place for place in frames(node) if not place.file.startswith(_NOT_THE_USERS)] for node in nodes]
+    stacks = [[place for place in frames(node) if not place.file.startswith(NOT_THE_USERS)] for node in nodes]
     stacks = [stack for stack in stacks if stack]
     if not stacks:
         return Location()

@@ -22,6 +22,7 @@ class Declared(Loop):
 
     entry: fx.Node | None = None
     exit: fx.Node | None = None
+    exits: set[tuple[Any, ...]] = dataclasses.field(default_factory=set)  # of the loop it was made from
 
     @property
     def declared(self) -> bool:
@@ -33,7 +34,7 @@ class Declared(Loop):
 
     @property
     def passages(self) -> set[tuple[Any, ...]]:
-        return set()
+        return self.exits
 
     @property
     def first(self) -> fx.Node:
@@ -87,7 +88,7 @@ class FindDeclared(Pass):
         for node in list(graph.nodes):
             if node.target is not leave:
                 continue
-            found = _region(graph, node)
+            found = region_at(graph, node)
             if isinstance(found, Declared):
                 context.loops.append(found)
             else:
@@ -95,7 +96,8 @@ class FindDeclared(Pass):
         return len(context.loops)
 
 
-def _region(graph: fx.Graph, exit: fx.Node) -> Declared | Skipped:
+def region_at(graph: fx.Graph, exit: fx.Node) -> Declared | Skipped:
+    """The region that ends at a `leave`, or why it is none."""
     results, entered, site = exit.args
     items = list(entered) if isinstance(entered, tuple | list) else []
     entry = items[0].args[0] if items and items[0].target is operator.getitem else None

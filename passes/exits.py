@@ -5,7 +5,8 @@ the loop only if that value asks how far an iterate is from its image: it must e
 must not where they are far apart. That is tried out here, on random numbers in float64, for the test as a function of
 the iterate z and its image f(z). `while x.norm() > 2: x = x / 2` is thereby told from a loop that seeks a fixed point.
 
-A damped iteration tests its undamped step: with z_new = z + a (v - z), a constant, v is taken back from z_new.
+A damped iteration tests its undamped step: with z_new = z + a (v - z) or z_new = z + a v, a constant, v is taken back from
+z_new.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class Exits(Pass):
             if refused is not None:
                 context.skip(refused)
                 continue
+            if markers and str(markers[0].args[1]).startswith("while_loop:"):
+                loop.form = "while_loop"
             caps = {int(node.args[4]) for node in markers}  # type: ignore[arg-type]
             if markers and caps != {0}:
                 loop.hints |= {"max_iter": max(caps), "memory": min(max(caps), MEMORY)}
@@ -78,7 +81,7 @@ class Exits(Pass):
         return _Builder(loop).finish(self.owner, predicate)
 
     def _undamped(self, loop: Loop, predicate: fx.Node) -> tuple[fx.GraphModule, tuple[fx.Node, ...]] | None:
-        """The test where it reads an intermediate v of the body, with z_new = z + a (v - z)."""
+        """The test where it reads an intermediate v of the body, with z_new = z + a (v - z) or z + a v."""
         if len(loop.outputs) != 1:
             return None
         (result,), (read,) = loop.outputs, loop.reads
@@ -89,13 +92,17 @@ class Exits(Pass):
                 continue
             mixing = _Builder(loop, images=[v])
             made = mixing.finish(self.owner, result)
-            damping = _damping(made[0], loop, v) if made is not None and not made[1] else None
-            if damping is None:
+            found = _damping(made[0], v) if made is not None and not made[1] else None
+            if found is None:
                 continue
+            damping, is_step = found
             builder = _Builder(loop)
             z, new = builder.env[read], builder.env[result]
             step = builder.graph.call_function(torch.sub, (new, z))
-            builder.env[v] = builder.graph.call_function(torch.add, (z, step), {"alpha": 1.0 / damping})
+            if is_step:
+                builder.env[v] = builder.graph.call_function(torch.mul, (step, 1.0 / damping))
+            else:
+                builder.env[v] = builder.graph.call_function(torch.add, (z, step), {"alpha": 1.0 / damping})
             return builder.finish(self.owner, predicate)
         return None
 
@@ -129,8 +136,17 @@ class _Builder:
                 return False
             self.env[node] = self.graph.node_copy(node, lambda a: self.env[a])
             return True
-        if node in self.chain or node.op == "get_attr" or not isinstance(value_of(node), Tensor | torch.SymInt | int):
+        value = value_of(node)
+        if node in self.chain or node.op == "get_attr":
             return False  # an earlier iteration's
+        if isinstance(value, torch.SymFloat | float) and node.op != "placeholder":  # a number from before the loop
+            if not all(self._copy(a) for a in node.all_input_nodes):
+                return False
+            with self.graph.inserting_before(self.last):
+                self.env[node] = self.graph.node_copy(node, lambda a: self.env[a])
+            return True
+        if not isinstance(value, Tensor | torch.SymInt | int):
+            return False
         self.reads[node] = None
         with self.graph.inserting_before(self.last):
             self.env[node] = self.graph.placeholder(f"a{len(self.reads)}")
@@ -179,10 +195,17 @@ def _others(reads: Sequence[fx.Node]) -> list[Any] | None:
         if isinstance(value, Tensor):
             if not value.is_floating_point() or math.prod(hint(s) for s in value.shape) != 1:
                 return None
-            values.append(torch.full([hint(s) for s in value.shape], _OPERAND, dtype=torch.float64, device=value.device))
+            number = next((known for user in node.users if (known := _number(value_of(user))) is not None), _OPERAND)
+            values.append(torch.full([hint(s) for s in value.shape], number, dtype=torch.float64, device=value.device))
         else:
             values.append(hint(value))
     return values
+
+
+def _number(value: Any) -> float | None:
+    """What a symbolic float is in this call."""
+    known = value.node.hint if isinstance(value, torch.SymFloat) else None
+    return None if known is None else float(known)
 
 
 def _probe(graph: fx.GraphModule, loop: Loop, reads: Sequence[fx.Node], when: bool) -> str:
@@ -211,25 +234,42 @@ def _probe(graph: fx.GraphModule, loop: Loop, reads: Sequence[fx.Node], when: bo
     return "it does not hold where an iterate equals its image" if not all(equal) else "it holds far from a fixed point"
 
 
-def _damping(graph: Callable[..., Tensor], loop: Loop, v: fx.Node) -> float | None:
-    """The constant a of z_new = z + a (v - z), where that is what `graph` computes from z and v."""
+def _damping(graph: Callable[..., Tensor], v: fx.Node) -> tuple[float, bool] | None:
+    """(a, whether v is the step) of z_new = z + a (v - z), or z + a v, where that is what `graph` computes of z and v."""
     generator = torch.Generator().manual_seed(0)
-    found = []
-    try:
-        with torch.no_grad():
-            for _ in range(2):
-                z, step = _random(v, generator), _random(v, generator)
-                change = graph(z, z + step) - z
-                a = float((change * step).sum() / (step * step).sum())
-                if not a or not torch.allclose(change, a * step, rtol=1e-9, atol=1e-9):
-                    return None
-                found.append(a)
-    except Exception:  # it does not run on these numbers: no damping then
-        return None
-    return found[0] if math.isclose(*found, rel_tol=1e-9) else None
+    for is_step in (False, True):
+        found = []
+        try:
+            with torch.no_grad():
+                for _ in range(2):
+                    z, step = _random(v, generator), _random(v, generator)
+                    change = graph(z, step if is_step else z + step) - z
+                    a = float((change * step).sum() / (step * step).sum())
+                    if a and torch.allclose(change, a * step, rtol=1e-9, atol=1e-9):
+                        found.append(a)
+        except Exception:  # it does not run on these numbers: no damping then
+            return None
+        if len(found) == 2 and math.isclose(*found, rel_tol=1e-9):
+            return found[0], is_step
+    return None
 
 
-# ---- afterwards
+# ---- before and afterwards
+
+
+def drop_assertions(graph: fx.Graph) -> None:
+    """Erase what Dynamo asserts of the numbers that exits were tested by (that a bool is 0 or 1): each has a text of its own."""
+    tested: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target is may_exit and isinstance(node.args[0], fx.Node):
+            tested |= _ancestors(node.args[0], list(graph.nodes))
+    for node in reversed(list(graph.nodes)):
+        if node.target is torch.ops.aten._assert_scalar.default:
+            sources = [a for a in _ancestors(node, list(graph.nodes)) if a.op == "call_method" and a.target == "item"]
+            if sources and all(source in tested for source in sources):
+                condition = node.args[0]
+                graph.erase_node(node)
+                erase_unused(graph, condition)
 
 
 def drop_consumed(graph: fx.Graph, passages: set[tuple[Any, ...]]) -> None:
@@ -237,15 +277,16 @@ def drop_consumed(graph: fx.Graph, passages: set[tuple[Any, ...]]) -> None:
     for node in reversed(list(graph.nodes)):
         if node.target is may_exit and node.args[1:3] in passages:
             graph.erase_node(node)
-            _erase_unused(graph, node.args[0])
+            erase_unused(graph, node.args[0])
 
 
-def _erase_unused(graph: fx.Graph, node: Any) -> None:
-    if not isinstance(node, fx.Node) or node.users or node.op in ("placeholder", "get_attr", "output"):
+def erase_unused(graph: fx.Graph, node: Any) -> None:
+    """Erase a node that nothing reads, and then what only it has read."""
+    if not isinstance(node, fx.Node) or node._erased or node.users or node.op in ("placeholder", "get_attr", "output"):
         return
     if written_argument(node) is not None or node.is_impure():
         return
     reads = node.all_input_nodes
     graph.erase_node(node)
     for a in reads:
-        _erase_unused(graph, a)
+        erase_unused(graph, a)

@@ -16,7 +16,8 @@ class Hoist(Pass):
     name = "hoist"
 
     def run(self, graph: fx.Graph, context: PassContext) -> int:
-        return sum(self._hoist(loop) for loop in context.loops)
+        # the body of a region that was marked was traced once: what it reads and does not change stands outside of it
+        return sum(self._hoist(loop) for loop in context.loops if loop.count > 1)
 
     def _hoist(self, loop: Loop) -> int:
         segment, first = loop.segment(-1), loop.segment(0)

@@ -1,4 +1,4 @@
-"""Models of TorchDEQ, unmodified: one graph, one region, and the numbers of its own float64 run."""
+"""Models of TorchDEQ, unmodified. The table of configurations is in test_forms.py."""
 
 from __future__ import annotations
 
@@ -7,44 +7,7 @@ import torch
 
 from deq_compile import explain
 from tests.helpers import compiled, largest_error, reference, value_and_grads
-from tests.models.library import IFT, LIBRARY, Library, One
-
-TAKEN = [name for name, library in LIBRARY.items() if library.refused is None]
-LEFT = [name for name, library in LIBRARY.items() if library.refused is not None]
-
-
-@pytest.mark.parametrize("name", TAKEN)
-def test_taken(name: str) -> None:
-    library = LIBRARY[name]
-    model, x = library.make()
-    run, report = compiled(model, tol=None, backward_tol=None)  # theirs hold
-    double = library.make()[0].double()  # made anew: their normalised weights cannot be copied
-    if library.train:
-        error = largest_error(value_and_grads(run, model, x), value_and_grads(double, double, x.double()))
-    else:
-        with torch.no_grad():
-            error = largest_error([run(x).double()], [double(x.double())])
-    assert [r.status for r in report.regions] == ["solve"], str(report)
-    assert report.graphs == 1
-    assert report.regions[0].kind.startswith("TorchDEQ ")
-    assert report.regions[0].location.file.endswith("library.py")
-    assert error < 1e-4
-
-
-# torch's own, where it meets their gradient function at a graph break
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor", "ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("name", LEFT)
-def test_left_alone(name: str) -> None:
-    library = LIBRARY[name]
-    model, x = library.make()
-    run, report = compiled(model, fullgraph=False)
-    found = value_and_grads(run, model, x)
-    assert library.refused in [s.reason for s in report.skipped], str(report)
-    assert largest_error(found, value_and_grads(model, model, x)) < 1e-5
-
-
-def test_there_are_enough() -> None:
-    assert len(TAKEN) >= 20
+from tests.models.library import IFT, Library, One
 
 
 @pytest.mark.parametrize("mode", ["abs", "rel"])

@@ -22,7 +22,8 @@ class Exit:
 
     jumps     the loop is left by jumping, not by falling through
     loop      indices of the loop's instructions
-    position  of the test in the source; a `while` loop's guard before the loop has that of the test in it
+    position  of the test in the source, and which of the jumps of one test it is; a `while` loop's guard before the loop
+              has those of the test in it
     counted   the loop is a `for`: an iterator stands on the stack while it runs
     guard     whether this is that guard
     """
@@ -83,7 +84,7 @@ class Code:
             if i not in component:
                 return None
             if (jump in component) != (fall in component):
-                return Exit(fall in component, frozenset(component), inst.positions, self._counted(component))
+                return Exit(fall in component, frozenset(component), self._position(inst, True), self._counted(component))
             # both sides stay in this loop: look at the loops inside of it, those that avoid its entry
             entries = [u for u in component if any(p not in component for p in self.predecessors[u])] or [min(component)]
             allowed = component - {min(entries)}
@@ -100,8 +101,18 @@ class Code:
             found = self._exit_inside(other)
             if found is not None:
                 exit_when = ("TRUE" in other.opname) == found.jumps
-                return Exit(("TRUE" in inst.opname) == exit_when, found.loop, inst.positions, found.counted, guard=True)
+                place = self._position(inst, False)
+                if place[1] != found.position[1]:
+                    continue
+                return Exit(("TRUE" in inst.opname) == exit_when, found.loop, place, found.counted, guard=True)
         return None
+
+    def _position(self, inst: Any, inside: bool) -> tuple[Any, int]:
+        """Of `a or b` all jumps have one place in the source: count them, those in a loop and those of its guard apart."""
+        place = tuple(inst.positions or ())
+        before = self.instructions[: self.index[id(inst)]]
+        alike = [j for j in before if "POP_JUMP" in j.opname and tuple(j.positions or ()) == place and self.in_loop(j) == inside]
+        return place, len(alike)
 
     def _counted(self, component: set[int]) -> bool:
         headers = (i for i in component if self.instructions[i].opname == "FOR_ITER")

@@ -17,8 +17,10 @@ from deq_compile.report import Skipped
 from . import dynamo, marker
 
 Adapter = Callable[..., Any]
-# (function, arguments, keyword arguments) -> how to trace the call, why it is left alone, or None: it means nothing to us
-Recogniser = Callable[[Any, Sequence[Any], Mapping[str, Any]], "Adapter | Skipped | None"]
+# The adapter of a call, to be given the call's own arguments or, in a pair, others; or why the call is left alone.
+Found = Adapter | tuple[Adapter, list[Any]] | Skipped | None
+# (translator, function, arguments, keyword arguments) -> ...; None: the call means nothing to us
+Recogniser = Callable[[Any, Any, Sequence[Any], Mapping[str, Any]], Found]
 _by_function: dict[Any, Adapter] = {}
 _recognisers: list[Recogniser] = []
 
@@ -46,14 +48,16 @@ def install() -> Callable[[], None]:
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if marker.ours(tx):
             arguments = [*self.self_args(), *args]
-            found = _ask(self.fn, arguments, kwargs)
+            found = _ask(tx, self.fn, arguments, kwargs)
             if found is not None:
                 site = marker.site_of(tx, _name(self.fn))
                 if isinstance(found, Skipped):
                     marker.refuse(tx, site, dataclasses.replace(found, location=marker.location(tx)))
                 elif not marker.blocked(tx, site):
+                    if isinstance(found, tuple):
+                        (found, arguments), kwargs = found, {}
                     adapted = dynamo.UserFunctionVariable(found)
-                    return adapted.call_function(tx, [dynamo.ConstantVariable.create(site), *arguments], kwargs)
+                    return adapted.call_function(tx, [dynamo.build(tx, site), *arguments], kwargs)
         return original(self, tx, args, kwargs)
 
     dynamo.UserFunctionVariable.call_function = call_function
@@ -64,15 +68,15 @@ def install() -> Callable[[], None]:
     return remove
 
 
-def _ask(function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Adapter | Skipped | None:
+def _ask(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Found:
     try:
-        found: Adapter | Skipped | None = _by_function.get(function)
+        found: Found = _by_function.get(function)
     except TypeError:  # not hashable
         return None
     for recogniser in _recognisers:
         if found is not None:
             break
-        found = recogniser(function, arguments, kwargs)
+        found = recogniser(tx, function, arguments, kwargs)
     return found
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
 MISSING: list[str] = []
 
 
@@ -25,13 +27,17 @@ InstructionTranslator = _find("torch._dynamo.symbolic_convert", "InstructionTran
 InliningInstructionTranslator = _find("torch._dynamo.symbolic_convert", "InliningInstructionTranslator")
 InliningGeneratorInstructionTranslator = _find("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
 livevars_analysis = _find("torch._dynamo.bytecode_analysis", "livevars_analysis")
-ConstantVariable = _find("torch._dynamo.variables", "ConstantVariable")
+VariableTracker = _find("torch._dynamo.variables.base", "VariableTracker")
 CellVariable = _find("torch._dynamo.variables", "CellVariable")
 SymNodeVariable = _find("torch._dynamo.variables", "SymNodeVariable")
 TensorVariable = _find("torch._dynamo.variables", "TensorVariable")
 TorchInGraphFunctionVariable = _find("torch._dynamo.variables", "TorchInGraphFunctionVariable")
 UserFunctionVariable = _find("torch._dynamo.variables", "UserFunctionVariable")
+AutogradFunctionVariable = _find("torch._dynamo.variables", "AutogradFunctionVariable")
 RangeIteratorVariable = _find("torch._dynamo.variables.lists", "RangeIteratorVariable")
+RemovableHandleVariable = _find("torch._dynamo.variables", "RemovableHandleVariable")
+ValueMutationNew = _find("torch._dynamo.variables.base", "ValueMutationNew")
+wrap_fx_proxy = _find("torch._dynamo.variables.builder", "wrap_fx_proxy")
 AttributeMutationExisting = _find("torch._dynamo.variables.base", "AttributeMutationExisting")
 # the one exception by which a backend can have a frame traced again
 RestartFromBackend = _find("torch._dynamo.exc", "TensorifyScalarRestartAnalysis", RuntimeError)
@@ -41,6 +47,30 @@ def translators() -> list[Any]:
     """The classes that trace frames, those that share a table of handlers once."""
     classes = [InstructionTranslator, InliningInstructionTranslator, InliningGeneratorInstructionTranslator]
     return list({id(cls.dispatch_table): cls for cls in classes}.values())
+
+
+def build(tx: Any, value: Any) -> Any:
+    """Dynamo's variable for a Python value."""
+    return VariableTracker.build(tx, value)
+
+
+def constant(tx: Any, variable: Any) -> Any:
+    """The Python value of a variable; a number that may change is held to what it is, by a guard.
+
+    Raises:
+        LookupError: it has none.
+    """
+    variable = variable.realize() if hasattr(variable, "realize") else variable
+    if isinstance(variable, SymNodeVariable) and not free_unbacked_symbols(variable.sym_num):
+        return variable.evaluate_expr(tx.output)
+    if variable.is_python_constant():
+        return variable.as_python_constant()
+    raise LookupError(type(variable).__name__)
+
+
+def removed_handle() -> Any:
+    """The variable of a hook's handle after `handle.remove()`."""
+    return RemovableHandleVariable(mutation_type=ValueMutationNew(), idx=RemovableHandleVariable.REMOVED)
 
 
 def current() -> Any:

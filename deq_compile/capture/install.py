@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from . import allclose, calls, ddp, dynamo, loop_exit, marker, torchdeq  # noqa: F401 (torchdeq adds itself to calls)
+from . import allclose, calls, ddp, dynamo, functions, hooks, loop_exit, marker
+from . import solver_calls as _solver_calls  # noqa: F401 (they add themselves to `calls`)
+from . import torchdeq as _torchdeq  # noqa: F401
 
 log = logging.getLogger("deq_compile.capture")
 
@@ -126,6 +128,26 @@ def _test_calls() -> None:
     _expect(found.count(marker.enter) + found.count(marker.leave), 2, "markers")
 
 
+def _hooked(z: Tensor) -> Tensor:
+    z = 0.5 * z
+    start = z.detach().clone().requires_grad_()
+    image = 0.5 * start
+
+    def solve(grad: Tensor) -> Tensor:
+        w = grad
+        for _ in range(9):
+            w = torch.autograd.grad(image, start, w, retain_graph=True)[0] + grad
+        return w
+
+    z.register_hook(solve)
+    return z
+
+
+def _test_hooks() -> None:
+    found = _targets(_hooked)
+    _expect(found.count(marker.adjoint_hook) + found.count(marker.adjoint_input), 2, "markers")
+
+
 def _test_allclose() -> None:
     _expect(_targets(_halved_until_close).count(marker.may_exit), marker.UNROLLED + 1, "markers")
 
@@ -133,5 +155,7 @@ def _test_allclose() -> None:
 _FEATURES: list[tuple[str, Callable[[], Callable[[], None]], Callable[[], None]]] = [
     ("loops whose exit depends on data", loop_exit.install, _test_loop_exit),
     ("calls of solvers", calls.install, _test_calls),
+    ("backward hooks", hooks.install, _test_hooks),
+    ("autograd functions in the report", functions.install, lambda: None),
     ("torch.allclose as a loop's test", allclose.install, _test_allclose),
 ]

@@ -141,7 +141,7 @@ def _allow_scalars(tx: Any) -> None:
 
 def _site(tx: Any, position: Any) -> str:
     """A test in a frame, and how that frame was reached."""
-    return marker.site_of(tx.parent, tx.f_code.co_filename, tuple(position or ()))
+    return marker.site_of(tx.parent, tx.f_code.co_filename, position)
 
 
 def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
@@ -235,7 +235,11 @@ def _world(tx: Any, live: set[Any]) -> dict[tuple[Any, ...], Any]:
     """Everything mutable, as far as it can be told apart: attributes written, and the lengths of containers in sight."""
     found: dict[tuple[Any, ...], Any] = {}
     effects = tx.output.side_effects
+    # what a cell of this very frame holds after the loop is a question of liveness
+    own = [tx.symbolic_locals.get(name) for name in tx.f_code.co_cellvars]
     for owner, written in effects.store_attr_mutations.items():
+        if any(owner is cell for cell in own):
+            continue
         lasting = isinstance(owner.mutation_type, dynamo.AttributeMutationExisting)
         what = "attribute of a lasting object" if lasting else "attribute"
         for name, value in written.items():

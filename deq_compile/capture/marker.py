@@ -25,6 +25,10 @@ from . import dynamo
 from .ddp import innermost, takes_whole_graphs
 
 PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_TORCH = os.path.dirname(torch.__file__)
+# Frames that are not the user's: torch, this package, and the library whose calls are taken over.
+NOT_THE_USERS = (_TORCH, PACKAGE, os.path.join(os.path.dirname(_TORCH), "torchdeq"))
+
 # Segments traced of a loop whose exit depends on data, before the exit is taken.
 UNROLLED = 10
 INFO = 2  # columns of the second result of `leave`: stopping residual, iterations
@@ -54,9 +58,15 @@ def leave(results: Sequence[Tensor], entered: Sequence[Tensor], site: str) -> tu
 
 
 @torch._dynamo.allow_in_graph
-def adjoint_hook(z: Tensor, f: Tensor, z0: Tensor, site: str, hints: Any) -> Tensor:
-    """`z` with a hook whose result solves w = q + (df/dz0)^T w for the cotangent q of `z`."""
+def adjoint_hook(z: Tensor, f: Tensor, z0: Tensor, site: str, tol: float) -> Tensor:
+    """`z` with a hook that gives back w = q + (df/dz0)^T w for the cotangent q of `z`, solved to `tol`."""
     return z.clone()
+
+
+@torch._dynamo.allow_in_graph
+def adjoint_input(z: Tensor, site: str) -> Tensor:
+    """`z.requires_grad_()`, of a tensor made in the graph."""
+    return z.detach().clone().requires_grad_()
 
 
 def may_exit(predicate: Any, site: str, entry: int, exit_when: bool, cap: int) -> None:
@@ -82,7 +92,7 @@ def region(
 
 
 has_side_effect(may_exit)
-MARKERS = (enter, leave, adjoint_hook, may_exit)
+MARKERS = (enter, leave, adjoint_hook, adjoint_input, may_exit)
 
 
 def is_marker(target: Any) -> bool:
@@ -110,7 +120,8 @@ def frames_of(tx: Any) -> list[tuple[str, int]]:
 
 
 def location(tx: Any) -> Location:
-    places = [place for place in frames_of(tx) if not place[0].startswith(os.path.dirname(torch.__file__))]
+    every = frames_of(tx)
+    places = [place for place in every if not place[0].startswith(NOT_THE_USERS)] or every
     return Location(*places[0]) if places else Location()
 
 
@@ -125,8 +136,12 @@ def blocked(tx: Any, site: str) -> bool:
 
 def refuse(tx: Any, site: str, skipped: Skipped) -> None:
     """Leave a place to stock Dynamo from now on, and remember why."""
-    key = _key(tx)
-    _blocked.setdefault(key, set()).add(site)
+    _blocked.setdefault(_key(tx), set()).add(site)
+    tell(tx, skipped)
+
+
+def tell(tx: Any, skipped: Skipped) -> None:
+    """Have something said in the report of the backend that is being traced for."""
     told = _refusals.setdefault(_teller(tx), [])
     if skipped not in told:
         told.append(skipped)

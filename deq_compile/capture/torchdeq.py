@@ -20,17 +20,16 @@ from torch import Tensor
 
 from deq_compile.report import Location, Reason, Skipped
 
-from . import calls, marker
+from . import calls, dynamo, marker
 
 # What may be asked of a solver without changing which point it finds.
 _HARMLESS = {"f_max_iter", "tau", "m", "lam", "beta", "LBFGS_thres", "ls"}
 _IMPLICIT = ("func_ift", "hook_ift_grad")
 # Their backward tolerance is 1e-6, absolute, by default; below this a relative one means nothing in fp32.
 _LEAST_BACKWARD_TOL = 1e-6
-_NORM_EPS = 1e-9  # as in their relative residual
 
 
-def recognise(function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     core = sys.modules.get("torchdeq.core")
     if core is None or function not in (core.DEQSliced.forward, core.DEQIndexing.forward):
         return None
@@ -39,11 +38,22 @@ def recognise(function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]
         return None
     names = ("func", "z", "solver_kwargs", "sradius_mode", "backward_writer")
     given = dict(zip(names, arguments[1:], strict=False)) | dict(kwargs)
+    if len(arguments) < 3:  # func or z by keyword, of which the second has another name in each class
+        return Skipped(Reason.LIBRARY, Location(), "func and z0 are expected in their places, not by keyword")
     refusal = _refusal(module, given)
     if refusal is not None:
         reason, detail = refusal
         return Skipped(reason, Location(), detail)
-    return _implicit if _is_implicit(module) else _attached
+    own = [*arguments[:3], given.get("solver_kwargs") or dynamo.build(tx, None), *_settings(tx, arguments[0])]
+    return _implicit if _is_implicit(module) else _attached, own
+
+
+def _settings(tx: Any, module: Any) -> list[Any]:
+    """The numbers of a module, held to what they are: they become constants of the region."""
+    names = ("f_tol", "f_max_iter", "eval_f_max_iter", "b_tol", "b_max_iter")
+    values = {name: dynamo.constant(tx, module.var_getattr(tx, name)) for name in names}
+    values["b_tol"] = max(values["b_tol"], _LEAST_BACKWARD_TOL)
+    return [dynamo.build(tx, value) for value in values.values()]
 
 
 def _is_implicit(module: Any) -> bool:
@@ -81,20 +91,27 @@ def _keys(variable: Any) -> set[str]:
     return {str(key.vt.as_python_constant()) for key in value.items}
 
 
-# ---- traced by Dynamo from here on
+# ---- traced by Dynamo from here on: a global number would become an input of the graph under dynamic=True
 
 
-def _implicit(site: Any, self: Any, func: Any, z: Any, solver_kwargs: Any = None, *_: Any, **__: Any) -> Any:
-    backward = (("backward_tol", max(self.b_tol, _LEAST_BACKWARD_TOL)), ("backward_max_iter", self.b_max_iter))
-    note = "implicit gradient, solved with the forward's factors in place of " + self.b_solver.__name__
-    states, about = _solve(site, self, func, z, solver_kwargs, backward if self.training else (), note if self.training else "")
+def _implicit(
+    site: Any, self: Any, func: Any, z: Any, asked: Any, f_tol: Any, f_cap: Any, eval_cap: Any, b_tol: Any, b_cap: Any
+) -> Any:
+    if self.training:
+        note = "implicit gradient, solved with the forward's factors in place of " + self.b_solver.__name__
+        backward: Any = (("backward_tol", b_tol), ("backward_max_iter", b_cap))
+        states, about = _solve(site, self, func, z, asked, f_tol, f_cap, backward, note)
+    else:
+        states, about = _solve(site, self, func, z, asked, f_tol, eval_cap, (), "")
     return [_as_given(states, z)], _statistics(self, states, about)
 
 
-def _attached(site: Any, self: Any, func: Any, z: Any, solver_kwargs: Any = None, *_: Any, **__: Any) -> Any:
+def _attached(
+    site: Any, self: Any, func: Any, z: Any, asked: Any, f_tol: Any, f_cap: Any, eval_cap: Any, b_tol: Any, b_cap: Any
+) -> Any:
     with torch.no_grad():
-        note = "solved from z0; the phantom gradient stays: its attached steps follow, as they are"
-        states, about = _solve(site, self, func, z, solver_kwargs, (), note if self.training else "")
+        note = "solved from z0; the phantom gradient stays: its attached steps follow, as they are" if self.training else ""
+        states, about = _solve(site, self, func, z, asked, f_tol, f_cap if self.training else eval_cap, (), note)
     found = _as_given(tuple(state.detach() for state in states), z)
     if not self.training:
         return [found], _statistics(self, states, about)
@@ -104,11 +121,12 @@ def _attached(site: Any, self: Any, func: Any, z: Any, solver_kwargs: Any = None
     return self.produce_grad[-1](self, wrapped, found), _statistics(self, states, about)
 
 
-def _solve(site: Any, self: Any, func: Any, z: Any, solver_kwargs: Any, hints: Any, note: Any) -> Any:
-    asked = {} if solver_kwargs is None else solver_kwargs
-    cap = int(asked.get("f_max_iter", self.f_max_iter if self.training else self.eval_f_max_iter))
-    memory = asked.get("LBFGS_thres", None)
-    says = (("tol", self.f_tol), ("stop_mode", self.f_stop_mode), ("max_iter", cap), ("memory", memory), *hints)
+def _solve(
+    site: Any, self: Any, func: Any, z: Any, asked: Any, tol: Any, cap: Any, hints: Any, note: Any
+) -> Any:
+    asked = {} if asked is None else asked
+    cap, memory = int(asked.get("f_max_iter", cap)), asked.get("LBFGS_thres", None)
+    says = (("tol", tol), ("stop_mode", self.f_stop_mode), ("max_iter", cap), ("memory", memory), *hints)
     form = "TorchDEQ " + self.f_solver.__name__
     if isinstance(z, Tensor):
         states, about = marker.region(lambda s: (func(s[0]),), (z,), site, form, says, (), note)
@@ -125,7 +143,7 @@ def _statistics(self: Any, states: Any, about: Any) -> Any:
     from torchdeq.solver.stat import SolverStat
 
     flat = [s.detach().flatten(1) if s.dim() > 1 else s.detach().reshape(-1, 1) for s in states]
-    size = torch.cat(flat, 1).norm(dim=1) + _NORM_EPS  # |f(z)|, but for a residual
+    size = torch.cat(flat, 1).norm(dim=1) + 1e-9  # |f(z)|, but for a residual
     stopped = about[:, 0]
     if self.f_stop_mode == "rel":
         absolute, relative = stopped * size, stopped

@@ -17,14 +17,14 @@ from deq_compile.config import Config
 from deq_compile.kernels.broyden import Factors
 
 from . import records
-from .adjoint import solve_adjoint
+from .adjoint import phantom, solve_adjoint
 from .body import BodySpec
 from .forward import Solution, better_of, solve
 from .layout import Layout
 from .modes import Ambient
 from .op import Once
 from .probe import rows_are_independent
-from .run import count_misses, record_forward
+from .run import count_misses, declared_gradient_holds, record_forward
 from .site import RegionSpec, Site
 from .status import converged
 
@@ -60,6 +60,11 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
     serial = record_forward(site, solution, solution.z, solution.evaluations, *kept)
     if not torch.is_grad_enabled():
         return states
+    if config.backward == "unroll":
+        unrolled = list(state0)
+        for _ in range(config.max_iter):
+            unrolled = list(f(unrolled))
+        return unrolled
     inputs = [s.detach().requires_grad_() for s in layout.unflatten(solution.z)]
     images = list(f(inputs))
     if not _reads_more_than(images, inputs):
@@ -82,6 +87,8 @@ def _solve(flat: Callable[[Tensor], Tensor], z0: Tensor, site: Site, solver: str
         memory=config.memory,
         factor_dtype=spec.factor_dtype,
         body_eps=spec.body_eps,
+        anderson_memory=config.anderson_memory,
+        anderson_damping=config.anderson_damping,
     )
 
 
@@ -165,17 +172,22 @@ class _Adjoint:
 
     def solve(self, q: Tensor) -> Tensor:
         config = self.config
-        found = solve_adjoint(
-            self.vjp,
-            lambda w: (self.vjp(w), None),
-            q,
-            self.factors,
-            tol=config.backward_tol,
-            max_iter=max(1, config.backward_max_iter),
-            expected=self.site.expected_vjps,
-            body_eps=self.site.spec.body_eps,
-        )
-        self.site.expected_vjps = found.needed
+        if config.backward in ("phantom", "neumann"):
+            damping = config.backward_damping if config.backward == "phantom" else 1.0
+            found = phantom(self.vjp, lambda w: (self.vjp(w), None), q, config.backward_steps, damping)
+        else:
+            found = solve_adjoint(
+                self.vjp,
+                lambda w: (self.vjp(w), None),
+                q,
+                self.factors if config.backward == "reuse" else None,
+                tol=config.backward_tol,
+                max_iter=max(1, config.backward_max_iter),
+                expected=self.site.expected_vjps,
+                body_eps=self.site.spec.body_eps,
+            )
+            self.site.expected_vjps = found.needed
+            declared_gradient_holds(self.site, found)
         if self.serial:
             records.complete(
                 self.serial,

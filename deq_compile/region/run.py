@@ -73,7 +73,12 @@ def run_forward(
         return any(test.holds(layout, z, f, others) for test in spec.stop)
 
     def solved(
-        start: Tensor, tol: float, steps: Tensor | None = None, coefficients: Tensor | None = None, solver: str = config.solver
+        start: Tensor,
+        tol: float,
+        steps: Tensor | None = None,
+        coefficients: Tensor | None = None,
+        solver: str = config.solver,
+        max_iter: int = config.max_iter,
     ) -> Solution:
         return solve(
             body,
@@ -81,7 +86,7 @@ def run_forward(
             solver=solver,
             tol=tol,
             stop_mode=config.stop_mode,
-            max_iter=config.max_iter,
+            max_iter=max_iter,
             memory=config.memory,
             factor_dtype=spec.factor_dtype,
             body_eps=spec.body_eps,
@@ -103,7 +108,8 @@ def run_forward(
         if solution is None:
             solution = solved(z0, site.tol, steps, coefficients)
         if spec.iterations is None and not inside and solution.missed():
-            solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard"))
+            own = spec.own_cap or config.max_iter
+            solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard", max_iter=own))
     loop = None
     if due and spec.iterations is not None and solution is not None:
         loop = _apply(body, z0, spec.iterations)
@@ -172,9 +178,17 @@ def run_backward(
             adjoint_residual_batch=float(found.residual),
             adjoint_message=found.status.message,
         )
-    if engine.capturing() or _gradient_is_the_loops(site, linear, found):
+    if engine.capturing():  # nothing may be asked of the device
         return None, found.payload
-    return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
+    z0 = layout.flatten(state0).detach()
+    if spec.iterations is None:
+        if declared_gradient_holds(site, found):
+            return None, found.payload
+        count = _own_iterations(site, layout, runner, z0, operands, sizes)
+        return _loop_gradient(site, layout, runner, z0, q, operands, needs, serial, count)
+    if _gradient_is_the_loops(site, linear, found):
+        return None, found.payload
+    return _loop_gradient(site, layout, runner, z0, q, operands, needs, serial)
 
 
 def _adjoint(
@@ -243,6 +257,50 @@ def _gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolutio
     if site.adjoint_misses >= MISSES_BEFORE_KEPT:
         site.decide("kept", None)
     return not missed
+
+
+def declared_gradient_holds(site: Site, found: AdjointSolution) -> bool:
+    """Whether the implicit gradient of a declared fixed point may be returned. A miss is said, once; and where nothing has
+    been solved at all (a body that freezes samples has the Jacobian 1 there), a loop with a test has a gradient of its own."""
+    config = site.spec.config
+    limit = max(10 * config.backward_tol, 0.1)
+    asked = config.backward == "reuse" and config.backward_max_iter > 0
+    if not asked or found.status in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR) or found.residual <= limit:
+        return True
+    back = site.spec.own_cap is not None
+    if not site.warned_of_gradient:
+        site.warned_of_gradient = True
+        warnings.warn(
+            f"fixed-point region at {site.spec.where}: the implicit gradient missed backward_tol={config.backward_tol:g}, with "
+            f"an adjoint residual of {found.residual:.1e} after {found.vjps} products; "
+            + ("the loop's own gradient is used. " if back else "it is returned as it is. ")
+            + "Raise backward_max_iter or backward_tol, or make the body contract",
+            RegionWarning,
+            stacklevel=2,
+        )
+    return not back
+
+
+def _own_iterations(
+    site: Site, layout: Layout, runner: Runner, z0: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]
+) -> int:
+    """Iterations after which the user's own loop ends."""
+    spec, others = site.spec, (*operands, *sizes)
+
+    def stop(z: Tensor, f: Tensor) -> bool:
+        return any(test.holds(layout, z, f, others) for test in spec.stop)
+
+    assert spec.own_cap is not None
+    return solve(
+        lambda z: runner.apply(z, operands),
+        z0,
+        solver="picard",
+        tol=site.tol,
+        stop_mode=spec.config.stop_mode,
+        max_iter=spec.own_cap,
+        body_eps=spec.body_eps,
+        stop=stop if spec.stop else None,
+    ).evaluations
 
 
 def _captured(
@@ -394,10 +452,11 @@ def _loop_gradient(
     operands: Sequence[Tensor],
     needs: tuple[bool, ...],
     serial: int,
+    count: int | None = None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:
     """The exact gradient of a loop: recompute its N iterates, then one VJP at each, last to first. Where a fixed point was
-    declared there is no N, and the loop is that of `max_iter` plain iterations."""
-    count = site.spec.iterations or site.spec.config.max_iter
+    declared there is no N, and the loop is that of `count` plain iterations, by default `max_iter`."""
+    count = count or site.spec.iterations or site.spec.config.max_iter
     total: list[Tensor | None] = [None] * sum(needs)
     w = q
     for iterate in _iterates_backwards(runner, z0, operands, count, site.spec.config.loop_memory):

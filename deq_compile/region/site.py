@@ -43,6 +43,7 @@ class RegionSpec:
     config      settled options
     stop        the user's own tests, any of which ends the solve in place of `config.tol`
     where       the user's file and line, for messages
+    own_cap     the most iterations that the user's own loop makes, where a test ends it; None where there is no such loop
     """
 
     body: BodySpec
@@ -53,6 +54,7 @@ class RegionSpec:
     config: Config
     where: str = "<unknown>"
     stop: tuple[StopTest, ...] = ()
+    own_cap: int | None = None
 
     @property
     def stores_steps(self) -> bool:
@@ -111,7 +113,7 @@ class Site:
         self.adjoint_misses = 0
         self.verify_gradient = False  # the next backward looks at its gradient as the forward did at the value
         self.expected_vjps: int | None = None
-        self.warned = False
+        self.warned = self.warned_of_gradient = False
         self.pending: Solution | None = None
         self.engine, self.engine_reason = "loop", ""
         self.on_change: Callable[[Site], None] = lambda site: None

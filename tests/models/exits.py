@@ -26,6 +26,7 @@ class Form:
     breaks   graph breaks; 0 means that it compiles under fullgraph=True
     refused  why it is left alone, where it is
     kind     what the report calls the region
+    implicit the gradient is the implicit one, which the user's own backward approximates
     """
 
     build: Callable[[], nn.Module]
@@ -35,6 +36,7 @@ class Form:
     kind: str = "loop until a test"
     shape: tuple[int, ...] = (4, D)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    implicit: bool = False
 
     def make(self) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(0)
@@ -214,10 +216,11 @@ class Submodule(nn.Module):
         return self.head(self.solve(torch.relu(self.embed(x))))
 
 
-def iterate(f: Callable[[Tensor], Tensor], z: Tensor, tol: float = TOL, max_iter: int = CAP) -> Tensor:
-    for _ in range(max_iter):
+def iterate(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """No arguments by which capture would know a solver."""
+    for _ in range(CAP):
         z_new = f(z)
-        if torch.norm(z_new - z) < tol:
+        if torch.norm(z_new - z) < TOL:
             return z_new
         z = z_new
     return z
@@ -296,6 +299,125 @@ class OneOfTwo(nn.Module):
             if trace[-1] < TOL:
                 break
         return z * len(trace)
+
+
+class WhileNotDone(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z, done = torch.zeros_like(x), torch.tensor(False)
+        while not done:
+            z_new = self.f(z, x)
+            done = (z_new - z).norm() < TOL
+            z = z_new
+        return z
+
+
+class BoolOfTensor(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            done = bool((z_new - z).norm() < TOL)
+            z = z_new
+            if done:
+                break
+        return z
+
+
+class OrDiverged(Cell):
+    """Two tests in one condition."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            err = (z_new - z).norm()
+            z = z_new
+            if err < TOL or torch.isnan(err):
+                break
+        return z
+
+
+class MinimumSteps(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for k in range(CAP):
+            z_new = self.f(z, x)
+            err = (z_new - z).norm()
+            z = z_new
+            if k > 2 and err < TOL:
+                break
+        return z
+
+
+class ToleranceIsABuffer(Cell):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("tol", torch.tensor(TOL))
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            err = (z_new - z).pow(2).mean().sqrt()
+            z = z_new
+            if err < self.tol:
+                break
+        return z
+
+
+class GradientDescent(Cell):
+    """The test looks at the step, not at an image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        A = self.f.W.weight.T @ self.f.W.weight + torch.eye(D).to(x)
+        z = torch.zeros_like(x)
+        while True:
+            g = z @ A - x
+            if g.norm() < TOL:
+                break
+            z = z - 0.5 * g
+        return z
+
+
+class DictOfStates(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = Linear(), Linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = {"a": torch.zeros_like(x), "b": torch.zeros_like(x)}
+        for _ in range(CAP):
+            new = {"a": self.f(state["a"], x), "b": self.g(state["b"], 0.3 * state["a"])}
+            err = max((new[name] - state[name]).norm().item() for name in state)
+            state = new
+            if err < TOL:
+                break
+        return state["a"] + state["b"]
+
+
+class TestedEveryFifth(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for k in range(CAP):
+            z_new = self.f(z, x)
+            if k % 5 == 0 and (z_new - z).norm() < TOL:
+                break
+            z = z_new
+        return z_new
+
+
+class FrozenSamples(Cell):
+    """Samples that have converged are held where they are: at the end the body is the identity, and has no gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            err = (z_new - z).norm(dim=1, keepdim=True)
+            z = torch.where(err < TOL, z, z_new)
+            if (err < TOL).all():
+                break
+        return z
 
 
 # ---- what has to be left alone
@@ -456,6 +578,13 @@ FORMS: dict[str, Form] = {
     "damped": Form(DampedUndampedTest),
     "nan_guard": Form(NanGuard),
     "two_states": Form(TwoStates),
+    "while_not_done": Form(WhileNotDone),
+    "bool_of_tensor": Form(BoolOfTensor),
+    "or_diverged": Form(OrDiverged),
+    "minimum_steps": Form(MinimumSteps, refused=Reason.TOO_SHORT),
+    "tolerance_is_a_buffer": Form(ToleranceIsABuffer),
+    "gradient_descent": Form(GradientDescent),
+    "dict_of_states": Form(DictOfStates),
     "last_residual_returned": Form(LastResidualReturned),
     "submodule": Form(Submodule),
     "in_a_function": Form(InAFunction),
@@ -473,6 +602,7 @@ FORMS: dict[str, Form] = {
     "halving": Form(Halving, 0, 1, Reason.EXIT_TEST),
     "cosine_test": Form(CosineTest, 0, 1, Reason.EXIT_TEST),
     "depends_on_step": Form(DependsOnStep, 0, 1, Reason.OTHER_CONSTANT),
+    "tested_every_fifth": Form(TestedEveryFifth, 0, 1),
     "prints": Form(Prints, 0, 1),
     "if_inside": Form(IfInside, 0, 1),
 }

@@ -96,15 +96,33 @@ class Library:
     refused: Reason | None = None
     shape: tuple[int, ...] = (4, D)
 
+    @property
+    def regions(self) -> int:
+        return 0 if self.refused is not None else 1
+
+    @property
+    def breaks(self) -> int:
+        return 1 if self.refused is not None else 0
+
+    @property
+    def kind(self) -> str:
+        return f"TorchDEQ {_SOLVERS[self.config.get('f_solver', 'fixed_point_iter')]}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"tol": None, "backward_tol": None}  # theirs hold
+
     def make(self) -> tuple[nn.Module, Tensor]:
         torch.manual_seed(0)
-        tight = {"f_tol": 1e-6, "b_tol": 1e-6, "f_max_iter": 80, "b_max_iter": 80}
+        cap = 80 if self.refused is None else 8  # their own solver is traced in pieces, a graph for each of its functions
+        tight = {"f_tol": 1e-6, "b_tol": 1e-6, "f_max_iter": cap, "b_max_iter": cap}
         model = self.model(**{**tight, **self.config})
         if not isinstance(model, Normed):
             contract(model)
         return model.train(self.train), torch.randn(self.shape, dtype=torch.float64).float()
 
 
+_SOLVERS = {"fixed_point_iter": "fixed_point_iter", "broyden": "broyden_solver", "anderson": "anderson_solver"}
 IFT, HOOK = {"ift": True}, {"hook_ift": True}
 INDEXING = {"core": "indexing"}
 IMAGE = (2, 8, 6, 6)

@@ -1,0 +1,50 @@
+"""Fixed points in `torch.autograd.Function`s: said in the report, and left to Dynamo.
+
+A backward that differentiates inside of itself cannot be traced, so the function stays outside of the graph. What its
+forward calls may still be compiled on its own; the backward stays the user's.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from deq_compile.report import Reason, Skipped
+
+from . import dynamo, marker
+
+_FIX = "{name}.backward differentiates f again; z = deq_compile.fixed_point(lambda z: f(z, x), z0) in the place of {name}.apply"
+
+
+def install() -> Callable[[], None]:
+    """Patch Dynamo; returns what takes the patch out again."""
+    original = dynamo.AutogradFunctionVariable.call_apply
+
+    @functools.wraps(original)
+    def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if marker.ours(tx) and differentiates_inside(self.fn_cls):
+            detail = _FIX.format(name=self.fn_cls.__name__)
+            marker.tell(tx, Skipped(Reason.AUTOGRAD_FUNCTION, marker.location(tx), detail))
+        return original(self, tx, args, kwargs)
+
+    dynamo.AutogradFunctionVariable.call_apply = call_apply
+
+    def remove() -> None:
+        dynamo.AutogradFunctionVariable.call_apply = original
+
+    return remove
+
+
+@functools.lru_cache(maxsize=256)
+def differentiates_inside(cls: Any) -> bool:
+    """Whether the backward of a function calls `grad` or `vjp` itself."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.backward)))
+    except (OSError, TypeError, SyntaxError):
+        return False
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return any((f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "")) in ("grad", "vjp") for f in calls)

@@ -1,0 +1,157 @@
+"""Backward hooks that solve the adjoint equation, taken over while Dynamo traces `z.register_hook(hook)`.
+
+A hook that is recognised is not installed. An `adjoint_hook` in the graph says which step it differentiates; a pass then
+makes that step the body of the region before it, whose own backward solves the same equation. Where no pass does, Dynamo
+traces the frame again, and the hook stays. `x.requires_grad_()` on a tensor made in the graph, which the hooks need for
+their vector-Jacobian products, becomes a marker too: torch 2.11 refuses it, torch 2.13 leaves a write in the graph.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from deq_compile.report import Reason, Skipped
+
+from . import dynamo, marker
+from .hook_source import AdjointHook, read_hook
+from .solver_family import Family, family_of
+
+COUNT_ONLY_TOL = 1e-4  # where the hook's solve has a count and no tolerance
+
+
+def install() -> Callable[[], None]:
+    """Patch Dynamo; returns what takes the patches out again."""
+    register_hook, requires_grad_ = dynamo.TensorVariable.method_register_hook, dynamo.TensorVariable.method_requires_grad_
+
+    @functools.wraps(register_hook)
+    def patched_register_hook(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.source and len(args) == 1 and not kwargs and marker.ours(tx):
+            handle = _take(self, tx, args[0])
+            if handle is not None:
+                return handle
+        return register_hook(self, tx, *args, **kwargs)
+
+    @functools.wraps(requires_grad_)
+    def patched_requires_grad_(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.source and not args and not kwargs and marker.ours(tx):
+            site = marker.site_of(tx, "requires_grad_")
+            if not marker.blocked(tx, site) and not self.as_proxy().node.meta["example_value"].requires_grad:
+                _replace(self, tx, marker.adjoint_input, (self.as_proxy(), site))
+                return self
+        return requires_grad_(self, tx, *args, **kwargs)
+
+    dynamo.TensorVariable.method_register_hook = patched_register_hook
+    dynamo.TensorVariable.method_requires_grad_ = patched_requires_grad_
+
+    def remove() -> None:
+        dynamo.TensorVariable.method_register_hook = register_hook
+        dynamo.TensorVariable.method_requires_grad_ = requires_grad_
+
+    return remove
+
+
+def _replace(variable: Any, tx: Any, function: Any, args: tuple[Any, ...]) -> None:
+    """Let a tensor variable stand for `function(*args)` from here on."""
+    proxy = tx.output.create_proxy("call_function", function, args, {})
+    variable.proxy = dynamo.wrap_fx_proxy(tx, proxy).as_proxy()
+    variable.synchronize_attributes(tx)
+
+
+def _take(variable: Any, tx: Any, hook: Any) -> Any:
+    """A handle of a hook that is never called; None where the hook stays."""
+    site = marker.site_of(tx, "register_hook")
+    if marker.blocked(tx, site):
+        return None
+    hook = hook.realize() if hasattr(hook, "realize") else hook
+    code = hook.get_code() if hasattr(hook, "get_code") else None
+    found = read_hook(code) if code is not None else None
+    if found is None:
+        return None
+    names = _Names(tx, hook)
+    f, z = names.variable(found.f), names.variable(found.z)
+    tol = _tolerance(found, names)
+    if tol is None or not all(isinstance(v, dynamo.TensorVariable) for v in (f, z)):
+        detail = "the solver that the hook calls, or its tolerance, is not known"
+        marker.refuse(tx, site, Skipped(Reason.HOOK, marker.location(tx), detail))
+        return None
+    _replace(variable, tx, marker.adjoint_hook, (variable.as_proxy(), f.as_proxy(), z.as_proxy(), site, tol))
+    return dynamo.removed_handle()
+
+
+class _Names:
+    """What the names in a hook stand for: its closure, then the globals of its file."""
+
+    def __init__(self, tx: Any, hook: Any) -> None:
+        self.tx = tx
+        cells = getattr(hook, "closure", None)
+        items = getattr(cells, "items", cells) or ()
+        self.cells = dict(zip(hook.get_code().co_freevars, items, strict=False))
+        self.globals = hook.get_globals() if hasattr(hook, "get_globals") else {}
+
+    def variable(self, name: str) -> Any:
+        """Dynamo's variable for a captured name; None where there is none."""
+        cell = self.cells.get(name)
+        if cell is None:
+            return None
+        if isinstance(cell, dynamo.CellVariable):
+            cell = self.tx.output.side_effects.load_cell(cell)
+        return cell.realize() if hasattr(cell, "realize") else cell
+
+    def value(self, expression: ast.expr) -> Any:
+        """The Python value of an expression.
+
+        Raises:
+            LookupError: it is none that could be told.
+        """
+        if isinstance(expression, ast.Constant):
+            return expression.value
+        if isinstance(expression, ast.Name):
+            variable = self.variable(expression.id)
+            if variable is None:
+                return self.globals[expression.id]
+            return _python(variable)
+        if isinstance(expression, ast.Attribute):
+            return getattr(self.value(expression.value), expression.attr)
+        raise LookupError(ast.dump(expression))
+
+
+def _python(variable: Any) -> Any:
+    for attribute in ("fn", "value"):  # a function; a module or object
+        if attribute in variable.__dict__:
+            return variable.__dict__[attribute]
+    if variable.is_python_constant():
+        return variable.as_python_constant()
+    items = variable.__dict__.get("items")
+    if isinstance(items, dict):
+        return {key.vt.as_python_constant(): value.realize().as_python_constant() for key, value in items.items()}
+    raise LookupError(type(variable).__name__)
+
+
+def _tolerance(hook: AdjointHook, names: _Names) -> float | None:
+    """The tolerance at which a hook solves; None where its solver or tolerance is not known."""
+    if hook.solver is None:
+        return hook.loop_tol or COUNT_ONLY_TOL
+    try:
+        function = names.value(hook.solver)
+        family = next((found for dims in (2, 3, 4) if isinstance(found := family_of(function, dims), Family)), None)
+        if family is None:
+            return None
+        given = dict(zip(list(inspect.signature(function).parameters)[1:], (None for _ in hook.positional), strict=False))
+        for name, expression in hook.keywords:
+            if name is None:
+                given |= names.value(expression)
+            elif name == family.tol:
+                given[name] = names.value(expression)
+        if family.tol is None:
+            return COUNT_ONLY_TOL
+        if family.tol in given:
+            tol = given[family.tol]
+        else:
+            tol = inspect.signature(function).parameters[family.tol].default
+    except (LookupError, AttributeError, TypeError, ValueError):
+        return None
+    return float(tol) if isinstance(tol, int | float) and tol > 0 else None

@@ -1,0 +1,285 @@
+"""Which functions are fixed-point solvers, and what they return: by signature, and by what they do.
+
+A function whose parameters are a map, an initial state, a tolerance and a cap is tried out once on a small contraction
+whose fixed point is known. It is a solver if that point is what it finds, and the place of the point in what it returns, with
+the names of the other fields, says how the result of a call is to be built. No source of any solver is looked at.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_MAPS = {"f", "fun", "func", "fn", "g", "function", "deq_func"}
+_STATES = {"x0", "z0", "z_init", "x_init", "z", "x", "init", "y0", "u0", "h0", "z_0", "x_0", "initial"}
+_TOLERANCES = ("tol", "eps", "tolerance", "f_tol", "rtol", "atol")
+_CAPS = ("max_iter", "max_iters", "maxiter", "n_iter", "num_iter", "max_steps", "threshold", "f_thres", "iters", "steps")
+_MODES = ("stop_mode", "mode")
+# fields of a dictionary, by the names that published solvers give them
+_FIELDS = {
+    "lowest": "residual", "abs_lowest": "absolute", "rel_lowest": "relative", "residual": "residual", "res": "residual",
+    "nstep": "iterations", "tnstep": "iterations", "steps": "iterations", "n_iter": "iterations", "iterations": "iterations",
+    "abs_trace": "absolute list", "rel_trace": "relative list", "trace": "residual list",
+    "eps": "tol", "tol": "tol", "threshold": "cap", "max_iter": "cap", "prot_break": "false", "diverged": "false",
+}  # fmt: skip
+
+_TIGHT, _LOOSE = 1e-8, 1e-2
+
+
+class SolveInfo(NamedTuple):
+    """What `register_solver(result=...)` gets beside the fixed point: (B,) stopping residuals, (B,) iterations."""
+
+    residual: Tensor
+    iterations: Tensor
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to read a call of a solver.
+
+    f, z0, tol, cap, mode  names of its parameters; None where it has none
+    absolute  its tolerance is one for |f(z) - z| of the whole batch, in the absence of a mode
+    shape     what it returns, with "z" where the fixed point is: a word, ("tuple", part, ...) or ("dict", (key, part), ...)
+    build     a function of (z, SolveInfo) that makes what it returns, in place of `shape`
+    """
+
+    f: str
+    z0: str
+    tol: str | None
+    cap: str | None
+    mode: str | None
+    absolute: bool
+    shape: Any
+    build: Callable[[Any, SolveInfo], Any] | None = None
+
+
+_registered: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
+_looks: weakref.WeakKeyDictionary[Any, dict[str, Any] | None] = weakref.WeakKeyDictionary()  # by code object
+_known: weakref.WeakKeyDictionary[Any, dict[int, Family | str | None]] = weakref.WeakKeyDictionary()
+
+
+def register_solver(
+    function: Callable[..., Any],
+    /,
+    *,
+    f: int | str = 0,
+    z0: int | str = 1,
+    result: int | str | Callable[[Any, SolveInfo], Any] | None = None,
+    tol: str | None = None,
+    max_iter: str | None = None,
+    stop_mode: str = "rel",
+) -> Callable[..., Any]:
+    """Name a function of your own as a fixed-point solver, so that models that call it get a region in its place.
+
+    Args:
+        function: called as `function(f, z0, ...)`; a plain Python function. Returned as it is, so this is also a decorator.
+        f: position or name of the parameter that is the map.
+        z0: that of the initial state, a tensor.
+        result: where the fixed point is in what `function` returns: None if that is all it returns, an index of a tuple, a key
+            of a dictionary; or a function of (z, info) that makes the returned value, where `info` is a
+            :class:`SolveInfo`. With an index or key, `function` is tried out once on a small problem to learn the other fields.
+        tol, max_iter: names of its parameters for the tolerance and the cap, where they are not the usual ones.
+        stop_mode: "rel" or "abs", what its tolerance means.
+
+    Raises:
+        TypeError: no plain Python function.
+        ValueError: a parameter that it does not have, or a bad `stop_mode`.
+    """
+    if not isinstance(function, types.FunctionType):
+        raise TypeError(f"register_solver: expected a plain Python function, got {type(function).__name__}")
+    names = list(inspect.signature(function).parameters)
+    if stop_mode not in ("rel", "abs"):
+        raise ValueError(f"register_solver: expected stop_mode 'rel' or 'abs', got {stop_mode!r}")
+
+    def name_of(what: str, given: int | str | None) -> str | None:
+        if isinstance(given, int) and -len(names) <= given < len(names):
+            return names[given]
+        if given is None or given in names:
+            return given
+        raise ValueError(f"register_solver: expected {what} among the parameters of {function.__name__}, {names}, got {given!r}")
+
+    _registered[function] = {
+        "f": name_of("f", f),
+        "z0": name_of("z0", z0),
+        "result": result,
+        "tol": name_of("tol", tol) or _first(names, _TOLERANCES),
+        "cap": name_of("max_iter", max_iter) or _first(names, _CAPS),
+        "mode": _first(names, _MODES),
+        "absolute": stop_mode == "abs",
+    }
+    _known.pop(function, None)
+    return function
+
+
+def roles_of(function: Any) -> dict[str, Any] | None:
+    """Names of the parameters of a solver, by role; None for what does not look like one. Quick."""
+    if not isinstance(function, types.FunctionType):
+        return None
+    code = function.__code__
+    if function not in _registered and code not in _looks:
+        _looks[code] = _signature(function)
+    return _registered.get(function) or _looks[code]
+
+
+def family_of(function: Any, dims: int) -> Family | str | None:
+    """The family of a function for states of `dims` dimensions; a text where it is a solver that cannot be taken; or None."""
+    if not isinstance(function, types.FunctionType):
+        return None
+    by_dims = _known.get(function)
+    if by_dims is None:
+        by_dims = _known[function] = {}
+    if dims not in by_dims:
+        by_dims[dims] = _examine(function, dims)
+    return by_dims[dims]
+
+
+def _first(names: list[str], wanted: tuple[str, ...]) -> str | None:
+    return next((name for name in wanted if name in names), None)
+
+
+def _examine(function: types.FunctionType, dims: int) -> Family | str | None:
+    said = dict(roles_of(function) or {})
+    if not said:
+        return None
+    result = said.pop("result", "?")
+    facts = said
+    if result is None:
+        return Family(**facts, shape="z")
+    if callable(result):
+        return Family(**facts, shape="z", build=result)
+    try:
+        with torch.no_grad():
+            return _try_out(function, facts, dims, None if result == "?" else result)
+    except Exception as error:  # whatever a function does that is called with what it did not expect
+        if result == "?":
+            return None
+        return f"{function.__name__} could not be tried out: {type(error).__name__}: {error}"
+
+
+def _signature(function: types.FunctionType) -> dict[str, Any] | None:
+    """Roles of the parameters of what looks like a solver."""
+    file = function.__code__.co_filename
+    if file.startswith((os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(os.path.abspath(__file__))))):
+        return None
+    names = list(function.__code__.co_varnames[: function.__code__.co_argcount + function.__code__.co_kwonlyargcount])
+    if len(names) < 3 or names[0] not in _MAPS or names[1] not in _STATES:
+        return None
+    tol, cap, mode = _first(names, _TOLERANCES), _first(names, _CAPS), _first(names, _MODES)
+    if tol is None or cap is None:
+        return None
+    parameters = inspect.signature(function).parameters.values()
+    required = {p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD}
+    if not required <= {names[0], names[1], tol, cap, mode}:
+        return None
+    return {"f": names[0], "z0": names[1], "tol": tol, "cap": cap, "mode": mode, "absolute": False}
+
+
+# ---- trying a function out
+
+
+class _Problem:
+    """z -> 0.6 S z + b with S a cyclic shift of the last dimension: a contraction whose fixed point is known."""
+
+    def __init__(self, dims: int, scale: float) -> None:
+        shape = (2, 3, 2, 2, 2, 2)[:dims]
+        generator = torch.Generator().manual_seed(0)
+        self.b = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        self.z = torch.zeros_like(self.b)
+        for _ in range(100):
+            self.z = self.map(self.z)
+
+    def map(self, z: Tensor) -> Tensor:
+        return 0.6 * torch.roll(z, 1, -1) + self.b
+
+    def residual(self, z: Tensor) -> float:
+        return float(torch.linalg.vector_norm(self.map(z) - z))
+
+
+def _run(function: Callable[..., Any], facts: Mapping[str, Any], problem: _Problem, tol: float) -> Any:
+    given: dict[str, Any] = {facts["f"]: problem.map, facts["z0"]: torch.zeros_like(problem.b)}
+    if facts["tol"] is not None:
+        given[facts["tol"]] = tol
+    if facts["cap"] is not None:
+        given[facts["cap"]] = 100
+    return function(**given)
+
+
+def _try_out(function: Callable[..., Any], facts: dict[str, Any], dims: int, path: Any) -> Family | str | None:
+    problem = _Problem(dims, 1.0)
+    returned = _run(function, facts, problem, _TIGHT)
+    shape = _shape(returned, problem, path)
+    if not _holds_z(shape):
+        return None if path is None else f"{function.__name__} did not return the fixed point at {path!r}"
+    unknown = _unknown(shape)
+    if unknown:
+        return f"{function.__name__} returns {unknown}, which is not known: name it with register_solver(..., result=function)"
+    if facts["mode"] is None and facts["tol"] is not None and path is None:
+        # the same problem ten thousand times smaller: an absolute tolerance is content at once
+        small = _Problem(dims, 1e-4)
+        z = _nearest(_run(function, facts, small, _LOOSE), small)
+        facts = {**facts, "absolute": z is not None and small.residual(z) > 0.1 * float(small.z.norm())}
+    return Family(**facts, shape=shape)
+
+
+def _is_z(value: Any, problem: _Problem) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and value.shape == problem.z.shape
+        and bool(torch.allclose(value.double(), problem.z, rtol=1e-5, atol=1e-6))
+    )
+
+
+def _nearest(returned: Any, problem: _Problem) -> Tensor | None:
+    """The tensor in a result that is nearest to the fixed point."""
+    found = [t for t in torch.utils._pytree.tree_leaves(returned) if isinstance(t, Tensor) and t.shape == problem.z.shape]
+    return min(found, key=problem.residual, default=None)
+
+
+def _shape(returned: Any, problem: _Problem, path: Any) -> Any:
+    if isinstance(returned, Tensor):
+        return "z" if _is_z(returned, problem) else "? a tensor"
+    if type(returned) is tuple:
+        parts = []
+        for i, part in enumerate(returned):
+            taken = (path is None or i == path) and _is_z(part, problem)
+            parts.append("z" if taken else _field(str(i), part, problem))
+        return ("tuple", *parts)
+    if type(returned) is dict:
+        taken = {key: (path is None or key == path) and _is_z(part, problem) for key, part in returned.items()}
+        return ("dict", *((key, "z" if taken[key] else _field(str(key), part, problem)) for key, part in returned.items()))
+    return f"? {type(returned).__name__}"
+
+
+def _field(name: str, value: Any, problem: _Problem) -> Any:
+    """What one field beside the fixed point is: by its name, by its numbers; what starts with "?" is not known."""
+    if type(value) is dict:
+        return _shape(value, problem, object())
+    by_name = _FIELDS.get(name)
+    if by_name is not None:
+        return by_name
+    if isinstance(value, list) and value and all(isinstance(v, float | int | Tensor) and not isinstance(v, bool) for v in value):
+        numbers = [float(v) for v in value if not isinstance(v, Tensor) or v.numel() == 1]
+        # residuals: they fall, and end where the solver stopped
+        if len(numbers) == len(value) and numbers[-1] <= 1e-4 and numbers[-1] <= numbers[0]:
+            return "relative list"
+    if value is None:
+        return "none"
+    return f"? {type(value).__name__} at {name!r}"
+
+
+def _holds_z(shape: Any) -> bool:
+    return shape == "z" or (isinstance(shape, tuple) and any(_holds_z(part) for part in shape))
+
+
+def _unknown(shape: Any) -> str:
+    if isinstance(shape, str):
+        return shape[2:] if shape.startswith("? ") else ""
+    return next((found for part in shape if isinstance(part, tuple | str) and (found := _unknown(part))), "")
