@@ -22,7 +22,7 @@ from .forward import Solution, better_of, solve
 from .layout import Layout
 from .probe import rows_are_independent
 from .site import MISSES_BEFORE_KEPT, Site
-from .status import AdjointStatus, converged, message_of
+from .status import AdjointStatus, Status, converged, message_of
 
 # What may be left of the adjoint after N steps back, in units of what may be left of the distance to the fixed point: both
 # shrink as the N-th power of the Jacobian, from another start.
@@ -39,7 +39,8 @@ class RegionWarning(UserWarning):
 @dataclasses.dataclass
 class Forward:
     """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows.
-    `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept."""
+    `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept. `linear` is
+    the body linearised at the fixed point, where the last evaluation gave that too."""
 
     states: list[Tensor]
     n: Tensor
@@ -47,6 +48,7 @@ class Forward:
     rows: bool
     serial: int
     about: Tensor
+    linear: Linearised | None = None
 
 
 def run_forward(
@@ -62,11 +64,19 @@ def run_forward(
     z0 = layout.flatten(state0).detach()
     runner = runner_for(spec.body, layout, operands, sizes)
     evaluations = 0
+    latest: Linearised | None = None
+    # The last evaluation is at the fixed point: with what it saves the backward need not evaluate once more.
+    saves = spec.grad and config.solver == "broyden" and config.backward != "unroll" and not spec.stop and not on_gpu(z0.device)
+    needs = spec.needs if saves else None
 
     def body(z: Tensor) -> Tensor:
-        nonlocal evaluations
+        nonlocal evaluations, latest
         evaluations += 1
-        return runner.apply(z, operands)
+        both = None if needs is None else runner.apply_and_linearise(z, operands, needs)
+        if both is None:
+            return runner.apply(z, operands)
+        latest = both[1]
+        return both[0]
 
     def stop(z: Tensor, f: Tensor) -> bool:
         others = (*operands, *sizes)
@@ -110,6 +120,9 @@ def run_forward(
         if spec.iterations is None and not inside and solution.missed():
             own = spec.own_cap or config.max_iter
             solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard", max_iter=own))
+    linear, first = None, solution
+    if latest is not None and solution is not None and bool((solution.status == Status.CONVERGED).all()):
+        linear = latest
     loop = None
     if due and spec.iterations is not None and solution is not None:
         loop = _apply(body, z0, spec.iterations)
@@ -133,7 +146,9 @@ def run_forward(
     n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
     if solution is not None and solution.state is not None:
         n = solution.state.n
-    return Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n))
+    if solution is None or first is None or solution.z is not first.z:
+        linear = None
+    return Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n), linear)
 
 
 def run_backward(
@@ -146,8 +161,9 @@ def run_backward(
     factors: tuple[Tensor, Tensor, Tensor],
     forward: tuple[bool, bool, int],
     needs: tuple[bool, ...],
+    linear: Linearised | None = None,
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
-    """Gradients of the initial state (None: zero) and of the operands marked in `needs`."""
+    """Gradients of the initial state (None: zero) and of the operands marked in `needs`; `linear` as in `Forward`."""
     spec, (kept, rows, serial) = site.spec, forward
     layout = spec.layout([s.shape for s in states], rows)
     q = layout.flatten([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
@@ -156,16 +172,18 @@ def run_backward(
         return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
     z = layout.flatten(states)
     config = spec.config
+    if needs != spec.needs:
+        linear = None
     found: AdjointSolution
     if config.backward == "jfb":
-        linear = runner.linearise(z, operands, needs)
+        linear = linear or runner.linearise(z, operands, needs)
         found = jacobian_free(linear.vjp_full, q)
     elif config.backward in ("phantom", "neumann"):
-        linear = runner.linearise(z, operands, needs)
+        linear = linear or runner.linearise(z, operands, needs)
         damping = config.backward_damping if config.backward == "phantom" else 1.0
         found = phantom(linear.vjp, linear.vjp_full, q, config.backward_steps, damping)
     else:
-        found, linear = _adjoint(site, layout, runner, z, q, operands, sizes, needs, factors)
+        found, linear = _adjoint(site, layout, runner, z, q, operands, sizes, needs, factors, linear)
         site.expected_vjps = found.needed
     if serial:
         records.complete(
@@ -193,7 +211,7 @@ def run_backward(
 
 def _adjoint(
     site: Site, layout: Layout, runner: Runner, z: Tensor, q: Tensor, operands: Sequence[Tensor], sizes: Sequence[int],
-    needs: tuple[bool, ...], factors: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, ...], factors: tuple[Tensor, Tensor, Tensor], linear: Linearised | None,
 ) -> tuple[AdjointSolution, Linearised]:  # fmt: skip
     """The adjoint solve with the forward's factors, captured where that is possible; and the body linearised at z."""
     spec, config = site.spec, site.spec.config
@@ -212,7 +230,7 @@ def _adjoint(
         captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
         if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
             return solved
-    linear = runner.linearise(z, operands, needs)
+    linear = linear or runner.linearise(z, operands, needs)
     found = solve_adjoint(
         linear.vjp,
         linear.vjp_full,
