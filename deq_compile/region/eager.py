@@ -17,7 +17,7 @@ from deq_compile.config import Config
 from deq_compile.kernels.broyden import Factors
 
 from . import records
-from .adjoint import solve_adjoint
+from .adjoint import phantom, solve_adjoint
 from .body import BodySpec
 from .forward import Solution, better_of, solve
 from .layout import Layout
@@ -43,6 +43,11 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
         key: what stands for f from call to call (its code object); facts learnt about it are kept under that.
         where: the user's file and line.
     """
+    if config.backward == "unroll":
+        raise ValueError(
+            f"fixed point at {where}: backward='unroll' is the gradient of the user's own loop, and a declared fixed point has "
+            "none. Fix: backward='exact'"
+        )
     site = _site(key, state0, config, where)
     layout = _layout(site, f, state0)
 
@@ -82,6 +87,8 @@ def _solve(flat: Callable[[Tensor], Tensor], z0: Tensor, site: Site, solver: str
         memory=config.memory,
         factor_dtype=spec.factor_dtype,
         body_eps=spec.body_eps,
+        anderson_memory=config.anderson_memory,
+        anderson_damping=config.anderson_damping,
     )
 
 
@@ -165,17 +172,22 @@ class _Adjoint:
 
     def solve(self, q: Tensor) -> Tensor:
         config = self.config
-        found = solve_adjoint(
-            self.vjp,
-            lambda w: (self.vjp(w), None),
-            q,
-            self.factors,
-            tol=config.backward_tol,
-            max_iter=max(1, config.backward_max_iter),
-            expected=self.site.expected_vjps,
-            body_eps=self.site.spec.body_eps,
-        )
-        self.site.expected_vjps = found.needed
+        if config.backward in ("phantom", "neumann"):
+            damping = config.backward_damping if config.backward == "phantom" else 1.0
+            found = phantom(self.vjp, self._certified, q, config.backward_steps, damping)
+        else:
+            found = solve_adjoint(
+                self.vjp,
+                self._certified,
+                q,
+                self.factors,
+                tol=config.backward_tol,
+                max_iter=max(1, config.backward_max_iter),
+                expected=self.site.expected_vjps,
+                body_eps=self.site.spec.body_eps,
+                skip=2 if config.memory < config.max_iter else 0,  # a restart may have left two pairs that are not exact
+            )
+            self.site.expected_vjps = found.needed
         if self.serial:
             records.complete(
                 self.serial,
@@ -188,6 +200,9 @@ class _Adjoint:
                 adjoint_message=found.status.message,
             )
         return found.w
+
+    def _certified(self, w: Tensor) -> tuple[Tensor, None]:
+        return self.vjp(w), None  # the operands' gradients come from the attached evaluation of f
 
     def vjp(self, w: Tensor) -> Tensor:
         """w (B, D) -> J^T w (B, D)."""
