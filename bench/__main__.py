@@ -8,6 +8,7 @@ import sys
 from bench import demo, kernels, step
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
+from bench.gradients import cli as gradients
 from bench.tables import cli as tables
 from bench.tables import compile_time
 
@@ -17,6 +18,7 @@ COMMANDS = {
     "demo": demo,
     "fuzz": fuzz,
     "gpu": gpu,
+    "gradients": gradients,
     "kernels": kernels,
     "step": step,
     "tables": tables,

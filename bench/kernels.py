@@ -22,12 +22,13 @@ ARCHITECTURES = (80, 89, 90)
 # Steps that fit: a small memory, a usual solve, the default memory of 40, the largest of 64.
 STEPS = (8, 16, 41, 65)
 DTYPES = ("fp32", "bf16")
+BASIS = 40  # pairs of the adjoint iteration
 
-_INTS = {"n_ptr", "stall_ptr", "count_ptr", "done_ptr", "ints_ptr"}
+_INTS = {"n_ptr", "stall_ptr", "count_ptr", "done_ptr", "ints_ptr", "steps_ptr"}
 _LONGS = {"table_ptr", "handle_ptr"}
 _ADDRESSES = {"S_address", "C_address"}
-_ALIGNED = {"D", "ROW", "SLAB"}
-_FLOATS = {"tol", "floor", "eta"}
+_ALIGNED = {"D", "ROW", "S_ROW", "SLAB"}
+_FLOATS = {"tol", "floor", "eta", "tiny"}
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,47 @@ class Row:
 
 def kernels() -> dict[str, Any]:
     from deq_compile.kernels.broyden import triton_kernels as broyden
+    from deq_compile.kernels.gcr import triton_kernels as gcr
     from deq_compile.kernels.reuse import triton_kernels as reuse
 
     names = {
         broyden: ("start", "summarise", "step_fused", "dots", "combine"),
-        reuse: ("transpose_fused", "transpose_dots", "transpose_combine"),
+        reuse: ("transpose_fused", "transpose_dots", "transpose_combine", "gram"),
+        gcr: ("begin", "project", "extend", "advance"),
     }
-    return {name: getattr(module, name) for module, some in names.items() for name in some}
+    found = {name: getattr(module, name) for module, some in names.items() for name in some}
+    # The same kernels as the type-II operator M.
+    return found | {name.replace("transpose", "multisecant"): kernel for name, kernel in found.items() if "transpose" in name}
 
 
 def constants(name: str, steps: int, graph: bool) -> dict[str, Any]:
     """The compile-time arguments of a kernel, as the launchers choose them for a long row; `graph`: in a WHILE node."""
     import triton.language as tl
 
-    from deq_compile.kernels.tiles import power_of_two, tiles
+    from deq_compile.kernels.gcr.gpu import EXTEND_COLUMNS, EXTEND_WARPS, project_columns
+    from deq_compile.kernels.tiles import by_shape, power_of_two
 
     fused = name.endswith("fused")
-    cut = tiles(32, 4096 if fused else 65536, steps)
+    cut = by_shape(32, 4096 if fused else 65536, steps)
+    basis = by_shape(32, 65536, BASIS)
+    wide = name.endswith("combine") or name == "advance"
     values = {
-        "M": steps - 1, "BM": cut.BM, "BD": cut.BD2 if name in ("combine", "transpose_combine") else cut.BD, "BD2": cut.BD2,
-        "BP": power_of_two(cut.slabs), "STAGES": cut.stages, "RELATIVE": True, "GIVEN": False, "OBSERVE": True,
-        "INDIRECT": graph, "TABLE": graph, "COND": graph, "BB": 256, "ACC": tl.float32,
+        "M": steps - 1, "BM": cut.BM, "BD": cut.BD2 if wide else cut.BD, "BD2": cut.BD2, "BP": power_of_two(cut.slabs),
+        "STAGES": cut.stages, "RELATIVE": True, "GIVEN": False, "OBSERVE": True, "INDIRECT": graph, "TABLE": graph, "COND": graph,
+        "BB": 256, "ACC": tl.float32, "SHIFT": 0 if name.startswith("multisecant") else 1, "SLOTS": steps, "BK": basis.BM,
+        "FIRST": False,
     }  # fmt: skip
+    if name in ("project", "extend", "advance"):
+        values["M"] = BASIS
+    if name == "project":
+        values["BD"] = project_columns(basis)
+    if name == "extend":
+        return {**values, "BD2": EXTEND_COLUMNS, "warps": EXTEND_WARPS, "stages": cut.stages}
+    if name == "gram":
+        from deq_compile.kernels.reuse.gpu import gram_columns, gram_warps
+
+        BM = max(cut.BM, 16)
+        return {**values, "BM": BM, "BD": gram_columns(BM), "warps": gram_warps(BM), "stages": cut.stages}
     if name in ("start", "summarise"):
         return {**values, "BD": 1024, "warps": 4, "stages": cut.stages}
     return {**values, "warps": cut.warps, "stages": cut.stages}
@@ -123,13 +143,15 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
-def rows(architectures: tuple[int, ...] = ARCHITECTURES, steps: tuple[int, ...] = STEPS) -> Iterator[Row]:
+def rows(
+    architectures: tuple[int, ...] = ARCHITECTURES, steps: tuple[int, ...] = STEPS, dtypes: tuple[str, ...] = DTYPES
+) -> Iterator[Row]:
     """Every kernel on every architecture; bf16 factors and the forms for captured graphs on the newest, where they matter."""
     for arch in architectures:
         for name, kernel in kernels().items():
             in_graphs = (False, True) if arch == 90 and any(a in _LONGS for a in kernel.arg_names) else (False,)
             for count in steps:
-                for dtype in DTYPES if arch == 90 else DTYPES[:1]:
+                for dtype in dtypes if arch == 90 else dtypes[:1]:
                     for graph in in_graphs:
                         yield compile_one(name, kernel, arch, dtype, count, graph)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench import problems
 from deq_compile.kernels.broyden.triton_kernels import _set_conditional
 from deq_compile.region.engine import captures
-from deq_compile.region.engine.captures import CapturedForward, ForwardSettings
+from deq_compile.region.engine.forward import CapturedForward, ForwardSettings
 from deq_compile.region.engine.operands import Operands, addresses
 
 from .common import Setting

@@ -54,6 +54,10 @@ class AdjointSolution:
     residuals: Tensor
     status: AdjointStatus
 
+    def after(self, vjps: int) -> AdjointSolution:
+        """The same, with the VJPs that led to ``w`` counted in."""
+        return replace(self, vjps=self.vjps + vjps, needed=vjps)
+
 
 @torch.no_grad()
 def solve_adjoint(
@@ -67,6 +71,7 @@ def solve_adjoint(
     expected: int | None = None,
     body_eps: float | None = None,
     skip: int = 0,
+    watched: bool = True,
 ) -> AdjointSolution:
     """Solve w = q + J^T w by generalised conjugate residuals, preconditioned with the forward solve's type-II factors.
 
@@ -86,6 +91,8 @@ def solve_adjoint(
         expected: the VJP at which the iteration is expected to end, where ``vjp_full`` is called outright; None: 1.
         body_eps: eps of the precision that the VJPs compute in; None is that of ``q``'s dtype.
         skip: pairs of the factors that are left out, oldest first; see :func:`deq_compile.kernels.reuse.multisecant`.
+        watched: whether a device may be asked how far it is. False: ``max_iter`` VJPs and one more, whatever they come to; the
+            batch's residual is not known (NaN), and the status says nothing.
 
     Raises:
         ValueError: ``max_iter`` < 1.
@@ -97,6 +104,8 @@ def solve_adjoint(
     floor = FLOOR_EPS * (torch.finfo(q.dtype).eps if body_eps is None else body_eps)
     operator = multisecant(state, skip) if state is not None else None
     adjoint = new_state(q, operator, min(max_iter, MEMORY), tol=tol, floor=floor)
+    if not watched:
+        return _unwatched(vjp, vjp_full, adjoint, max_iter)
     return _refine(vjp, vjp_full, adjoint, max_iter, 1 if expected is None else expected)
 
 
@@ -127,10 +136,7 @@ def _relative(q: Tensor, jw: Tensor, w: Tensor) -> tuple[Tensor, float]:
 
 
 def _one_vjp(vjp_full: VJPFull, w: Tensor, q: Tensor) -> AdjointSolution:
-    jw, payload = vjp_full(w)
-    residuals, batch = _relative(q, jw, w)
-    status = AdjointStatus.CONVERGED if math.isfinite(batch) else AdjointStatus.NONFINITE
-    return AdjointSolution(w, payload, 1, 1, batch, residuals, status)
+    return certified_at(vjp_full, q, w, AdjointStatus.CONVERGED)
 
 
 def _refine(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int, expected: int) -> AdjointSolution:
@@ -142,39 +148,57 @@ def _refine(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int, expec
         if last or needed == expected:
             at = adjoint.w.clone()  # `move` changes it
             jw, payload = vjp_full(at)
-            move(adjoint, jw, last=last)
+            move(adjoint, jw, last=last, look=True)
             certified = AdjointSolution(
                 at, payload, needed, needed, adjoint.batch, adjoint.residuals.clone(), AdjointStatus.CONVERGED
             )
         else:
             move(adjoint, vjp(adjoint.w), last=last)
-        if adjoint.converged:
-            chosen, status = adjoint.w, AdjointStatus.CONVERGED
-            break
-        if not adjoint.running:
-            chosen, status = _choose(adjoint)
+        if adjoint.converged or not adjoint.running:
+            chosen, status = choose(adjoint)
             break
     if certified is not None and torch.equal(certified.w, chosen):
-        found = replace(certified, vjps=needed, needed=needed)
+        found = replace(certified, vjps=needed, needed=adjoint.needed)
     else:
-        jw, payload = vjp_full(chosen)
-        residuals, batch = _relative(adjoint.q, jw, chosen)
-        found = AdjointSolution(chosen, payload, needed + 1, needed, batch, residuals, status)
+        found = replace(certified_at(vjp_full, adjoint.q, chosen, status), vjps=needed + 1, needed=adjoint.needed)
     return replace(found, status=status if math.isfinite(found.residual) else AdjointStatus.NONFINITE)
 
 
-def _choose(adjoint: GcrState) -> tuple[Tensor, AdjointStatus]:
-    """The estimate to return where ``tol`` was missed: ``w``, but for samples that failed or blew up."""
+def _unwatched(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int) -> AdjointSolution:
+    adjoint.unwatched()
+    for k in range(max_iter):
+        move(adjoint, vjp(adjoint.w), last=k + 1 == max_iter)
+    w, _, _ = _with_fallbacks(adjoint)
+    jw, payload = vjp_full(w)
+    norms, scale = (torch.linalg.vector_norm(v, dim=1) for v in (adjoint.q + jw.to(adjoint.q.dtype) - w, adjoint.q))
+    return AdjointSolution(w, payload, max_iter + 1, max_iter, math.nan, norms / scale, AdjointStatus.CONVERGED)
+
+
+def certified_at(vjp_full: VJPFull, q: Tensor, w: Tensor, status: AdjointStatus) -> AdjointSolution:
+    """The solution at an estimate w, with its true residual, at one VJP."""
+    jw, payload = vjp_full(w)
+    residuals, batch = _relative(q, jw, w)
+    return AdjointSolution(w, payload, 1, 1, batch, residuals, status if math.isfinite(batch) else AdjointStatus.NONFINITE)
+
+
+def choose(adjoint: GcrState) -> tuple[Tensor, AdjointStatus]:
+    """The estimate to return, ``w``; where the batch missed ``tol``, not for samples that failed or blew up."""
+    if adjoint.converged:
+        return adjoint.w, AdjointStatus.CONVERGED
+    chosen, replaced, lost = _with_fallbacks(adjoint)
+    if replaced.any():
+        return chosen, AdjointStatus.FALLBACK_COTANGENT if lost.any() else AdjointStatus.FALLBACK_BEST
+    capped = bool((adjoint.done == MAX_ITER).any())
+    return adjoint.w, AdjointStatus.MAX_ITER if capped else AdjointStatus.FLOOR
+
+
+def _with_fallbacks(adjoint: GcrState) -> tuple[Tensor, Tensor, Tensor]:
+    """``w`` (B, D), or its best trial, or its cotangent; which samples have no w of their own, and which no trial either."""
     # Below the tolerance or the floor is good, however good the best was. Written so that NaN counts as blown up.
     limit = (BLOWN_UP * adjoint.best.clamp(max=1.0)).clamp(min=max(adjoint.tol, adjoint.floor))
     blown = ~(adjoint.residuals <= limit)
     # Samples that failed have been put back to their best estimate, or to q.
     usable = adjoint.best <= BLOWN_UP
     replaced = blown | (adjoint.done == NONFINITE)
-    if replaced.any():
-        fallback = torch.where(usable[:, None], adjoint.z_best, adjoint.q)
-        chosen = torch.where(blown[:, None], fallback, adjoint.w)
-        lost = bool((replaced & ~usable).any())
-        return chosen, AdjointStatus.FALLBACK_COTANGENT if lost else AdjointStatus.FALLBACK_BEST
-    capped = bool((adjoint.done == MAX_ITER).any())
-    return adjoint.w, AdjointStatus.MAX_ITER if capped else AdjointStatus.FLOOR
+    fallback = torch.where(usable[:, None], adjoint.z_best, adjoint.q)
+    return torch.where(blown[:, None], fallback, adjoint.w), replaced, replaced & ~usable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -154,30 +155,17 @@ def run_backward(
     if kept or spec.config.backward == "unroll":
         return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
     z = layout.flatten(states)
-    linear = runner.linearise(z, operands, needs)
     config = spec.config
     found: AdjointSolution
     if config.backward == "jfb":
+        linear = runner.linearise(z, operands, needs)
         found = jacobian_free(linear.vjp_full, q)
     elif config.backward in ("phantom", "neumann"):
+        linear = runner.linearise(z, operands, needs)
         damping = config.backward_damping if config.backward == "phantom" else 1.0
         found = phantom(linear.vjp, linear.vjp_full, q, config.backward_steps, damping)
     else:
-        state: Factors | None = None
-        if spec.stores_steps:
-            S, C, n = factors
-            state = factors_of(*_buffers(S, C, layout, config.memory), n[: layout.batch])
-        found = solve_adjoint(
-            linear.vjp,
-            linear.vjp_full,
-            q,
-            state,
-            tol=config.backward_tol,
-            max_iter=max(1, config.backward_max_iter),
-            expected=site.expected_vjps,
-            body_eps=spec.body_eps,
-            skip=2 if config.memory < config.max_iter else 0,  # a restart may have left two pairs that are not exact
-        )
+        found, linear = _adjoint(site, layout, runner, z, q, operands, sizes, needs, factors)
         site.expected_vjps = found.needed
     if serial:
         records.complete(
@@ -190,6 +178,8 @@ def run_backward(
             adjoint_residual_batch=float(found.residual),
             adjoint_message=found.status.message,
         )
+    if engine.capturing():
+        return None, found.payload
     z0 = layout.flatten(state0).detach()
     if spec.iterations is None:
         if declared_gradient_holds(site, found):
@@ -199,6 +189,43 @@ def run_backward(
     if _gradient_is_the_loops(site, linear, found):
         return None, found.payload
     return _loop_gradient(site, layout, runner, z0, q, operands, needs, serial)
+
+
+def _adjoint(
+    site: Site, layout: Layout, runner: Runner, z: Tensor, q: Tensor, operands: Sequence[Tensor], sizes: Sequence[int],
+    needs: tuple[bool, ...], factors: tuple[Tensor, Tensor, Tensor],
+) -> tuple[AdjointSolution, Linearised]:  # fmt: skip
+    """The adjoint solve with the forward's factors, captured where that is possible; and the body linearised at z."""
+    spec, config = site.spec, site.spec.config
+    max_iter = max(1, config.backward_max_iter)
+    skip = 2 if config.memory < config.max_iter else 0  # a restart may have left two pairs that are not exact
+    state: Factors | None = None
+    if spec.stores_steps:
+        S, C, n = factors
+        S, C = _buffers(S, C, layout, config.memory)
+        n = n[: layout.batch]
+        # On a GPU nothing is asked: the kernels look at each sample's own n.
+        state = Factors(S=S, C=C, n=n, high=S.shape[1]) if on_gpu(z.device) else factors_of(S, C, n)
+    inside = engine.capturing()
+    if not math.isinf(config.backward_tol) and not inside:
+        settings = engine.AdjointSettings(config.backward_tol, max_iter, spec.body_eps, skip)
+        captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
+        if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
+            return solved
+    linear = runner.linearise(z, operands, needs)
+    found = solve_adjoint(
+        linear.vjp,
+        linear.vjp_full,
+        q,
+        state,
+        tol=config.backward_tol,
+        max_iter=max_iter,
+        expected=site.expected_vjps,
+        body_eps=spec.body_eps,
+        skip=skip,
+        watched=not inside,
+    )
+    return found, linear
 
 
 def _gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution) -> bool:

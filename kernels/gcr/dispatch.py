@@ -40,7 +40,7 @@ def new_state(q: Tensor, operator: Multisecant | None, memory: int, *, tol: floa
     return aten.new_aten_state(q, operator, memory, progress_fields(q, tol, relative=True, floor=floor))
 
 
-def move(state: GcrState, jw: Tensor, *, last: bool = False) -> None:
+def move(state: GcrState, jw: Tensor, *, last: bool = False, look: bool = False) -> None:
     """Judge the VJP jw = J^T w (B, D) at ``state.w``, then move every sample that still runs to its next trial. In place.
 
     Sets ``true_residual``, ``residuals`` and ``batch``, those of ``state.w`` as it was. Where the batch's residual is at most
@@ -51,9 +51,12 @@ def move(state: GcrState, jw: Tensor, *, last: bool = False) -> None:
         state: changed in place.
         jw: (B, D), any floating dtype.
         last: no VJP will follow: samples that would go on get MAX_ITER, and nothing moves.
+        look: ask a device how it stands, rather than every fourth time.
     """
     jw = jw.to(state.q.dtype)
-    if isinstance(state, CpuGcr | TritonGcr):
+    if isinstance(state, CpuGcr):
         state.move(jw, last)
+    elif isinstance(state, TritonGcr):
+        state.move(jw, last, look)
     else:
         aten.move(state, jw, last)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,16 @@ from torch import Tensor
 from ..broyden.gpu import NEVER, launch, summarise
 from ..broyden.state import RUNNING, row_width
 from ..reuse.multisecant import Multisecant
-from ..tiles import power_of_two, tiles
+from ..tiles import Tiles, power_of_two, tiles
 from .state import DEPENDENT_EPS, GcrState
+
+# `extend` holds two rows of the update beside the tiles of the dot products: more warps, so that nothing spills.
+EXTEND_COLUMNS, EXTEND_WARPS = 1024, 8
+
+
+def project_columns(cut: Tiles) -> int:
+    """`project` loads five vectors beside the tile of images: half the columns of other dot products."""
+    return max(cut.BD // 2, 16)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -34,12 +42,13 @@ class TritonGcr(GcrState):
     row: int
     gram: Tensor
     squares: Tensor
-    poll_every: int = 1
+    poll_every: int = 4
     limit: int | None = None
     table: Tensor | None = None
     handle: Tensor | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
     only_load: bool = False
+    slots: tuple[int, int] = (1, 16)
 
     @staticmethod
     def create(
@@ -62,9 +71,16 @@ class TritonGcr(GcrState):
             outcome=q.new_zeros(2), norm_of_batch=q.new_zeros(1), row=row, gram=q.new_empty((B, memory, memory)),
             squares=q.new_empty((B, memory)),
         )  # fmt: skip
+        if operator.high:
+            found.slots = (operator.S.shape[1], operator.S.stride(1))
         if begin:
             found.restart()
         return found
+
+    def forget_steps(self) -> None:
+        """With a table: keep no steps alive, only their dtype and strides."""
+        assert self.operator is not None
+        self.operator = replace(self.operator, S=self.operator.S.new_empty((1, 1, 16)))
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -105,7 +121,7 @@ class TritonGcr(GcrState):
             return
         operator = self.operator
         assert operator is not None
-        slots, s_row = (1, 16) if operator.high == 0 else (operator.S.shape[1], operator.S.stride(1))
+        slots, s_row = self.slots
         own, steps = tiles(B, D, M, self.q.element_size()), tiles(B, D, slots, self.q.element_size())
         slabs, slab, BP = steps.slabs, steps.slab, power_of_two(steps.slabs)
         acc = tl.float64 if self.q.dtype == torch.float64 else tl.float32
@@ -127,14 +143,15 @@ class TritonGcr(GcrState):
             launch(
                 self, k.project, (B, slabs), self.q, jw, self.w, self.r, self.true_residual, self.basis, self.n, *counters, part,
                 squares, ints, floats, handle, D, self.row, slab,
-                M=M, BK=own.BM, BD=own.BD, STAGES=own.stages, COND=cond, ACC=acc, num_warps=own.warps,
+                M=M, BK=own.BM, BD=project_columns(own), STAGES=own.stages, COND=cond, ACC=acc, num_warps=own.warps,
             )  # fmt: skip
             launch(
                 self, k.extend, (B, slabs), self.w, self.x, self.r, self.true_residual, self.basis, operator.S, operator.n, table,
                 self.norms, self.norm_of_batch, *counters, self.z_best, self.residuals, self.outcome, self.gram, self.squares,
                 self._buffer("c", B * slabs * own.BM), part, squares, part2, ints, floats, handle, D, self.row, s_row, slab,
                 float(self.tol), float(self.floor), max_iter,
-                M=M, BK=own.BM, BP=BP, BD=steps.BD, BD2=steps.BD2, STAGES=steps.stages, COND=cond, **constants,
+                M=M, BK=own.BM, BP=BP, BD=steps.BD, BD2=EXTEND_COLUMNS, STAGES=steps.stages, COND=cond,
+                **{**constants, "num_warps": EXTEND_WARPS},
             )  # fmt: skip
         launch(
             self, k.advance, (B, slabs), self.w, self.x, self.r, self.true_residual, self.basis, operator.S, operator.V,
@@ -143,10 +160,17 @@ class TritonGcr(GcrState):
             M=M, BP=BP, BD=steps.BD2, FIRST=jw is None, **constants,
         )  # fmt: skip
 
-    def move(self, jw: Tensor, last: bool) -> None:
+    def unwatched(self) -> None:
+        self.poll_every = 0
+
+    @property
+    def needed(self) -> int:
+        return int(self.iterations.max()) if self.iterations.numel() else self.evaluations
+
+    def move(self, jw: Tensor, last: bool, look: bool) -> None:
         self.evaluations += 1
         self._launch(jw.contiguous(), last)
-        if self.poll_every and (last or self.evaluations % self.poll_every == 0):
+        if self.poll_every and (last or look or self.evaluations % self.poll_every == 0):
             self.look()
         elif last:
             self.active = 0

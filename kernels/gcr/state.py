@@ -30,11 +30,11 @@ class GcrState(Progress):
     Attributes:
         q: (B, D) cotangents.
         norms: (B,) |q_b|.
-        batch_norm: |q| over the batch.
+        batch_norm: |q| over the batch; 0 where it lies on the device.
         operator: the preconditioner M; None is the identity.
         x, r: (B, D) minimal-residual iterate and its residual, by recursion.
         w: (B, D) the trial: where the next VJP is to be taken. Kept once the sample stops.
-        basis: (B, 2, m, D) orthonormal images A z_j, and the directions z_j.
+        basis: (B, 2, m, D) orthonormal images A z_j, and the directions z_j; on a GPU rows are padded.
         n: (B,) int32 pairs in the basis of each sample.
         true_residual: (B, D) r(w) of the last VJP.
         residuals: (B,) |r(w)| / |q| of the last VJP, 0 where q = 0.
@@ -57,6 +57,14 @@ class GcrState(Progress):
     batch: float = 0.0
     count: int = 0
     converged: bool = False
+
+    def unwatched(self) -> None:
+        """Do not ask a device how far it is: the iteration goes on to its cap, as somebody else's capture needs."""
+
+    @property
+    def needed(self) -> int:
+        """The VJP at which the iteration ended; more may have been observed before the host looked."""
+        return self.evaluations
 
     @property
     def memory(self) -> int:

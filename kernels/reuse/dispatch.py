@@ -46,6 +46,8 @@ def multisecant(factors: Factors, skip: int = 0) -> Multisecant:
         factors: of a Broyden solve; only S, C's diagonal and n are read.
         skip: the first pairs of every sample that are left out. After a restart the first two are not exact.
     """
+    if on_gpu(factors.S.device) and (kernels := triton_kernels("reuse")) is not None:
+        return gpu.multisecant(factors, skip, kernels)
     functions = native.functions(factors.S, factors.C)
     if functions is not None:
         return cpu.multisecant(factors, skip, functions)
@@ -55,5 +57,7 @@ def multisecant(factors: Factors, skip: int = 0) -> Multisecant:
 def apply_multisecant(operator: Multisecant, x: Tensor) -> Tensor:
     """M x, a new tensor: two reads of the steps. x: (B, D) in the compute dtype."""
     x = x.contiguous()
+    if on_gpu(x.device) and (kernels := triton_kernels("reuse")) is not None:
+        return gpu.apply_multisecant(operator, x, kernels)
     functions = native.functions(operator.S, operator.V, x)
     return apply_aten(operator, x) if functions is None else cpu.apply(operator, x, functions)

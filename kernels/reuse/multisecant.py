@@ -55,7 +55,7 @@ def empty_weights(factors: Factors) -> Tensor:
     return factors.C.new_empty((factors.C.shape[0], slots, coefficient_width(slots)))
 
 
-def gram(S: Tensor, n: Tensor, dtype: torch.dtype) -> Tensor:
+def gram_torch(S: Tensor, n: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, k, k) in `dtype`: S S^T of the first n rows of each sample, zero elsewhere. S (B, k, D)."""
     if S.dtype == dtype:
         G = torch.bmm(S, S.transpose(1, 2))
@@ -111,7 +111,7 @@ def multisecant_aten(factors: Factors, skip: int = 0, G: Tensor | None = None) -
     V = empty_weights(factors).zero_()
     if k >= 2:
         if G is None:
-            G = gram(factors.S[:, :k], factors.n, factors.C.dtype)
+            G = gram_torch(factors.S[:, :k], factors.n, factors.C.dtype)
         W = weights_from_gram(G, factors.C, factors.n, skip)
         V[:, :k, :k] = W.transpose(1, 2).neg_().to(V.dtype)
     return Multisecant(S=factors.S, V=V, n=factors.n, high=k)

@@ -76,7 +76,7 @@ def run(state: GcrState, J: Tensor, cap: int = 30) -> list[Tensor]:
     trials = []
     while True:
         trials.append(state.w.clone())
-        move(state, torch.einsum("bij,bi->bj", J, state.w), last=state.evaluations + 1 == cap)
+        move(state, torch.einsum("bij,bi->bj", J, state.w), last=state.evaluations + 1 == cap, look=True)
         if state.converged or not state.running:
             return trials
 
@@ -136,7 +136,7 @@ def test_a_failing_sample_harms_no_other() -> None:
             jw = torch.einsum("bij,bi->bj", J, state.w)
             if fails and count == 2:
                 jw[1, 5] = math.nan
-            move(state, jw, last=count == 4)
+            move(state, jw, last=count == 4, look=True)
         results.append((state.w.clone(), state.done.tolist(), state.z_best.clone()))
     (healthy, codes, _), (failing, failed, best) = results
     assert codes == [3, 3, 3]
@@ -152,12 +152,12 @@ def test_nothing_new_begins_again() -> None:
     """J = 0: the first trial is the answer. J = identity: no step says anything."""
     q = torch.randint(-4, 5, (2, 20)).double()  # so that q + w - w is exactly q
     state = triton_state(q, None, 5, 1e-12)
-    move(state, torch.zeros_like(q), last=False)
+    move(state, torch.zeros_like(q), look=True)
     assert state.converged
     torch.testing.assert_close(state.w, q, rtol=0, atol=0)
     state = triton_state(q, None, 5, 1e-12)
     for _ in range(4):
-        move(state, state.w.clone(), last=False)  # r(w) = q whatever w: y = 0
+        move(state, state.w.clone(), look=True)  # r(w) = q whatever w: y = 0
     assert state.n.tolist() == [0, 0]
     assert torch.isfinite(state.w).all()
 
@@ -177,6 +177,6 @@ def test_fp32_and_low_precision_steps_are_repeatable() -> None:
 
 def test_no_samples_and_no_compiler() -> None:
     state = triton_state(torch.zeros(0, 5), None, 4, 1e-3)
-    move(state, torch.zeros(0, 5), last=False)
+    move(state, torch.zeros(0, 5), look=True)
     assert state.converged
     assert native.functions(torch.zeros(1)) is None  # the fixture hides the C++ kernels

@@ -18,11 +18,12 @@ from torch import Tensor
 
 import deq_compile.kernels.broyden.gpu as gpu
 import deq_compile.kernels.reuse.gpu as reuse_gpu
-from deq_compile.kernels.broyden import BroydenState, new_state, step, step_residual
+from deq_compile.kernels.broyden import BroydenState, Factors, factors_of, new_state, step, step_residual
 from deq_compile.kernels.broyden.aten import advance as advance_aten
 from deq_compile.kernels.broyden.gpu import TritonState
 from deq_compile.kernels.broyden.state import coefficient_width
 from deq_compile.kernels.device import rehearsal
+from deq_compile.kernels.reuse.multisecant import Multisecant, apply_aten, gram_torch, multisecant_aten
 from deq_compile.kernels.reuse.reference import apply_transpose_reference
 from deq_compile.kernels.tiles import Tiles, tiles
 
@@ -338,3 +339,46 @@ def test_tiles_cover_a_row(B: int, D: int) -> None:
         assert cut.slabs <= 64
 
 
+
+
+# The operator M and the Gram matrix.
+
+
+def factors(B: int, D: int, iterations: int, dtype: torch.dtype) -> Factors:
+    """Of a finished solve whose samples stopped at different times, on padded rows with NaN in what is not in use."""
+    f, z0 = problem(B, D, dtype)
+    state, z = new_state(z0, iterations, eta=0.125), z0.clone()
+    for k in range(iterations):
+        stop = torch.tensor([1.0 if k + 1 < iterations - 2 * b else 0.0 for b in range(B)], dtype=dtype)
+        step(state, z, f(z), stop_norm=stop)
+    row = (D + 15) // 16 * 16
+    S = torch.full((B, iterations + 1, row), math.nan, dtype=dtype)[:, :, :D]
+    for b in range(B):
+        S[b, : int(state.n[b])] = state.S[b, : int(state.n[b])]
+    return factors_of(S, state.C.clone(), state.n)
+
+
+CUTS = {
+    "fused": lambda D: Tiles(16, 64, 64, 1, D, 2, 4),
+    "split": lambda D: Tiles(16, 64, 64, -(-D // 48), 48, 2, 4),
+}
+
+
+@pytest.mark.parametrize("form", ["fused", "split"])
+@pytest.mark.parametrize(("B", "D"), [(1, 1), (3, 127), (2, 129)])
+def test_type_ii_operator(form: str, B: int, D: int, interpreted: dict[str, Any]) -> None:
+    made = factors(B, D, 9 if D > 1 else 2, torch.float64)
+    operator = multisecant_aten(made)
+    x = torch.randn(B, D, dtype=torch.float64)
+    S = made.S.nan_to_num(0.0)  # ATen reads what is not in use
+    expected = apply_aten(Multisecant(S=S, V=operator.V, n=made.n, high=made.high), x)
+    cut = CUTS[form](D)
+    torch.testing.assert_close(reuse_gpu.apply_multisecant(operator, x, interpreted["reuse"], cut), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gram_matrix(dtype: torch.dtype, interpreted: dict[str, Any]) -> None:
+    made = factors(3, 150, 9, torch.float32)
+    S = made.S.to(dtype)
+    found = reuse_gpu.gram(S, made.n, made.high, interpreted["reuse"], slab=64)
+    torch.testing.assert_close(found, gram_torch(S[:, : made.high], made.n, torch.float32))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bench.gpu.rehearse import RehearsalDevice, rehearsed
 from deq_compile import explain, record_solves
 from deq_compile.region import engine
-from deq_compile.region.compiled import CompiledRunner
+from deq_compile.region.compiled import CompiledLinearised, CompiledRunner
 from deq_compile.region.engine import captures
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py, interpreted")
@@ -63,19 +63,22 @@ def gradients(call: Any, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return y.detach(), model.W.weight.grad.clone()  # type: ignore[union-attr,operator]
 
 
-@pytest.mark.parametrize("wanted", ["while", "chunks"])
-def test_captured_solves_equal_the_loop(wanted: str, device: type[RehearsalDevice]) -> None:
+def test_captured_solves_equal_the_loop(device: type[RehearsalDevice]) -> None:
     """Bitwise, forward and backward: the same kernels in the same order."""
     model = Loop()
     xs = [torch.randn(2, 17) for _ in range(3)]
     expected = [gradients(compiled(model, engine="loop"), model, x) for x in xs]
-    torch._dynamo.reset()
-    call = compiled(model, engine=wanted)
-    for x, (y, g) in zip(xs, expected, strict=True):
-        mine, grad = gradients(call, model, x)
-        torch.testing.assert_close(mine, y, rtol=0, atol=0)
-        torch.testing.assert_close(grad, g, rtol=0, atol=0)
-    assert "replay" in device.log
+    assert not engine.held(engine.Captured)
+    for wanted in ("while", "chunks"):
+        torch._dynamo.reset()
+        engine.clear()
+        call = compiled(model, engine=wanted)
+        for x, (y, g) in zip(xs, expected, strict=True):
+            mine, grad = gradients(call, model, x)
+            torch.testing.assert_close(mine, y, rtol=0, atol=0)
+            torch.testing.assert_close(grad, g, rtol=0, atol=0)
+        assert [h.name for h in engine.held(engine.CapturedForward)] == [wanted]
+        assert [h.name for h in engine.held(engine.CapturedAdjoint)] == [wanted]
 
 
 def test_nothing_stands_between_begin_and_end(device: type[RehearsalDevice]) -> None:
@@ -120,7 +123,7 @@ def test_refusals_step_down_with_a_reason(device: type[RehearsalDevice]) -> None
         call = compiled(model)
         for _ in range(2):
             torch.testing.assert_close(call(x), want, rtol=0, atol=0)
-    (held,) = [c for c in captures._found.values() if isinstance(c, engine.CapturedForward)]
+    (held,) = engine.held(engine.CapturedForward)
     assert (held.name, held.reason) == ("chunks", "while: no conditional nodes here")
     engine.clear()
     device.refuse["capture"] = RuntimeError("operation not permitted when stream is capturing\nmore")
@@ -130,7 +133,7 @@ def test_refusals_step_down_with_a_reason(device: type[RehearsalDevice]) -> None
         call = compiled(model)
         for _ in range(3):
             torch.testing.assert_close(call(x), want, rtol=0, atol=0)
-    (held,) = [c for c in captures._found.values() if isinstance(c, engine.CapturedForward)]
+    (held,) = engine.held(engine.CapturedForward)
     assert held.name == "loop"
     assert "chunks: RuntimeError: operation not permitted when stream is capturing" in held.reason
     assert report(x).regions[0].engine == "loop"
@@ -144,7 +147,7 @@ def test_a_parameter_that_moves_is_copied_in_the_end(device: type[RehearsalDevic
     call = compiled(model)
 
     def held() -> engine.CapturedForward:
-        (found,) = [c for c in captures._found.values() if isinstance(c, engine.CapturedForward)]
+        (found,) = engine.held(engine.CapturedForward)
         return found
 
     with torch.no_grad():
@@ -182,7 +185,7 @@ def test_two_threads_never_share_one(device: type[RehearsalDevice]) -> None:
     call = compiled(model)
     with torch.no_grad():
         want = [call(x) for _ in range(2)][-1]
-        (held,) = [c for c in captures._found.values() if isinstance(c, engine.CapturedForward)]
+        (held,) = engine.held(engine.CapturedForward)
         with held.busy:  # as if another thread were in it
             replays = device.log.count("replay")
             torch.testing.assert_close(call(x), want, rtol=0, atol=0)
@@ -200,35 +203,28 @@ def test_two_threads_never_share_one(device: type[RehearsalDevice]) -> None:
     assert len(captures._found) == 2
 
 
-def test_under_somebody_elses_capture(device: type[RehearsalDevice]) -> None:
-    """Exactly max_iter bodies, nothing asked, nothing captured; before the first call a clear refusal."""
+def test_under_somebody_elses_capture(device: type[RehearsalDevice], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exactly max_iter bodies and backward_max_iter VJPs, nothing asked, nothing captured; before the first call a refusal."""
     model, x = Loop(), torch.randn(2, 17)
-    call = compiled(model)
-    with torch.no_grad():
-        device.captured_by_others = True
-        with pytest.raises(RuntimeError, match="run the model once"):
-            call(x)
-        device.captured_by_others = False
-        want = call(x)
-        device.captured_by_others = True
-        device.log.clear()
-        evaluations = 0
-        apply = CompiledRunner.apply
-
-        def counted(self: CompiledRunner, z: Tensor, operands: Any) -> Tensor:
-            nonlocal evaluations
-            evaluations += 1
-            return apply(self, z, operands)
-
-        CompiledRunner.apply = counted  # type: ignore[method-assign]
-        try:
-            got = call(x)
-        finally:
-            CompiledRunner.apply = apply  # type: ignore[method-assign]
-            device.captured_by_others = False
-    assert evaluations == 8
+    call = compiled(model, backward_max_iter=3)
+    monkeypatch.setattr(device, "captured_by_others", True)
+    with pytest.raises(RuntimeError, match="run the model once"), torch.no_grad():
+        call(x)
+    monkeypatch.setattr(device, "captured_by_others", False)
+    want, gradient = gradients(call, model, x)
+    device.log.clear()
+    monkeypatch.setattr(device, "captured_by_others", True)
+    bodies, vjps = [], []
+    apply, vjp = CompiledRunner.apply, CompiledLinearised.vjp
+    monkeypatch.setattr(CompiledRunner, "apply", lambda *args: (bodies.append(0), apply(*args))[1])
+    monkeypatch.setattr(CompiledLinearised, "vjp", lambda *args: (vjps.append(0), vjp(*args))[1])
+    monkeypatch.setattr(Tensor, "item", lambda self: pytest.fail("a question to the device"))
+    got, again = gradients(call, model, x)
+    assert len(bodies) == 8
+    assert len(vjps) == 3
     assert device.log == []
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+    torch.testing.assert_close(again, gradient, rtol=1e-2, atol=1e-4)
 
 
 def test_what_a_solve_came_to_is_told_at_the_next_call(device: type[RehearsalDevice]) -> None:

@@ -8,7 +8,23 @@ A solve of new shapes runs in the loop first, which warms everything up; the sec
 down: while, chunks, loop. The reason is kept and shown.
 """
 
-from .captures import CapturedForward, ForwardSettings, captured_forward, clear, under_capture
+from .adjoint import AdjointSettings, CapturedAdjoint, captured_adjoint
+from .captures import Captured, capturing, clear, held, under_capture, used
 from .device import Refused
+from .forward import CapturedForward, ForwardSettings, captured_forward
 
-__all__ = ["CapturedForward", "ForwardSettings", "Refused", "captured_forward", "clear", "under_capture"]
+__all__ = [
+    "AdjointSettings",
+    "Captured",
+    "CapturedAdjoint",
+    "CapturedForward",
+    "ForwardSettings",
+    "Refused",
+    "captured_adjoint",
+    "captured_forward",
+    "capturing",
+    "clear",
+    "held",
+    "under_capture",
+    "used",
+]

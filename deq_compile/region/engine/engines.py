@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from deq_compile.kernels.broyden.gpu import TritonState
+from deq_compile.kernels.gcr.gpu import TritonGcr
 
 from .device import Device, Graph, Refused
 
@@ -19,13 +20,16 @@ CHUNK = 4
 class Program(Protocol):
     """A loop whose every decision is taken on the device, on buffers of its own.
 
-    state   of the Broyden iteration; its launches end the loop
+    state   of the iteration; its launches end the loop
     before  what precedes the loop; None where nothing does
     trip    one iteration: enqueued, never waiting
     """
 
-    state: TritonState
-    before: Callable[[], None] | None
+    @property
+    def state(self) -> TritonState | TritonGcr: ...
+
+    @property
+    def before(self) -> Callable[[], None] | None: ...
 
     def trip(self) -> None: ...
 
