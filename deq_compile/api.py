@@ -14,6 +14,7 @@ from torch.fx.traceback import annotate
 
 from . import scope
 from .backend import Backend
+from .capture import OFF
 from .config import Options
 from .report import Report
 
@@ -111,6 +112,7 @@ def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Repor
         with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
             torch.compile(call, backend=backend)(*args, **kwargs)
         backend.tell(report)
+        report.features_off = dict(OFF)
         report.graph_breaks = list((Counter(counters["graph_break"]) - before).elements())
         return report
 

@@ -99,13 +99,14 @@ class Region:
 @dataclasses.dataclass
 class Report:
     """Everything the compiler did to one model: regions, skipped candidates, graphs seen, seconds spent in each pass, and
-    Dynamo's graph breaks (only `explain` collects those)."""
+    Dynamo's graph breaks and the features of capture that this torch's Dynamo does not allow (only `explain` collects those)."""
 
     regions: list[Region] = dataclasses.field(default_factory=list)
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
     graphs: int = 0
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     graph_breaks: list[str] = dataclasses.field(default_factory=list)
+    features_off: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """The report as a JSON object (string)."""
@@ -134,5 +135,6 @@ class Report:
         lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
         lines += [f"{r.location}: {note}" for r in self.regions for note in r.notes]
         lines += [f"left alone  {skipped}" for skipped in self.skipped]
+        lines += [f"off         {feature}: {why}" for feature, why in self.features_off.items()]
         lines += [f"graph break {' '.join(text.split())}" for text in self.graph_breaks]
         return "\n".join(lines)

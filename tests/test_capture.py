@@ -1,0 +1,132 @@
+"""Capture switches on after a self-test, and off where Dynamo is not what it expects; everything else works then."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deq_compile.capture import OFF
+from deq_compile.capture.bytecode import Code
+from deq_compile.capture.install import _FEATURES
+from tests.helpers import compiled
+
+UNKNOWN_TORCH = """
+{damage}
+import warnings
+warnings.simplefilter("ignore")
+import logging
+logging.disable(logging.WARNING)
+import torch
+from deq_compile import explain
+from deq_compile.capture import OFF
+if "known" in globals():
+    dis.opmap = known
+f = torch.nn.Linear(4, 4)
+f.weight.data *= 0.3
+def fixed(x):
+    z = torch.zeros_like(x)
+    for _ in range(20):
+        z = torch.tanh(f(z) + x)
+    return z
+def until(x):
+    z = torch.zeros_like(x)
+    while True:
+        new = torch.tanh(f(z) + x)
+        if (new - z).norm() < 1e-5:
+            return new
+        z = new
+x = torch.randn(2, 4)
+for function in (fixed, until):
+    found = torch.compile(function, backend="deq", options=dict(inner="eager"))(x)
+    torch.testing.assert_close(found, function(x), rtol=1e-3, atol=1e-4)
+print(len(explain(fixed, inner="eager")(x).regions), len(explain(until, inner="eager")(x).regions))
+print(len(OFF), str(explain(until, inner="eager")(x)).count("off  "))
+"""
+
+
+def run(damage: str) -> list[str]:
+    code = UNKNOWN_TORCH.format(damage=damage)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_all_features_are_on() -> None:
+    assert OFF == {}
+
+
+def test_a_missing_module_switches_capture_off() -> None:
+    damage = (
+        "import importlib\n"
+        "found = importlib.import_module\n"
+        "def without(name, *more, **named):\n"
+        "    if name == 'torch._dynamo.bytecode_analysis':\n"
+        "        raise ImportError(name)\n"
+        "    return found(name, *more, **named)\n"
+        "importlib.import_module = without\n"
+    )
+    regions, none, off, shown = run(damage)
+    assert (regions, none) == ("1", "0")
+    assert off == shown == str(len(_FEATURES))
+
+
+def test_a_changed_method_switches_one_feature_off() -> None:
+    """The method is there and does something else: the self-test of the loops finds no marker."""
+    damage = (
+        "import dis, torch._dynamo.symbolic_convert\n"
+        "known = dis.opmap\n"  # no handler of jumps is found by the names that are expected
+        "dis.opmap = {name: code for name, code in known.items() if 'POP_JUMP' not in name}\n"
+    )
+    regions, none, off, shown = run(damage)
+    assert (regions, none) == ("1", "0")
+    assert off == shown
+    assert int(off) == 2  # allclose is tested by a loop
+
+
+def test_another_backend_sees_nothing_of_it() -> None:
+    def until(x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        while True:
+            new = 0.5 * z + x
+            if (new - z).norm() < 1e-5:
+                return new
+            z = new
+
+    graphs: list[Any] = []
+
+    def other(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(torch.compile(until, backend=other)(x), until(x))
+    targets = [str(node.target) for gm in graphs for node in gm.graph.nodes]
+    assert not any("may_exit" in target for target in targets)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(until, backend=other, fullgraph=True)(x)
+    _, report = compiled(until)
+    assert report.graphs == 0
+
+
+def test_the_side_that_leaves_a_loop() -> None:
+    """`for: test; if: break` as bytecode: 0 FOR_ITER, 1 test, 2 branch, 3 work, 4 back, 5 after."""
+
+    def instruction(opname: str, place: int) -> SimpleNamespace:
+        return SimpleNamespace(opname=opname, argval=None, target=None, positions=(place, place, 0, 9))
+
+    names = ["FOR_ITER", "LOAD_FAST", "POP_JUMP_IF_TRUE", "LOAD_FAST", "JUMP_BACKWARD", "LOAD_FAST", "RETURN_VALUE"]
+    code = [instruction(name, i) for i, name in enumerate(names)]
+    code[0].target, code[2].target, code[4].target = code[5], code[5], code[0]
+    found = Code(code).exit_of(code[2])
+    assert found is not None
+    assert (found.jumps, found.guard, found.counted) == (True, False, True)
+    assert found.loop == frozenset({0, 1, 2, 3, 4})
+    code[2].target = code[4]  # `continue`: both sides stay
+    assert Code(code).exit_of(code[2]) is None
