@@ -7,7 +7,7 @@ from .capture.solver_family import SolveInfo, register_solver
 from .config import Options
 from .explicit import fixed_point
 from .region.records import SolveRecord, record_solves
-from .region.run import RegionWarning
+from .region.verdict import RegionWarning
 from .regularise import jac_reg, spectral_radius
 from .report import Location, Reason, Region, Report, Skipped
 

@@ -24,9 +24,10 @@ from .layout import Layout
 from .modes import Ambient
 from .op import Once
 from .probe import rows_are_independent
-from .run import count_misses, declared_gradient_holds, record_forward
+from .run import record_forward
 from .site import RegionSpec, Site
 from .status import converged
+from .verdict import count_misses, declared_gradient_holds
 
 Body = Callable[[list[Tensor]], Sequence[Tensor]]
 
