@@ -21,6 +21,7 @@ from .kept import iterate, loop_gradient, own_iterations
 from .layout import Layout
 from .site import Site
 from .status import Status, converged, message_of
+from .stopwatch import Stopwatch, TimedLinearised
 from .verdict import count_misses, decide_rows, declared_gradient_holds, gradient_is_the_loops, settle, verify
 
 log = logging.getLogger("deq_compile.region")
@@ -47,6 +48,7 @@ def run_forward(
     """Solve a region, or run its loop. `S` and `C` are flat buffers for the factors, empty where none are kept."""
     spec, config = site.spec, site.spec.config
     inside = engine.under_capture(site, state0)
+    watch = Stopwatch() if records.wants_timing() else None
     if not inside:
         settle(site)
     rows = decide_rows(site, state0, operands, sizes)
@@ -98,6 +100,8 @@ def run_forward(
             stop=stop if spec.stop else None,
         )
 
+    if watch is not None:
+        body, solved = watch.timed("body", body), watch.timed("solver", solved)
     due = site.due() and not inside
     solution = None
     if due or site.verdict == "solve":
@@ -138,7 +142,10 @@ def run_forward(
         n = solution.state.n
     if solution is None or first is None or solution.z is not first.z:
         linear = None
-    return Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n), linear)
+    done = Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n), linear)
+    if watch is not None:
+        records.add_seconds(serial, watch.read())
+    return done
 
 
 def run_backward(
@@ -154,6 +161,20 @@ def run_backward(
     linear: Linearised | None = None,
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
     """Gradients of the initial state (None: zero) and of the operands marked in `needs`; `linear` as in `Forward`."""
+    serial = forward[2]
+    watch = Stopwatch() if serial and records.wants_timing() else None
+    try:
+        return _gradients(site, cotangents, states, state0, operands, sizes, factors, forward, needs, linear, watch)
+    finally:
+        if watch is not None:
+            records.add_seconds(serial, watch.read())
+
+
+def _gradients(
+    site: Site, cotangents: Sequence[Tensor | None], states: Sequence[Tensor], state0: Sequence[Tensor],
+    operands: Sequence[Tensor], sizes: Sequence[int], factors: tuple[Tensor, Tensor, Tensor], forward: tuple[bool, bool, int],
+    needs: tuple[bool, ...], linear: Linearised | None, watch: Stopwatch | None,
+) -> tuple[list[Tensor] | None, list[Tensor | None]]:  # fmt: skip
     spec, (kept, rows, serial) = site.spec, forward
     layout = spec.layout([s.shape for s in states], rows)
     q = layout.flatten([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
@@ -164,6 +185,8 @@ def run_backward(
     config = spec.config
     if needs != spec.needs:
         linear = None
+    if watch is not None:
+        linear = TimedLinearised(linear or runner.linearise(z, operands, needs), watch)
     found: AdjointSolution
     if config.backward == "jfb":
         linear = linear or runner.linearise(z, operands, needs)
@@ -173,7 +196,8 @@ def run_backward(
         damping = config.backward_damping if config.backward == "phantom" else 1.0
         found = phantom(linear.vjp, linear.vjp_full, q, config.backward_steps, damping)
     else:
-        found, linear = _adjoint(site, layout, runner, z, q, operands, sizes, needs, factors, linear)
+        adjoint = _adjoint if watch is None else watch.timed("solver", _adjoint)
+        found, linear = adjoint(site, layout, runner, z, q, operands, sizes, needs, factors, linear)
         site.expected_vjps = found.needed
     if serial:
         records.complete(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deq_compile import record_solves
 from deq_compile.region.compiled import CompiledLinearised, CompiledRunner
 
 
@@ -106,3 +108,22 @@ def test_a_solve_that_misses_is_linearised_where_it_ends(calls: dict[str, int]) 
     with pytest.warns(UserWarning, match="missed tol"):
         gradients(model, call(x))
     assert calls["linearise"] == 1
+
+
+def test_where_the_time_goes() -> None:
+    """Parts exclude each other and add up to what a region took; without the option nothing is kept."""
+    model, x = Loop(), torch.randn(4, 12)
+    call = compiled(model, tol=1e-5)
+    call(x).sum().backward()
+    with record_solves(timing=True) as solves:
+        begun = time.perf_counter()
+        call(x).sum().backward()
+        total = time.perf_counter() - begun
+    seconds = solves[0].seconds
+    assert seconds is not None
+    assert set(seconds) == {"body", "vjp", "solver", "overhead"}
+    assert all(part > 0 for part in seconds.values())
+    assert sum(seconds.values()) < total
+    with record_solves() as solves:
+        call(x).sum().backward()
+    assert solves[0].seconds is None
