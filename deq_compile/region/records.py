@@ -28,7 +28,7 @@ class SolveRecord:
     adjoint_message the adjoint solver's word
     bytes          held from forward to backward for the stored steps and coefficients
     seconds        only with record_solves(timing=True): host time inside the region by part, forward and backward together:
-                   "body" (evaluations), "vjp", "solver" (all else of a solve), "overhead" (the rest); on a GPU the time to enqueue
+                   "body" (evaluations), "vjp", "solver" (all else of a solve), "overhead" (the rest). On a GPU: to enqueue it
     z, cotangent, w  flat (B, D) tensors, only with record_solves(tensors=True)
     """
 
