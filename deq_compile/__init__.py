@@ -7,7 +7,8 @@ from .capture.solver_family import SolveInfo, register_solver
 from .config import Options
 from .explicit import fixed_point
 from .region.records import SolveRecord, record_solves
-from .region.run import RegionWarning
+from .region.verdict import RegionWarning
+from .regularise import jac_reg, spectral_radius
 from .report import Location, Reason, Region, Report, Skipped
 
 __version__ = "0.1.0"
@@ -25,8 +26,10 @@ __all__ = [
     "deq_compile",
     "explain",
     "fixed_point",
+    "jac_reg",
     "record_solves",
     "register_solver",
+    "spectral_radius",
 ]
 
 _register_backend()

@@ -223,6 +223,7 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
     assert loop.body is not None
     outputs = [value_of(n) for n in loop.outputs]
     tensors = [value_of(n) for n in (*loop.initial, *loop.operands) if is_tensor(n)]
+    needs = tuple(bool(value_of(n).requires_grad) for n in loop.operands)
     body = BodySpec(
         call=loop.body.forward,
         hash=body_hash(loop.body),
@@ -240,6 +241,7 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
         where=str(loop.location),
         stop=stop,
         own_cap=int(loop.hints.get("max_iter", OWN_CAP)) if loop.tests and loop.count > 1 else None,
+        needs=needs,
     )
 
 

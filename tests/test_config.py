@@ -29,7 +29,7 @@ DEFAULTS = {
     "backward_damping": 0.5,
     "attached": "keep",
     "backward_tol": BACKWARD_TOL_DEFAULT,
-    "backward_max_iter": 20,
+    "backward_max_iter": 40,
     "factor_dtype": None,
     "batch": "auto",
     "min_repeats": 5,

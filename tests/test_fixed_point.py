@@ -168,3 +168,27 @@ def test_bad_input(f: Any, z0: Any, error: type[Exception], message: str) -> Non
 def test_bad_option() -> None:
     with pytest.raises(ValueError, match="did you mean 'tol'"):
         fixed_point(lambda z: z, torch.zeros(2, 3), toll=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["phantom", "neumann"])
+def test_truncated_modes_in_eager_mode(mode: str) -> None:
+    """Against autograd through three (damped) applications at the fixed point."""
+    W = (0.1 * torch.randn(5, 5, dtype=torch.float64)).requires_grad_()
+    x = torch.randn(3, 5, dtype=torch.float64)
+    damping = 0.6 if mode == "phantom" else 1.0
+    options = {"backward_damping": 0.6} if mode == "phantom" else {}
+    z = fixed_point(lambda z: torch.tanh(z @ W + x), torch.zeros_like(x), tol=1e-12, backward=mode, backward_steps=3, **options)
+    (found,) = torch.autograd.grad(z.square().sum(), W)
+    y = z.detach()
+    for _ in range(3):
+        y = damping * torch.tanh(y @ W + x) + (1 - damping) * y
+    (expected,) = torch.autograd.grad(y.square().sum(), W)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)  # at a fixed point to 1e-12
+
+
+def test_anderson_in_eager_mode_and_no_loop_to_unroll() -> None:
+    x = torch.randn(3, 5)
+    z = fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x), solver="anderson", tol=1e-6)
+    torch.testing.assert_close(z, torch.tanh(0.5 * z + x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="a declared fixed point has none"):
+        fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x), backward="unroll")

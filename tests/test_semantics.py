@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import deq_compile
 from deq_compile import RegionWarning, record_solves
 from deq_compile.region import site as sites
-from deq_compile.region.run import _iterates_backwards
+from deq_compile.region.kept import iterates_backwards
 from tests.helpers import compiled, largest_error, reference, value_and_grads
 from tests.models.loops import CASES, Case, Linear, Loop, Parts
 
@@ -81,7 +81,7 @@ def test_kept_loop_with_little_memory(memory: int) -> None:
     assert report.regions[0].status == "kept"
 
 
-def test_iterates_backwards_are_those_of_the_loop_and_few_at_a_time() -> None:
+def testiterates_backwards_are_those_of_the_loop_and_few_at_a_time() -> None:
     class Doubling:
         applied = 0
 
@@ -92,7 +92,7 @@ def test_iterates_backwards_are_those_of_the_loop_and_few_at_a_time() -> None:
     for count in (1, 2, 7, 10):
         for memory in (None, 1, 2, 3, 10, 20):
             runner = Doubling()
-            found = list(_iterates_backwards(runner, torch.ones(1, 1), [], count, memory))  # type: ignore[arg-type]
+            found = list(iterates_backwards(runner, torch.ones(1, 1), [], count, memory))  # type: ignore[arg-type]
             assert [int(z) for z in found] == [2**k for k in reversed(range(count))]
             assert runner.applied <= 2 * count
 

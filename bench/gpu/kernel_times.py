@@ -9,7 +9,10 @@ from torch import Tensor
 
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.broyden.gpu import TritonState
-from deq_compile.kernels.reuse import apply_transpose
+from deq_compile.kernels.gcr import move
+from deq_compile.kernels.gcr import new_state as new_adjoint
+from deq_compile.kernels.gcr.gpu import TritonGcr
+from deq_compile.kernels.reuse import apply_transpose, multisecant
 from deq_compile.kernels.tiles import tiles
 
 from .common import Setting
@@ -65,6 +68,11 @@ def transpose_bytes(B: int, D: int, n: int, element: int) -> int:
     return B * D * (2 * (n - 1) * element + 3 * 4)
 
 
+def adjoint_bytes(B: int, D: int, k: int, n: int, element: int) -> int:
+    """Images read twice and directions once, steps read twice; 22 words of vectors in the three launches."""
+    return B * D * (3 * k * 4 + 2 * n * element + 22 * 4)
+
+
 def run(setting: Setting, bandwidth: float) -> None:
     """`bandwidth`: of a copy, in GB/s."""
     shapes = DRY_SHAPES if setting.dry else SHAPES
@@ -114,6 +122,26 @@ def one_shape(
     x = f.contiguous()
     microseconds = setting.device_us(lambda: _discard(apply_transpose(factors, x)))
     report("transpose", microseconds, transpose_bytes(B, D, n, element), 1 if form == "fused" else 2)
+    reset()
+    pairs = min(n, 10)
+    adjoint = new_adjoint(x, multisecant(factors), 20, tol=0.0)
+    assert isinstance(adjoint, TritonGcr)
+    adjoint.unwatched()
+    adjoint.basis.copy_(torch.randn_like(adjoint.basis[:1]) / D**0.5)
+    adjoint.gram.copy_(torch.eye(20, device=x.device))
+    adjoint.squares.fill_(1.0)
+    jw, starts = torch.randn_like(x) / D**0.5, [t.clone() for t in (adjoint.w, adjoint.x, adjoint.r)]
+
+    def again() -> None:
+        adjoint.n.fill_(pairs)
+        for t, s in zip((adjoint.w, adjoint.x, adjoint.r), starts, strict=True):
+            t.copy_(s)
+
+    microseconds = setting.device_us(lambda: move(adjoint, jw), again)
+    if bool(adjoint.done.any()):
+        raise RuntimeError(f"expected every sample to run on, got status {adjoint.done.tolist()}: no move was timed")
+    report("adjoint move", microseconds, adjoint_bytes(B, D, pairs, n, element), 3, pairs=pairs)
+    report("multisecant", setting.device_us(lambda: _discard(multisecant(factors).V)), B * D * n * element, 0)
 
 
 def _discard(result: Tensor) -> None:

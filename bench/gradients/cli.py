@@ -56,7 +56,7 @@ def tasks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if "quality" in parts:
         for seed in (0,) if args.quick else study.SEEDS:
             for body in bodies:
-                for tol in (1e-3, 1e-5) if args.quick else study.TOLERANCES if seed == 0 else (1e-3,):
+                for tol in (1e-3, 1e-5) if args.quick else study.TOLERANCES if seed == 0 else (1e-3, 1e-4):
                     yield {"part": "quality", "body": body, "seed": seed, "tol": tol}
     if "training" in parts:
         for seed in range(1 if args.quick else args.seeds):

@@ -21,8 +21,9 @@ def present(found: dict[str, Any], plot: Path | None) -> None:
         for tol in sorted({row["tol"] for row in quality}, reverse=True):
             print(f"\nforward tolerance {tol:g}: cosine / relative error of the parameter gradient / products (means over seeds)")
             print(by_body([row for row in quality if row["tol"] == tol]))
-        print("\nproducts of reuse over products without it, same iteration, forward tolerance 1e-3")
-        print(ratios([row for row in quality if row["tol"] == 1e-3]))
+        for tol in sorted({row["tol"] for row in quality} & {1e-3, 1e-4}, reverse=True):
+            print(f"\nproducts of reuse over products without it, same iteration, forward tolerance {tol:g}")
+            print(ratios([row for row in quality if row["tol"] == tol]))
         print(f"\nthe default, {DEFAULT}, at forward tolerance 1e-4 or the nearest measured")
         print(at_default(quality))
     if training:
@@ -74,7 +75,7 @@ def at_default(rows: Rows) -> str:
     ]  # fmt: skip
     names = ["body", "seed", "cosine", "error", "… at z_k", "cosine of w", "… at z_k", "residual"]
     names += ["products", "samples", "radius"]
-    return tabulate(lines, headers=names, floatfmt=".3g")
+    return tabulate(lines, headers=names, floatfmt=".4g")
 
 
 def trainings(rows: Rows) -> str:

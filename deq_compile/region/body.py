@@ -64,6 +64,13 @@ class Linearised(abc.ABC):
 class Runner(abc.ABC):
     """A body for one set of shapes, bound to nothing else: operands come with each call."""
 
+    def apply_and_linearise(
+        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Linearised] | None:
+        """f(z), and the body linearised there, from one evaluation; None where linearising is dear. It may hold on to z: it is
+        good as long as z does not change."""
+        return None
+
     @abc.abstractmethod
     def apply(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor: ...
 

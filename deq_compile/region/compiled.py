@@ -20,6 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from .body import BodySpec, Linearised, Runner
 from .layout import Layout
+from .modes import autograd_recording
 
 Call = Callable[[list[Any]], Sequence[Any]]
 
@@ -40,12 +41,17 @@ class CompiledRunner(Runner):
             return self.plain([z, *operands])[0]
 
     def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised:
+        return self.apply_and_linearise(z, operands, needs)[1]
+
+    def apply_and_linearise(
+        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Linearised]:
         with torch.no_grad():
             if needs not in self.linear:
                 self.linear[needs] = self._compile_joint(z, operands, needs)
             forward, state, full = self.linear[needs]
-            saved = list(forward([z, *operands]))[1:]
-        return CompiledLinearised(saved, state, full)
+            f, *saved = forward([z, *operands])
+        return f, CompiledLinearised(saved, state, full)
 
     def _flat(self, z: Tensor, *operands: Tensor) -> Tensor:
         return self.spec.flat(self.layout, z, operands, self.sizes)
@@ -56,7 +62,7 @@ class CompiledRunner(Runner):
 
     def _compile_joint(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Call, Call, Call]:
         def joint(primals: list[Tensor], tangents: list[Tensor]) -> list[Tensor]:
-            with torch.enable_grad():
+            with autograd_recording():
                 wanted = (True, *needs)
                 own = [p.detach().requires_grad_(w) for p, w in zip(primals, wanted, strict=True)]
                 out = self._flat(*own)

@@ -24,9 +24,10 @@ from .layout import Layout
 from .modes import Ambient
 from .op import Once
 from .probe import rows_are_independent
-from .run import count_misses, declared_gradient_holds, record_forward
+from .run import record_forward
 from .site import RegionSpec, Site
 from .status import converged
+from .verdict import count_misses, declared_gradient_holds
 
 Body = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -43,6 +44,11 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
         key: what stands for f from call to call (its code object); facts learnt about it are kept under that.
         where: the user's file and line.
     """
+    if config.backward == "unroll":
+        raise ValueError(
+            f"fixed point at {where}: backward='unroll' is the gradient of the user's own loop, and a declared fixed point has "
+            "none. Fix: backward='exact'"
+        )
     site = _site(key, state0, config, where)
     layout = _layout(site, f, state0)
 
@@ -174,17 +180,18 @@ class _Adjoint:
         config = self.config
         if config.backward in ("phantom", "neumann"):
             damping = config.backward_damping if config.backward == "phantom" else 1.0
-            found = phantom(self.vjp, lambda w: (self.vjp(w), None), q, config.backward_steps, damping)
+            found = phantom(self.vjp, self._certified, q, config.backward_steps, damping)
         else:
             found = solve_adjoint(
                 self.vjp,
-                lambda w: (self.vjp(w), None),
+                self._certified,
                 q,
-                self.factors if config.backward == "reuse" else None,
+                self.factors,
                 tol=config.backward_tol,
                 max_iter=max(1, config.backward_max_iter),
                 expected=self.site.expected_vjps,
                 body_eps=self.site.spec.body_eps,
+                skip=2 if config.memory < config.max_iter else 0,  # a restart may have left two pairs that are not exact
             )
             self.site.expected_vjps = found.needed
             declared_gradient_holds(self.site, found)
@@ -200,6 +207,9 @@ class _Adjoint:
                 adjoint_message=found.status.message,
             )
         return found.w
+
+    def _certified(self, w: Tensor) -> tuple[Tensor, None]:
+        return self.vjp(w), None  # the operands' gradients come from the attached evaluation of f
 
     def vjp(self, w: Tensor) -> Tensor:
         """w (B, D) -> J^T w (B, D)."""

@@ -34,3 +34,14 @@ class Ambient:
                 ):
                     stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
             yield
+
+
+@contextlib.contextmanager
+def autograd_recording() -> Iterator[None]:
+    """Autograd records inside, also within an operator's kernel: there the dispatcher leaves autograd's keys out, and
+    `torch.autograd.grad` would find no graph."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+        excluded = excluded.remove(torch._C.DispatchKey.__members__[key])
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield

@@ -85,6 +85,10 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
     if n.shape[0] != samples:  # one coupled system fills the first of the slots that were announced
         n = torch.cat([n, n.new_zeros(samples - n.shape[0])])
     ticket = torch.tensor([done.kept, done.rows, done.serial], dtype=torch.int64)
+    if done.linear is not None:
+        # As long as the ticket lives, which autograd saves for the backward. Where a copy of it arrives there, nothing is lost
+        # but time: the body is linearised again.
+        ticket.linearised = done.linear  # type: ignore[attr-defined]
     rows = _rows(state0)
     about = done.about if done.about.shape[0] == rows else done.about[:1].repeat(rows, 1)
     return [*done.states, S, C, n, ticket, about]
@@ -127,6 +131,7 @@ def _solve_backward(
         (S, C, n),
         (bool(kept), bool(rows), serial),
         tuple(needs_operands),
+        getattr(ticket, "linearised", None),
     )
     wanted = [s for s, need in zip(state0, needs_state0, strict=True) if need]
     found: list[Tensor | None] = [None] * len(wanted)

@@ -27,6 +27,8 @@ class SolveRecord:
     adjoint_residual_batch  and the same with norms over the whole batch: the quantity refinement stops on
     adjoint_message the adjoint solver's word
     bytes          held from forward to backward for the stored steps and coefficients
+    seconds        only with record_solves(timing=True): host time inside the region by part, forward and backward together:
+                   "body" (evaluations), "vjp", "solver" (all else of a solve), "overhead" (the rest). On a GPU: to enqueue it
     z, cotangent, w  flat (B, D) tensors, only with record_solves(tensors=True)
     """
 
@@ -45,6 +47,7 @@ class SolveRecord:
     adjoint_residual_batch: float | None = None
     adjoint_message: str = ""
     bytes: int = 0
+    seconds: dict[str, float] | None = None
     z: Tensor | None = None
     cotangent: Tensor | None = None
     w: Tensor | None = None
@@ -54,6 +57,7 @@ class SolveRecord:
 class _Recorder:
     solves: list[SolveRecord]
     tensors: bool
+    timing: bool = False
 
 
 _lock = threading.Lock()
@@ -63,17 +67,18 @@ _serial = itertools.count(1)
 
 
 @contextlib.contextmanager
-def record_solves(tensors: bool = False) -> Iterator[list[SolveRecord]]:
+def record_solves(tensors: bool = False, timing: bool = False) -> Iterator[list[SolveRecord]]:
     """Collect a `SolveRecord` for every region that runs inside the block, in order of the forwards.
 
     Process-wide, since autograd runs backwards in threads of its own. With `tensors=True` the records also hold the
-    fixed point, the cotangent and the adjoint estimate, flat (B, D), detached. Example::
+    fixed point, the cotangent and the adjoint estimate, flat (B, D), detached; with `timing=True` where the time of each
+    region went. Example::
 
         with record_solves() as solves:
             model(x).sum().backward()
         print(solves[0].iterations, solves[0].adjoint_residual)
     """
-    recorder = _Recorder([], tensors)
+    recorder = _Recorder([], tensors, timing)
     with _lock:
         _active.append(recorder)
     try:
@@ -92,6 +97,17 @@ def recording() -> bool:
 
 def wants_tensors() -> bool:
     return any(recorder.tensors for recorder in _active)
+
+
+def wants_timing() -> bool:
+    return any(recorder.timing for recorder in _active)
+
+
+def add_seconds(serial: int, seconds: dict[str, float]) -> None:
+    """Add what a forward or a backward took to the records of a solve."""
+    for record, _ in _open.get(serial, []):
+        before = record.seconds or {}
+        record.seconds = {part: before.get(part, 0.0) + spent for part, spent in seconds.items()}
 
 
 def open_record(record: SolveRecord) -> int:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,30 +15,23 @@ from deq_compile.kernels.device import on_gpu
 
 from . import engine, records
 from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
-from .agree import agreed
 from .body import Linearised, Runner, runner_for
 from .forward import Solution, better_of, solve
+from .kept import iterate, loop_gradient, own_iterations
 from .layout import Layout
-from .probe import rows_are_independent
-from .site import MISSES_BEFORE_KEPT, Site
-from .status import AdjointStatus, converged, message_of
-
-# What may be left of the adjoint after N steps back, in units of what may be left of the distance to the fixed point: both
-# shrink as the N-th power of the Jacobian, from another start.
-GRADIENT_MARGIN = 10.0
-
+from .site import Site
+from .status import Status, converged, message_of
+from .stopwatch import Stopwatch, TimedLinearised
+from .verdict import count_misses, decide_rows, declared_gradient_holds, gradient_is_the_loops, settle, verify
 
 log = logging.getLogger("deq_compile.region")
-
-
-class RegionWarning(UserWarning):
-    """A region did not do what was asked of it, and says so."""
 
 
 @dataclasses.dataclass
 class Forward:
     """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows.
-    `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept."""
+    `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept. `linear` is
+    the body linearised at the fixed point, where the last evaluation gave that too."""
 
     states: list[Tensor]
     n: Tensor
@@ -47,6 +39,7 @@ class Forward:
     rows: bool
     serial: int
     about: Tensor
+    linear: Linearised | None = None
 
 
 def run_forward(
@@ -55,18 +48,27 @@ def run_forward(
     """Solve a region, or run its loop. `S` and `C` are flat buffers for the factors, empty where none are kept."""
     spec, config = site.spec, site.spec.config
     inside = engine.under_capture(site, state0)
+    watch = Stopwatch() if records.wants_timing() else None
     if not inside:
-        _settle(site)
-    rows = _decide_rows(site, state0, operands, sizes)
+        settle(site)
+    rows = decide_rows(site, state0, operands, sizes)
     layout = spec.layout([s.shape for s in state0], rows)
     z0 = layout.flatten(state0).detach()
     runner = runner_for(spec.body, layout, operands, sizes)
     evaluations = 0
+    latest: Linearised | None = None
+    # The last evaluation is at the fixed point: with what it saves the backward need not evaluate once more.
+    saves = spec.grad and config.solver == "broyden" and config.backward != "unroll" and not spec.stop and not on_gpu(z0.device)
+    needs = spec.needs if saves else None
 
     def body(z: Tensor) -> Tensor:
-        nonlocal evaluations
+        nonlocal evaluations, latest
         evaluations += 1
-        return runner.apply(z, operands)
+        both = None if needs is None else runner.apply_and_linearise(z, operands, needs)
+        if both is None:
+            return runner.apply(z, operands)
+        latest = both[1]
+        return both[0]
 
     def stop(z: Tensor, f: Tensor) -> bool:
         others = (*operands, *sizes)
@@ -98,6 +100,8 @@ def run_forward(
             stop=stop if spec.stop else None,
         )
 
+    if watch is not None:
+        body, solved = watch.timed("body", body), watch.timed("solver", solved)
     due = site.due() and not inside
     solution = None
     if due or site.verdict == "solve":
@@ -110,10 +114,13 @@ def run_forward(
         if spec.iterations is None and not inside and solution.missed():
             own = spec.own_cap or config.max_iter
             solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard", max_iter=own))
+    linear, first = None, solution
+    if latest is not None and solution is not None and bool((solution.status == Status.CONVERGED).all()):
+        linear = latest
     loop = None
     if due and spec.iterations is not None and solution is not None:
-        loop = _apply(body, z0, spec.iterations)
-        solution = _verify(site, solution, loop, solved)
+        loop = iterate(body, z0, spec.iterations)
+        solution = verify(site, solution, loop, solved)
     elif inside:
         pass
     elif solution is not None and solution.outcome is None:
@@ -124,7 +131,7 @@ def run_forward(
     kept = site.verdict == "kept" and (loop is not None or solution is None)
     if kept:
         assert spec.iterations is not None
-        z = loop if loop is not None else _apply(body, z0, spec.iterations)
+        z = loop if loop is not None else iterate(body, z0, spec.iterations)
         solution = None
     else:
         assert solution is not None
@@ -133,7 +140,12 @@ def run_forward(
     n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
     if solution is not None and solution.state is not None:
         n = solution.state.n
-    return Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n))
+    if solution is None or first is None or solution.z is not first.z:
+        linear = None
+    done = Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n), linear)
+    if watch is not None:
+        records.add_seconds(serial, watch.read())
+    return done
 
 
 def run_backward(
@@ -146,26 +158,46 @@ def run_backward(
     factors: tuple[Tensor, Tensor, Tensor],
     forward: tuple[bool, bool, int],
     needs: tuple[bool, ...],
+    linear: Linearised | None = None,
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
-    """Gradients of the initial state (None: zero) and of the operands marked in `needs`."""
+    """Gradients of the initial state (None: zero) and of the operands marked in `needs`; `linear` as in `Forward`."""
+    serial = forward[2]
+    watch = Stopwatch() if serial and records.wants_timing() else None
+    try:
+        return _gradients(site, cotangents, states, state0, operands, sizes, factors, forward, needs, linear, watch)
+    finally:
+        if watch is not None:
+            records.add_seconds(serial, watch.read())
+
+
+def _gradients(
+    site: Site, cotangents: Sequence[Tensor | None], states: Sequence[Tensor], state0: Sequence[Tensor],
+    operands: Sequence[Tensor], sizes: Sequence[int], factors: tuple[Tensor, Tensor, Tensor], forward: tuple[bool, bool, int],
+    needs: tuple[bool, ...], linear: Linearised | None, watch: Stopwatch | None,
+) -> tuple[list[Tensor] | None, list[Tensor | None]]:  # fmt: skip
     spec, (kept, rows, serial) = site.spec, forward
     layout = spec.layout([s.shape for s in states], rows)
     q = layout.flatten([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
     runner = runner_for(spec.body, layout, operands, sizes)
     if kept or spec.config.backward == "unroll":
-        return _loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
+        return loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
     z = layout.flatten(states)
     config = spec.config
+    if needs != spec.needs:
+        linear = None
+    if watch is not None:
+        linear = TimedLinearised(linear or runner.linearise(z, operands, needs), watch)
     found: AdjointSolution
     if config.backward == "jfb":
-        linear = runner.linearise(z, operands, needs)
+        linear = linear or runner.linearise(z, operands, needs)
         found = jacobian_free(linear.vjp_full, q)
     elif config.backward in ("phantom", "neumann"):
-        linear = runner.linearise(z, operands, needs)
+        linear = linear or runner.linearise(z, operands, needs)
         damping = config.backward_damping if config.backward == "phantom" else 1.0
         found = phantom(linear.vjp, linear.vjp_full, q, config.backward_steps, damping)
     else:
-        found, linear = _adjoint(site, layout, runner, z, q, operands, sizes, needs, factors)
+        adjoint = _adjoint if watch is None else watch.timed("solver", _adjoint)
+        found, linear = adjoint(site, layout, runner, z, q, operands, sizes, needs, factors, linear)
         site.expected_vjps = found.needed
     if serial:
         records.complete(
@@ -178,22 +210,22 @@ def run_backward(
             adjoint_residual_batch=float(found.residual),
             adjoint_message=found.status.message,
         )
-    if engine.capturing():
+    if engine.capturing():  # nothing may be asked of the device
         return None, found.payload
     z0 = layout.flatten(state0).detach()
     if spec.iterations is None:
         if declared_gradient_holds(site, found):
             return None, found.payload
-        count = _own_iterations(site, layout, runner, z0, operands, sizes)
-        return _loop_gradient(site, layout, runner, z0, q, operands, needs, serial, count)
-    if _gradient_is_the_loops(site, linear, found):
+        count = own_iterations(site, layout, runner, z0, operands, sizes)
+        return loop_gradient(site, layout, runner, z0, q, operands, needs, serial, count)
+    if gradient_is_the_loops(site, linear, found):
         return None, found.payload
-    return _loop_gradient(site, layout, runner, z0, q, operands, needs, serial)
+    return loop_gradient(site, layout, runner, z0, q, operands, needs, serial)
 
 
 def _adjoint(
     site: Site, layout: Layout, runner: Runner, z: Tensor, q: Tensor, operands: Sequence[Tensor], sizes: Sequence[int],
-    needs: tuple[bool, ...], factors: tuple[Tensor, Tensor, Tensor],
+    needs: tuple[bool, ...], factors: tuple[Tensor, Tensor, Tensor], linear: Linearised | None,
 ) -> tuple[AdjointSolution, Linearised]:  # fmt: skip
     """The adjoint solve with the forward's factors, captured where that is possible; and the body linearised at z."""
     spec, config = site.spec, site.spec.config
@@ -212,7 +244,7 @@ def _adjoint(
         captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
         if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
             return solved
-    linear = runner.linearise(z, operands, needs)
+    linear = linear or runner.linearise(z, operands, needs)
     found = solve_adjoint(
         linear.vjp,
         linear.vjp_full,
@@ -226,81 +258,6 @@ def _adjoint(
         watched=not inside,
     )
     return found, linear
-
-
-def _gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution) -> bool:
-    """Whether the implicit gradient may stand in for that of a fixed-count loop.
-
-    A loop may agree with its fixed point in value and not in gradient: a state that is carried unchanged, projected or
-    averaged (J has the eigenvalue 1) remembers where it started, and a fixed point that repels may be one that the loop
-    never leaves. Two signs: the adjoint solve misses its tolerance; or w is not forgotten in N steps back, since the
-    loop's adjoint, the sum of the first N terms of the Neumann series, is w - (J^T)^N w. The second is looked at where
-    the forward compared values.
-    """
-    config, check = site.spec.config, site.verify_gradient
-    site.verify_gradient = False
-    if not site.compares or config.backward != "reuse":  # the others ask for another gradient than the loop's
-        return True
-    if check and site.spec.iterations is not None and found.w.numel():
-        w = found.w
-        for _ in range(site.spec.iterations):
-            w = linear.vjp(w)
-        norms = torch.linalg.vector_norm(found.w, dim=1)
-        left = (torch.linalg.vector_norm(w, dim=1) / norms).masked_fill(norms == 0, 0.0)
-        good = bool((left <= GRADIENT_MARGIN * site.allowed_distance).all())
-        if not agreed(f"{site.key}/adjoint", site.calls, good, site.spec.grad):
-            site.decide("kept", None)
-            return False
-    # backward_max_iter=0 asks for no refinement, so there nothing is missed
-    missed = config.backward_max_iter > 0 and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR)
-    site.adjoint_misses = site.adjoint_misses + 1 if missed else 0
-    if site.adjoint_misses >= MISSES_BEFORE_KEPT:
-        site.decide("kept", None)
-    return not missed
-
-
-def declared_gradient_holds(site: Site, found: AdjointSolution) -> bool:
-    """Whether the implicit gradient of a declared fixed point may be returned. A miss is said, once; and where nothing has
-    been solved at all (a body that freezes samples has the Jacobian 1 there), a loop with a test has a gradient of its own."""
-    config = site.spec.config
-    limit = max(10 * config.backward_tol, 0.1)
-    asked = config.backward == "reuse" and config.backward_max_iter > 0
-    if not asked or found.status in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR) or found.residual <= limit:
-        return True
-    back = site.spec.own_cap is not None
-    if not site.warned_of_gradient:
-        site.warned_of_gradient = True
-        warnings.warn(
-            f"fixed-point region at {site.spec.where}: the implicit gradient missed backward_tol={config.backward_tol:g}, with "
-            f"an adjoint residual of {found.residual:.1e} after {found.vjps} products; "
-            + ("the loop's own gradient is used. " if back else "it is returned as it is. ")
-            + "Raise backward_max_iter or backward_tol, or make the body contract",
-            RegionWarning,
-            stacklevel=2,
-        )
-    return not back
-
-
-def _own_iterations(
-    site: Site, layout: Layout, runner: Runner, z0: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]
-) -> int:
-    """Iterations after which the user's own loop ends."""
-    spec, others = site.spec, (*operands, *sizes)
-
-    def stop(z: Tensor, f: Tensor) -> bool:
-        return any(test.holds(layout, z, f, others) for test in spec.stop)
-
-    assert spec.own_cap is not None
-    return solve(
-        lambda z: runner.apply(z, operands),
-        z0,
-        solver="picard",
-        tol=site.tol,
-        stop_mode=spec.config.stop_mode,
-        max_iter=spec.own_cap,
-        body_eps=spec.body_eps,
-        stop=stop if spec.stop else None,
-    ).evaluations
 
 
 def _captured(
@@ -320,41 +277,10 @@ def _captured(
     return found
 
 
-def _settle(site: Site) -> None:
-    """Learn what the last captured solve came to."""
-    solution, site.pending = site.pending, None
-    if solution is not None and solution.outcome is not None:
-        missed, _ = solution.outcome()
-        if missed:
-            count_misses(site, solution)
-        else:
-            site.misses = 0
-
-
 def _about(solution: Solution | None, n: Tensor) -> Tensor:
     if solution is None:
         return n.new_full((n.shape[0], 2), -1.0, dtype=torch.float32)
     return torch.stack([solution.residual.float(), solution.iterations.float()], dim=1)
-
-
-def _decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
-    """Whether dimension 0 is a batch of independent samples. Undecided, and harmless, below two samples."""
-    if site.rows is not None:
-        if site.rows and (any(s.dim() == 0 for s in state0) or len({s.shape[0] for s in state0}) > 1):
-            raise ValueError(
-                f"region at {site.spec.where}: expected state tensors with one batch size in dimension 0 for batch='rows', "
-                f"got shapes {[tuple(s.shape) for s in state0]}. Fix: batch='whole' or batch='auto'"
-            )
-        return site.rows
-    if any(s.dim() == 0 for s in state0) or len({s.shape[0] for s in state0}) > 1:
-        site.rows = False
-        return False
-    if state0[0].shape[0] < 2:
-        return True
-    layout = site.spec.layout([s.shape for s in state0], rows=True)
-    runner = runner_for(site.spec.body, layout, operands, sizes)
-    site.rows = rows_are_independent(lambda z: runner.apply(z, operands), layout.flatten(state0), site.spec.body_eps)
-    return site.rows
 
 
 def _buffers(S: Tensor, C: Tensor, layout: Layout, memory: int) -> tuple[Tensor, Tensor]:
@@ -363,64 +289,6 @@ def _buffers(S: Tensor, C: Tensor, layout: Layout, memory: int) -> tuple[Tensor,
     steps = S[: batch * (memory + 1) * row].view(batch, memory + 1, row)[:, :, : layout.width]
     width = coefficient_width(memory)
     return steps, C[: batch * memory * width].view(batch, memory, width)
-
-
-def _apply(body: Callable[[Tensor], Tensor], z: Tensor, times: int) -> Tensor:
-    if not z.numel():
-        return z.clone()  # an output may not share memory with an input
-    for _ in range(times):
-        z = body(z)
-    return z
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    """Max over samples of |a - b| / |b|; a sample whose b is the origin is compared absolutely. Both (B, D)."""
-    scale = torch.linalg.vector_norm(b, dim=1).clamp_min(torch.finfo(b.dtype).eps)
-    return float((torch.linalg.vector_norm(a - b, dim=1) / scale).max())
-
-
-def _verify(site: Site, solution: Solution, loop: Tensor, solved: Callable[[Tensor, float], Solution]) -> Solution:
-    """Compare the solve with the user's own loop: solve, or kept. Returns the solution to go on with."""
-    if not solution.z.numel():
-        return solution
-    allowed, distance = site.allowed_distance, _distance(loop, solution.z)
-    good = bool(converged(solution.status).all())
-    if good and distance > allowed and site.spec.config.provenance["tol"] != "option":
-        # Who is off, the loop or the solve? On a slow body the default tolerance leaves more than verify_tol.
-        tol = site.tol * max(0.1 * allowed / distance, 1e-2)
-        better = solved(solution.z, tol)
-        own = _distance(solution.z, better.z)
-        if bool(converged(better.status).all()) and _distance(loop, better.z) <= 0.5 * allowed < own:
-            site.tol *= 0.25 * allowed / own
-            log.info("region %s at %s: tolerance tightened to %.1e", site.key, site.spec.where, site.tol)
-            distance = _distance(loop, better.z)
-            solution = dataclasses.replace(solution, z=better.z, residual=better.residual, status=better.status)
-    good = good and distance <= allowed
-    site.misses = site.adjoint_misses = 0
-    site.verify_gradient = good and site.spec.grad
-    site.decide("solve" if agreed(site.key, site.calls, good, site.spec.grad) else "kept", distance)
-    return solution
-
-
-def count_misses(site: Site, solution: Solution) -> None:
-    """A fixed-count loop whose solve misses its tolerance again and again goes back to its own iterations."""
-    missed = solution.status.numel() > 0 and not bool(converged(solution.status).all())
-    site.misses = site.misses + 1 if missed else 0
-    if not missed:
-        return
-    if not site.warned:
-        site.warned = True
-        share = float(converged(solution.status).double().mean())
-        goal = "the loop's own test" if site.spec.stop else f"tol={site.tol:g}"
-        warnings.warn(
-            f"fixed-point region at {site.spec.where}: {1 - share:.0%} of the samples missed {goal} "
-            f"within max_iter={site.spec.config.max_iter}; their best iterate is used "
-            f"(largest residual {float(solution.residual.max()):.1e}). Raise max_iter or tol, or make the body contract",
-            RegionWarning,
-            stacklevel=2,
-        )
-    if site.compares and site.misses >= MISSES_BEFORE_KEPT:
-        site.decide("kept", None)
 
 
 def record_forward(
@@ -443,47 +311,3 @@ def record_forward(
     return records.open_record(record)
 
 
-def _loop_gradient(
-    site: Site,
-    layout: Layout,
-    runner: Runner,
-    z0: Tensor,
-    q: Tensor,
-    operands: Sequence[Tensor],
-    needs: tuple[bool, ...],
-    serial: int,
-    count: int | None = None,
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The exact gradient of a loop: recompute its N iterates, then one VJP at each, last to first. Where a fixed point was
-    declared there is no N, and the loop is that of `count` plain iterations, by default `max_iter`."""
-    count = count or site.spec.iterations or site.spec.config.max_iter
-    total: list[Tensor | None] = [None] * sum(needs)
-    w = q
-    for iterate in _iterates_backwards(runner, z0, operands, count, site.spec.config.loop_memory):
-        w, grads = runner.linearise(iterate, operands, needs).vjp_full(w)
-        total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
-    if serial:
-        records.complete(serial, cotangent=q, w=q, vjps=count, adjoint_message="the loop's own gradient")
-    return layout.unflatten(w), total
-
-
-def _iterates_backwards(
-    runner: Runner, z0: Tensor, operands: Sequence[Tensor], count: int, memory: int | None
-) -> Iterator[Tensor]:
-    """z_{N-1}, ..., z_0. With `memory` m < N, at most about N/m + m of them are held: every m-th is stored, and the segment
-    behind it is computed again when its turn comes."""
-    stride = count if memory is None else min(memory, count)
-    stored = [z0]
-    while len(stored) * stride < count:
-        z = stored[-1]
-        for _ in range(stride):
-            z = runner.apply(z, operands)
-        stored.append(z)
-    left = count - (len(stored) - 1) * stride
-    while stored:
-        segment = [stored.pop()]
-        for _ in range(left - 1):
-            segment.append(runner.apply(segment[-1], operands))
-        while segment:
-            yield segment.pop()
-        left = stride

@@ -43,6 +43,7 @@ class RegionSpec:
     config      settled options
     stop        the user's own tests, any of which ends the solve in place of `config.tol`
     where       the user's file and line, for messages
+    needs       which operands want a gradient, as far as the graph tells; None: not known
     own_cap     the most iterations that the user's own loop makes, where a test ends it; None where there is no such loop
     """
 
@@ -53,6 +54,7 @@ class RegionSpec:
     grad: bool
     config: Config
     where: str = "<unknown>"
+    needs: tuple[bool, ...] | None = None
     stop: tuple[StopTest, ...] = ()
     own_cap: int | None = None
 

@@ -1,0 +1,129 @@
+"""The iteration's last evaluation is the linearisation: the backward evaluates the body no more."""
+
+from __future__ import annotations
+
+import gc
+import time
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deq_compile import record_solves
+from deq_compile.region.compiled import CompiledLinearised, CompiledRunner
+
+
+class Loop(nn.Module):
+    """z enters a product, so that what is saved for the backward holds on to z itself."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.W, self.U = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.orthogonal_(self.W.weight, gain=0.6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(60):
+            z = torch.tanh(self.W(z) + 0.1 * z * z + self.U(x))
+        return z
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Evaluations of the body, by the method that made them."""
+    found = {"apply": 0, "apply_and_linearise": 0, "linearise": 0}
+    for name in found:
+        original = getattr(CompiledRunner, name)
+
+        def counted(*args: Any, name: str = name, original: Any = original) -> Any:
+            found[name] += 1
+            return original(*args)
+
+        monkeypatch.setattr(CompiledRunner, name, counted)
+    return found
+
+
+def gradients(model: nn.Module, y: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    y.square().sum().backward(retain_graph=True)
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="deq", options={"inner": "aot_eager", "tol": 1e-9, "backward_tol": 1e-9, **options})
+
+
+def test_the_backward_evaluates_no_more(calls: dict[str, int]) -> None:
+    model, x = Loop().double(), torch.randn(4, 12, dtype=torch.float64)
+    call = compiled(model)
+    gradients(model, call(x))  # the first call compares with the loop, and probes
+    for name in calls:
+        calls[name] = 0
+    mine = gradients(model, call(x))
+    assert calls["apply"] == calls["linearise"] == 0
+    assert 3 <= calls["apply_and_linearise"] <= 20
+    for a, b in zip(mine, gradients(model, model(x)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_forwards_and_backwards_in_any_order() -> None:
+    model = Loop().double()
+    xs = [torch.randn(4, 12, dtype=torch.float64) for _ in range(2)]
+    expected = [gradients(model, model(x)) for x in xs]
+    call = compiled(model)
+    gradients(model, call(xs[0]))
+    ys = [call(x) for x in xs]
+    for i in (1, 0, 1):  # retain_graph: the same backward twice
+        for a, b in zip(gradients(model, ys[i]), expected[i], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_what_it_saved_goes_with_the_graph() -> None:
+    held: list[weakref.ref[CompiledLinearised]] = []
+    original = CompiledLinearised.__init__
+
+    def remember(self: CompiledLinearised, *args: Any) -> None:
+        held.append(weakref.ref(self))
+        original(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledLinearised, "__init__", remember)
+        model, x = Loop(), torch.randn(4, 12)
+        call = compiled(model, tol=1e-5)
+        call(x).sum().backward()
+        y = call(x)
+        gc.collect()
+        assert sum(r() is not None for r in held) == 1
+        del y
+        gc.collect()
+        assert sum(r() is not None for r in held) == 0
+
+
+def test_a_solve_that_misses_is_linearised_where_it_ends(calls: dict[str, int]) -> None:
+    """The best iterate need not be the last one that was evaluated."""
+    model, x = Loop().double(), torch.randn(4, 12, dtype=torch.float64)
+    call = compiled(model, max_iter=4, semantics="equilibrium", backward_max_iter=40)
+    with pytest.warns(UserWarning, match="missed tol"):
+        gradients(model, call(x))
+    assert calls["linearise"] == 1
+
+
+def test_where_the_time_goes() -> None:
+    """Parts exclude each other and add up to what a region took; without the option nothing is kept."""
+    model, x = Loop(), torch.randn(4, 12)
+    call = compiled(model, tol=1e-5)
+    call(x).sum().backward()
+    with record_solves(timing=True) as solves:
+        begun = time.perf_counter()
+        call(x).sum().backward()
+        total = time.perf_counter() - begun
+    seconds = solves[0].seconds
+    assert seconds is not None
+    assert set(seconds) == {"body", "vjp", "solver", "overhead"}
+    assert all(part > 0 for part in seconds.values())
+    assert sum(seconds.values()) < total
+    with record_solves() as solves:
+        call(x).sum().backward()
+    assert solves[0].seconds is None
