@@ -12,9 +12,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from deq_compile.report import Skipped
+from deq_compile.report import Reason, Skipped
 
-from . import dynamo, marker
+from . import dynamo, effects, marker
 
 Adapter = Callable[..., Any]
 # The adapter of a call, to be given the call's own arguments or, in a pair, others; or why the call is left alone.
@@ -56,8 +56,16 @@ def install() -> Callable[[], None]:
                 elif not marker.blocked(tx, site):
                     if isinstance(found, tuple):
                         (found, arguments), kwargs = found, {}
+                    before = effects.snapshot(tx, tx.symbolic_locals, tensors=False)
                     adapted = dynamo.UserFunctionVariable(found)
-                    return adapted.call_function(tx, [dynamo.build(tx, site), *arguments], kwargs)
+                    result = adapted.call_function(tx, [dynamo.build(tx, site), *arguments], kwargs)
+                    # the body was traced once and will run many times: tensors that get out of it are for the passes to see
+                    what = effects.changed(before, effects.snapshot(tx, tx.symbolic_locals, tensors=False))
+                    if what is not None:
+                        detail = f"{what} changes whenever f is called"
+                        marker.tell(tx, Skipped(Reason.SIDE_EFFECT, marker.location(tx), detail))
+                        marker.retrace([site])
+                    return result
         return original(self, tx, args, kwargs)
 
     dynamo.UserFunctionVariable.call_function = call_function

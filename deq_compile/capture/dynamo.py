@@ -29,6 +29,7 @@ InliningGeneratorInstructionTranslator = _find("torch._dynamo.symbolic_convert",
 livevars_analysis = _find("torch._dynamo.bytecode_analysis", "livevars_analysis")
 VariableTracker = _find("torch._dynamo.variables.base", "VariableTracker")
 CellVariable = _find("torch._dynamo.variables", "CellVariable")
+LazyVariableTracker = _find("torch._dynamo.variables", "LazyVariableTracker")
 SymNodeVariable = _find("torch._dynamo.variables", "SymNodeVariable")
 TensorVariable = _find("torch._dynamo.variables", "TensorVariable")
 TorchInGraphFunctionVariable = _find("torch._dynamo.variables", "TorchInGraphFunctionVariable")

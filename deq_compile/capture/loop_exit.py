@@ -27,11 +27,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
 from deq_compile.report import Reason, Skipped
 
-from . import dynamo, marker
+from . import dynamo, effects, marker
 from .bytecode import Code, Exit
 
 _JUMPS = (
@@ -87,19 +85,13 @@ def _handler(original: Callable[..., Any], jumps_if_true: bool) -> Callable[...,
     @functools.wraps(original)
     def handle(self: Any, inst: Any) -> Any:
         value = self.stack[-1]
-        if depends_on_data(value) and marker.ours(self):
+        if effects.depends_on_data(value) and marker.ours(self):
             found = _exit(self, inst)
             if found is not None and _pass_by(self, inst, found, jumps_if_true):
                 return None
         return original(self, inst)
 
     return handle
-
-
-def depends_on_data(value: Any) -> bool:
-    if isinstance(value, dynamo.TensorVariable):
-        return True
-    return isinstance(value, dynamo.SymNodeVariable) and bool(free_unbacked_symbols(value.sym_num))
 
 
 def _code(tx: Any) -> Code:
@@ -193,74 +185,22 @@ def _leaks(tx: Any, inst: Any, exit: Exit) -> tuple[Reason, str] | None:
     live = dynamo.livevars_analysis(code.instructions, code.instructions[code.target(inst, exit)])
     for name in sorted(live & code.stores(exit.loop)):
         value = tx.symbolic_locals.get(name)
-        if value is not None and not _is_data(tx, value):
+        if value is not None and not effects.is_data(tx, value):
             return Reason.COUNTER, f"{name!r} is written in the loop and read after it"
     here, elsewhere = code.one_sided(inst, exit)
     for name in sorted(code.stores(here)):
         value = tx.symbolic_locals.get(name)
-        if value is None or not _is_data(tx, value):
+        if value is None or not effects.is_data(tx, value):
             return Reason.COUNTER, f"{name!r} says how the loop was left"
     if elsewhere and code.constants(here) != code.constants(elsewhere):
         return Reason.COUNTER, "a constant says how the loop was left"
     return None
 
 
-def _is_data(tx: Any, value: Any) -> bool:
-    """A tensor, a number read from one, or a tuple or list of those: what the graph computes."""
-    value = value.realize() if hasattr(value, "realize") else value
-    if isinstance(value, dynamo.CellVariable):
-        value = tx.output.side_effects.load_cell(value)
-    items = value.__dict__.get("items")
-    if isinstance(items, list | dict):
-        return all(_is_data(tx, item) for item in (items if isinstance(items, list) else items.values()))
-    return depends_on_data(value)
-
-
 def _grows(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str] | None:
     """Whether something that outlives the loop was changed since the last visit: an attribute, a list, a dict."""
     code = _code(tx)
     live = dynamo.livevars_analysis(code.instructions, code.instructions[code.target(inst, exit)])
-    world = _world(tx, live)
-    before, visits.world = visits.world, world
-    if before is None:
-        return None
-    for name, now in world.items():
-        then = before.get(name)
-        if then != now and (then is not None or name[0] == "attribute of a lasting object"):
-            return Reason.SIDE_EFFECT, f"{name[0]} {name[-1]!r} changes in every iteration"
-    return None
-
-
-def _world(tx: Any, live: set[Any]) -> dict[tuple[Any, ...], Any]:
-    """Everything mutable, as far as it can be told apart: attributes written, and the lengths of containers in sight."""
-    found: dict[tuple[Any, ...], Any] = {}
-    effects = tx.output.side_effects
-    # what a cell of this very frame holds after the loop is a question of liveness
-    own = [tx.symbolic_locals.get(name) for name in tx.f_code.co_cellvars]
-    for owner, written in effects.store_attr_mutations.items():
-        if any(owner is cell for cell in own):
-            continue
-        lasting = isinstance(owner.mutation_type, dynamo.AttributeMutationExisting)
-        what = "attribute of a lasting object" if lasting else "attribute"
-        for name, value in written.items():
-            found[what, id(owner), name] = id(value)
-    for key, value in effects.id_to_variable.items():
-        size = _size(value)
-        if size is not None:
-            found["container", key, type(value).__name__] = size
-    frame = tx
-    while frame is not None:
-        for name, value in frame.symbolic_locals.items():
-            if (frame is not tx or name in live) and (size := _size(value)) is not None:
-                found["list or dict", id(frame), name] = (id(value), size)
-        frame = frame.parent
-    return found
-
-
-def _size(value: Any) -> int | None:
-    items = value.__dict__.get("items") if hasattr(value, "__dict__") else None
-    return len(items) if isinstance(items, list | dict | set) and _mutable(value) else None
-
-
-def _mutable(value: Any) -> bool:
-    return getattr(value, "mutation_type", None) is not None
+    before, visits.world = visits.world, effects.snapshot(tx, live)
+    what = effects.changed(before, visits.world) if before is not None else None
+    return (Reason.SIDE_EFFECT, f"{what} changes in every iteration") if what is not None else None

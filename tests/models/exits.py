@@ -379,6 +379,24 @@ class GradientDescent(Cell):
         return z
 
 
+class StatesUpdatedInPlace(nn.Module):
+    """One dictionary, whose entries are replaced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = Linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = {"z": torch.zeros_like(x)}
+        for _ in range(CAP):
+            z_new = self.f(state["z"], x)
+            err = (z_new - state["z"]).norm()
+            state["z"] = z_new
+            if err < TOL:
+                break
+        return state["z"]
+
+
 class DictOfStates(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -493,6 +511,51 @@ class CallsCounted(Cell):
         return iterate(lambda z: self.f(z, x), torch.zeros_like(x))
 
 
+class StatisticsKept(Cell):
+    """A dictionary that outlives the loop counts its iterations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stats = {"steps": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(CAP):
+            z_new = self.f(z, x)
+            self.stats["steps"] += 1
+            res = (z_new - z).norm()
+            z = z_new
+            if res < TOL:
+                break
+        return z
+
+
+EVALUATIONS = 0
+
+
+class GlobalCounter(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        def step(z: Tensor) -> Tensor:
+            global EVALUATIONS
+            EVALUATIONS += 1
+            return self.f(z, x)
+
+        return iterate(step, torch.zeros_like(x))
+
+
+class NonlocalCounter(Cell):
+    def forward(self, x: Tensor) -> Tensor:
+        count = 0
+
+        def step(z: Tensor) -> Tensor:
+            nonlocal count
+            count += 1
+            return self.f(z, x)
+
+        z = iterate(step, torch.zeros_like(x))
+        return z + 0.0 * count
+
+
 class ListGrows(Cell):
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         z, trace = torch.zeros_like(x), []
@@ -584,6 +647,7 @@ FORMS: dict[str, Form] = {
     "minimum_steps": Form(MinimumSteps, refused=Reason.TOO_SHORT),
     "tolerance_is_a_buffer": Form(ToleranceIsABuffer),
     "gradient_descent": Form(GradientDescent),
+    "states_updated_in_place": Form(StatesUpdatedInPlace),
     "dict_of_states": Form(DictOfStates),
     "last_residual_returned": Form(LastResidualReturned),
     "submodule": Form(Submodule),
@@ -598,6 +662,9 @@ FORMS: dict[str, Form] = {
     "early_return_says_how": Form(EarlyReturnSaysHow, 0, 1, Reason.COUNTER),
     "attribute_written": Form(AttributeWritten, 0, 1, Reason.SIDE_EFFECT),
     "calls_counted": Form(CallsCounted, 0, 1, Reason.SIDE_EFFECT),
+    "statistics_kept": Form(StatisticsKept, 0, 1, Reason.SIDE_EFFECT),
+    "global_counter": Form(GlobalCounter, 0, 1, Reason.SIDE_EFFECT),
+    "nonlocal_counter": Form(NonlocalCounter, 0, 1, Reason.SIDE_EFFECT),
     "list_grows": Form(ListGrows, 0, 1, Reason.SIDE_EFFECT),
     "halving": Form(Halving, 0, 1, Reason.EXIT_TEST),
     "cosine_test": Form(CosineTest, 0, 1, Reason.EXIT_TEST),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, autograd, nn
 
-from deq_compile import register_solver
+from deq_compile import Reason, register_solver
 
 from .exits import Form
 from .loops import Linear
@@ -175,6 +175,33 @@ class OddNames(Model):
         return z
 
 
+class CallsCounted(Model):
+    """The map counts its evaluations."""
+
+    calls = 0
+
+    def solve(self, x: Tensor) -> Tensor:
+        def f(z: Tensor) -> Tensor:
+            self.calls += 1
+            return self.f(z, x)
+
+        return forward_iteration(f, torch.zeros_like(x), max_iter=CAP, tol=TOL)[0]
+
+
+class StatesLogged(Model):
+    """The map writes down what it was called with."""
+
+    def solve(self, x: Tensor) -> Tensor:
+        seen = []
+
+        def f(z: Tensor) -> Tensor:
+            seen.append(z.norm())
+            return self.f(z, x)
+
+        z = forward_iteration(f, torch.zeros_like(x), max_iter=CAP, tol=TOL)[0]
+        return z + 0 * torch.stack(seen).sum()
+
+
 class SolverAttribute(nn.Module):
     """As tutorials write it: the solver and its arguments are attributes of a module."""
 
@@ -294,6 +321,8 @@ SOLVERS: dict[str, Form] = {
     "damped": Form(DampedModel, kind="call of damped"),
     "registered": Form(OddNames, kind="call of with_odd_names"),
     "solver as attribute": Form(SolverAttribute, kind="call of anderson"),
+    "calls counted": Form(CallsCounted, 0, 1, Reason.SIDE_EFFECT),
+    "states logged": Form(StatesLogged, 0, 1, Reason.SIDE_EFFECT),
     "root": Form(RootModel, 0, 1),
 }
 # hooks: the gradient is the implicit one
