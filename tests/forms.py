@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from deq_compile import Reason, record_solves
 from tests.helpers import compiled, largest_error, value_and_grads
 from tests.models.exits import FORMS as EXITS
-from tests.models.exits import Cell, Form
 from tests.models.explicit import EXPLICIT
+from tests.models.form import Cell, Form
 from tests.models.library import LIBRARY, Library
 from tests.models.operators import OPERATORS
 from tests.models.solvers import HOOKS, SOLVERS

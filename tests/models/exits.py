@@ -2,53 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deq_compile import Reason
 
-from .loops import D, Linear, contract
-
-TOL = 1e-6
-CAP = 300
-
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """A model and what becomes of it.
-
-    regions  number of solves
-    breaks   graph breaks; 0 means that it compiles under fullgraph=True
-    refused  why it is left alone, where it is
-    kind     what the report calls the region
-    implicit the gradient is the implicit one, which the user's own backward approximates
-    """
-
-    build: Callable[[], nn.Module]
-    regions: int = 1
-    breaks: int = 0
-    refused: Reason | None = None
-    kind: str = "loop until a test"
-    shape: tuple[int, ...] = (4, D)
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    implicit: bool = False
-
-    def make(self) -> tuple[nn.Module, Tensor]:
-        torch.manual_seed(0)
-        model = self.build()
-        contract(model)
-        return model, torch.randn(self.shape, dtype=torch.float64).float()
-
-
-class Cell(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = Linear()
+from .exits_left import (
+    AttributeWritten,
+    CallsCounted,
+    CosineTest,
+    CounterReturned,
+    DependsOnStep,
+    EarlyReturnSaysHow,
+    FlagReturned,
+    GlobalCounter,
+    Halving,
+    IfInside,
+    ListGrows,
+    NonlocalCounter,
+    Prints,
+    StatisticsKept,
+)
+from .form import CAP, TOL, Cell, Form, iterate
+from .loops import D, Linear
 
 
 class WhileNorm(Cell):
@@ -214,16 +191,6 @@ class Submodule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.solve(torch.relu(self.embed(x))))
-
-
-def iterate(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """No arguments by which capture would know a solver."""
-    for _ in range(CAP):
-        z_new = f(z)
-        if torch.norm(z_new - z) < TOL:
-            return z_new
-        z = z_new
-    return z
 
 
 class InAFunction(Cell):
@@ -435,196 +402,6 @@ class FrozenSamples(Cell):
             z = torch.where(err < TOL, z, z_new)
             if (err < TOL).all():
                 break
-        return z
-
-
-# ---- what has to be left alone
-
-
-class CounterReturned(Cell):
-    def forward(self, x: Tensor) -> tuple[Tensor, int]:
-        z = torch.zeros_like(x)
-        for k in range(CAP):  # noqa: B007
-            z_new = self.f(z, x)
-            res = (z_new - z).norm()
-            z = z_new
-            if res < TOL:
-                break
-        return z, k
-
-
-class FlagReturned(Cell):
-    def forward(self, x: Tensor) -> tuple[Tensor, bool]:
-        z, converged = torch.zeros_like(x), False
-        for _ in range(CAP):
-            z_new = self.f(z, x)
-            res = (z_new - z).norm()
-            z = z_new
-            if res < TOL:
-                converged = True
-                break
-        return z, converged
-
-
-class EarlyReturnSaysHow(Cell):
-    def forward(self, x: Tensor) -> tuple[Tensor, str]:
-        z = torch.zeros_like(x)
-        for _ in range(CAP):
-            z_new = self.f(z, x)
-            if (z_new - z).norm() < TOL:
-                return z_new, "converged"
-            z = z_new
-        return z, "gave up"
-
-
-class AttributeWritten(Cell):
-    steps = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for k in range(CAP):
-            z_new = self.f(z, x)
-            res = (z_new - z).norm()
-            z = z_new
-            self.steps = k
-            if res < TOL:
-                break
-        return z
-
-
-class CountingCell(Linear):
-    calls = 0
-
-    def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        self.calls += 1
-        return super().forward(z, x)
-
-
-class CallsCounted(Cell):
-    """The body counts its evaluations, as code for differential equations does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.f = CountingCell()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return iterate(lambda z: self.f(z, x), torch.zeros_like(x))
-
-
-class StatisticsKept(Cell):
-    """A dictionary that outlives the loop counts its iterations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stats = {"steps": 0}
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for _ in range(CAP):
-            z_new = self.f(z, x)
-            self.stats["steps"] += 1
-            res = (z_new - z).norm()
-            z = z_new
-            if res < TOL:
-                break
-        return z
-
-
-EVALUATIONS = 0
-
-
-class GlobalCounter(Cell):
-    def forward(self, x: Tensor) -> Tensor:
-        def step(z: Tensor) -> Tensor:
-            global EVALUATIONS
-            EVALUATIONS += 1
-            return self.f(z, x)
-
-        return iterate(step, torch.zeros_like(x))
-
-
-class NonlocalCounter(Cell):
-    def forward(self, x: Tensor) -> Tensor:
-        count = 0
-
-        def step(z: Tensor) -> Tensor:
-            nonlocal count
-            count += 1
-            return self.f(z, x)
-
-        z = iterate(step, torch.zeros_like(x))
-        return z + 0.0 * count
-
-
-class ListGrows(Cell):
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        z, trace = torch.zeros_like(x), []
-        for _ in range(CAP):
-            z_new = self.f(z, x)
-            trace.append((z_new - z).norm())
-            z = z_new
-            if trace[-1] < TOL:
-                break
-        return z, trace
-
-
-class Prints(Cell):
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for k in range(CAP):
-            z_new = self.f(z, x)
-            res = (z_new - z).norm()
-            z = z_new
-            print(k)
-            if res < TOL:
-                break
-        return z
-
-
-class Halving(Cell):
-    """No fixed point is sought: the norm is to be brought below a bound."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        while x.norm() > 0.1:
-            x = x * 0.5
-        return self.f(x, x)
-
-
-class CosineTest(Cell):
-    """The test does not see the length of the step."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.ones_like(x)
-        for _ in range(CAP):
-            z_new = self.f(z, x)
-            same = torch.cosine_similarity(z_new, z, dim=-1).min()
-            z = z_new
-            if same > 0.9:
-                break
-        return z
-
-
-class DependsOnStep(Cell):
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for k in range(CAP):
-            z_new = self.f(z, x / (1 + k))
-            res = (z_new - z).norm()
-            z = z_new
-            if res < TOL:
-                break
-        return z
-
-
-class IfInside(Cell):
-    """A branch on data that is no exit."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for _ in range(30):
-            if z.norm() > 100:
-                z = z * 0.5
-            z = self.f(z, x)
         return z
 
 

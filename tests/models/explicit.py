@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deq_compile import fixed_point
 
-from .exits import Form
+from .form import Form
 from .loops import Linear
 
 EXACT = {"tol": 1e-6, "backward_tol": 1e-5}

@@ -10,7 +10,7 @@ from torch import Tensor, autograd, nn
 
 from deq_compile import Reason
 
-from .exits import CAP, TOL, Cell, Form
+from .form import CAP, TOL, Cell, Form
 from .loops import Linear
 from .solvers import forward_iteration
 

@@ -10,7 +10,7 @@ from torch import Tensor, autograd, nn
 
 from deq_compile import Reason, register_solver
 
-from .exits import Form
+from .form import Form
 from .loops import Linear
 
 Map = Callable[[Tensor], Tensor]
