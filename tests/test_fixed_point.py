@@ -104,7 +104,6 @@ def test_jacobian_free() -> None:
         {"solver": "picard"},
         {"backward": "neumann", "backward_steps": 60},
         {"backward": "phantom", "backward_steps": 60, "backward_damping": 0.8},
-        {"backward": "unroll", "max_iter": 60},
     ],
     ids=str,
 )

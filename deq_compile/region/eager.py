@@ -66,11 +66,6 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
     serial = record_forward(site, solution, solution.z, solution.evaluations, *kept)
     if not torch.is_grad_enabled():
         return states
-    if config.backward == "unroll":
-        unrolled = list(state0)
-        for _ in range(config.max_iter):
-            unrolled = list(f(unrolled))
-        return unrolled
     inputs = [s.detach().requires_grad_() for s in layout.unflatten(solution.z)]
     images = list(f(inputs))
     if not _reads_more_than(images, inputs):

@@ -191,7 +191,7 @@ class TritonState(BroydenState):
             return cut
         if self.form == "fused":
             return Tiles(cut.BM, cut.BD, cut.BD2, 1, D, cut.stages, cut.warps)
-        slab = max((D // 3 + 15) // 16 * 16, 16)
+        slab = max((D // 2 + 15) // 16 * 16, 16)
         return Tiles(cut.BM, cut.BD, cut.BD2, -(-D // slab), slab, cut.stages, cut.warps)
 
     def unwatched(self) -> None:

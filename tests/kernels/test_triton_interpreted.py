@@ -159,7 +159,7 @@ def test_a_failing_sample_harms_no_other(form: str, when: int, interpreted: dict
     results = []
     for fails in (False, True):
         z = z0.clone()
-        state = triton_state(interpreted, z0, 12, form)
+        state = triton_state(interpreted, z0, 12, form, tol=2.0**-7)
         while state.running:
             out = f(z)
             if fails and state.evaluations + 1 == when:
@@ -182,7 +182,7 @@ def test_repeats_are_bitwise_equal(form: str, interpreted: dict[str, Any]) -> No
     runs = []
     for _ in range(2):
         z = z0.clone()
-        run(triton_state(interpreted, z0, 12, form), f, z)
+        run(triton_state(interpreted, z0, 12, form, tol=2.0**-7), f, z)
         runs.append(z)
     assert torch.equal(*runs)
 
@@ -305,12 +305,12 @@ def test_traffic_and_launches_of_an_iteration(
 def test_through_a_table_of_addresses(form: str, interpreted: dict[str, Any]) -> None:
     """As in a captured graph: other S and C in every solve, counters begun anew by `restart`; bitwise the direct solve."""
     f, z0 = problem(2, 40, torch.float32)
-    direct = triton_state(interpreted, z0, 12, form, tol=1e-4)
+    direct = triton_state(interpreted, z0, 12, form, tol=2.0**-7)
     z = z0.clone()
     run(direct, f, z)
     with rehearsal():
         state = TritonState.for_capture(
-            z0, 12, torch.float32, eta=0.125, tol=1e-4, relative=True, floor=0.0, limit=40
+            z0, 12, torch.float32, eta=0.125, tol=2.0**-7, relative=True, floor=0.0, limit=40
         )  # fmt: skip
         state.form = form
         z = torch.full_like(z0, math.nan)
