@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from bench import problems
-from deq_compile.kernels.broyden.triton_kernels import _set_conditional
+from deq_compile.kernels.triton_shared import set_conditional
 from deq_compile.region.engine import captures
 from deq_compile.region.engine.forward import CapturedForward, ForwardSettings
 from deq_compile.region.engine.operands import Operands, addresses
@@ -24,7 +24,7 @@ from .common import Setting
 def count_trip(count_ptr: Any, limit_ptr: Any, handle_ptr: Any) -> None:
     count = tl.load(count_ptr) + 1
     tl.store(count_ptr, count)
-    _set_conditional(handle_ptr, tl.where(count < tl.load(limit_ptr), 1, 0))
+    set_conditional(handle_ptr, tl.where(count < tl.load(limit_ptr), 1, 0))
 
 
 @triton.jit

@@ -8,55 +8,16 @@ Every sample has its own number of steps; programs of samples that have stopped 
 
 In a captured graph (INDIRECT) the addresses of S and C come from a table that `start` writes: they are new tensors in every
 solve. As the body of a WHILE node (COND) the last launch of an iteration keeps the loop going while a sample runs.
-
-This file has no imports of its own package, so that tests can load it a second time for Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
-from triton.language import core
 
-RUNNING = tl.constexpr(0)
-CONVERGED = tl.constexpr(1)
-FLOOR = tl.constexpr(2)
-MAX_ITER = tl.constexpr(3)
-NONFINITE = tl.constexpr(4)
+from ..triton_shared import CONVERGED, FLOOR, MAX_ITER, NONFINITE, RUNNING, finite, set_conditional, through
+
 # NORM_EPS 1e-9, STALL_GAIN 0.9 and STALL_PATIENCE 5 of aten.py stand below as numbers: the interpreter multiplies no constexpr.
-
-
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@core.extern
-def _set_graph_conditional(handle, value, _semantic=None):
-    """The device function of CUDA graphs that decides whether a WHILE node goes round once more."""
-    symbol = {(core.dtype("int64"), core.dtype("int32")): ("cudaGraphSetConditional", core.dtype("int32"))}
-    return core.extern_elementwise("", "", [handle, value], symbol, is_pure=False, _semantic=_semantic)
-
-
-@triton.jit
-def _set_conditional(handle_ptr, value):
-    """Decide about the WHILE node whose handle lies at `handle_ptr`; in the interpreter, which has no graphs, that place itself
-    holds the decision."""
-    if INTERPRETED:
-        tl.store(handle_ptr, value)
-    else:
-        _set_graph_conditional(tl.load(handle_ptr), value)
-
-
-@triton.jit
-def _finite(x):
-    return (x - x) == 0.0
-
-
-@triton.jit
-def _through(pointer, table_ptr, at: tl.constexpr):
-    """The address in slot `at` of the table, as a pointer of the type of `pointer`. Buffers start at multiples of 16 bytes."""
-    return tl.multiple_of(tl.load(table_ptr + at).to(tl.pointer_type(pointer.dtype.element_ty)), 16)
 
 
 @triton.jit
@@ -70,9 +31,9 @@ def _judge(gg, ff, norm, best, mark, stall, count, tol, floor, max_iter, RELATIV
         stop = stop / (tl.sqrt(ff) + 1e-9)
     else:
         threshold = floor * (tl.sqrt(ff) + 1e-9)
-    finite = _finite(stop)
+    whole = finite(stop)
     # An integer: the interpreter spreads a comparison of floats over a block as floats, which take no `&`.
-    improved = tl.where(finite & (stop < best), 1, 0)
+    improved = tl.where(whole & (stop < best), 1, 0)
     best = tl.where(improved != 0, stop, best)
     below = (best < threshold) & (floor > 0.0)
     gained = below & (best < mark * 0.9)
@@ -81,7 +42,7 @@ def _judge(gg, ff, norm, best, mark, stall, count, tol, floor, max_iter, RELATIV
     code = tl.where(count >= max_iter, MAX_ITER, RUNNING)
     code = tl.where(below & (stall >= 5), FLOOR, code)
     code = tl.where(stop <= tol, CONVERGED, code)
-    code = tl.where(finite, code, NONFINITE)
+    code = tl.where(whole, code, NONFINITE)
     return code, best, mark, stall, improved
 
 
@@ -106,11 +67,11 @@ def _coefficients(a, r, r_ptr, y_ptr, C_ptr, n, eta, LD, BM: tl.constexpr):
     damped = tl.abs(gamma) < eta
     denominator = tl.where(damped, tl.where(gamma >= 0.0, eta, -eta), gamma)
     kappa = tl.where(damped, (1.0 - denominator) / minus_tau, 1.0 / sigma)
-    usable = _finite(kappa / denominator) & (n > 0)
+    usable = finite(kappa / denominator) & (n > 0)
     denominator = tl.where(usable, denominator, 1.0)
     kappa = tl.where(usable, kappa, 0.0)
     row *= kappa
-    row = tl.where(_finite(row), row, 0.0)
+    row = tl.where(finite(row), row, 0.0)
     row = tl.where(i == n - 1, kappa, row)
     return 1.0 / denominator, kappa, row
 
@@ -265,7 +226,7 @@ def summarise(done_ptr, count_ptr, out_ptr, B, BB: tl.constexpr):
 @triton.jit
 def stop_looping(handle_ptr):
     """Ahead of `step_fused` in the body of a WHILE node: the loop ends unless a sample says otherwise. Grid (1,)."""
-    _set_conditional(handle_ptr, 0)
+    set_conditional(handle_ptr, 0)
 
 
 @triton.jit
@@ -281,8 +242,8 @@ def step_fused(
     if tl.load(done_ptr + b) != RUNNING:
         return
     if INDIRECT:
-        S_ptr = _through(S_ptr, table_ptr, 0)
-        C_ptr = _through(C_ptr, table_ptr, 1)
+        S_ptr = through(S_ptr, table_ptr, 0)
+        C_ptr = through(C_ptr, table_ptr, 1)
     n = tl.load(n_ptr + b)
     i = tl.arange(0, BM)
     z_ptr += b * D
@@ -318,7 +279,7 @@ def step_fused(
     else:
         tl.store(n_ptr + b, _steps_after(code, n, M))
     if COND:
-        _set_conditional(handle_ptr, 1)
+        set_conditional(handle_ptr, 1)
     weights_ptr = y_ptr + 2 * BM + 2
     scale, kappa, row = _coefficients(a, r, y_ptr + BM, weights_ptr, C_ptr, n, eta, LD, BM)
     tl.debug_barrier()  # the weights go through memory to be read one number at a time
@@ -342,11 +303,11 @@ def dots(
     done = tl.load(done_ptr + b)
     n = tl.load(n_ptr + b)
     if INDIRECT:
-        S_ptr = _through(S_ptr, table_ptr, 0)
-        C_ptr = _through(C_ptr, table_ptr, 1)
+        S_ptr = through(S_ptr, table_ptr, 0)
+        C_ptr = through(C_ptr, table_ptr, 1)
     if COND:
         if (b == 0) & (slab == 0):
-            _set_conditional(handle_ptr, 0)
+            set_conditional(handle_ptr, 0)
     if slab == 0:
         tl.store(ints_ptr + b * 4, n)
         tl.store(ints_ptr + b * 4 + 1, tl.load(stall_ptr + b))
@@ -379,8 +340,8 @@ def combine(
     if tl.load(ints_ptr + b * 4 + 3) != RUNNING:
         return
     if INDIRECT:
-        S_ptr = _through(S_ptr, table_ptr, 0)
-        C_ptr = _through(C_ptr, table_ptr, 1)
+        S_ptr = through(S_ptr, table_ptr, 0)
+        C_ptr = through(C_ptr, table_ptr, 1)
     n = tl.load(ints_ptr + b * 4)
     i = tl.arange(0, BM)
     q = tl.arange(0, BP)
@@ -426,7 +387,7 @@ def combine(
     tl.debug_barrier()
     if slab == 0:
         if COND:
-            _set_conditional(handle_ptr, 1)
+            set_conditional(handle_ptr, 1)
         # The other programs of this sample read rows below n - 1 of C. Row 0 is written again after a restart, under their
         # eyes: it is one number, kappa, and waits for the next `dots`, which reads no C.
         if (n >= 2) & (n <= M):

@@ -7,49 +7,14 @@ done, does the sample go on, and if so y and z = w - x orthogonalised and stored
 Images are kept as they come, beside their squared norms nu and Gram matrix G: with c = G^-1 h in two Jacobi steps from h / nu,
 orthogonalising is as good as classical Gram-Schmidt done twice, and reads the images once less (the row of G that the last image
 adds comes with the next products). Norm and coefficient of the new image are sums over the image itself, not differences.
-
-This file has no imports of its own package, so that tests can load it a second time for Triton's interpreter.
 """
 
 from __future__ import annotations
 
-import os
-
 import triton
 import triton.language as tl
-from triton.language import core
 
-RUNNING = tl.constexpr(0)
-CONVERGED = tl.constexpr(1)
-FLOOR = tl.constexpr(2)
-MAX_ITER = tl.constexpr(3)
-NONFINITE = tl.constexpr(4)
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-
-@core.extern
-def _set_graph_conditional(handle, value, _semantic=None):
-    symbol = {(core.dtype("int64"), core.dtype("int32")): ("cudaGraphSetConditional", core.dtype("int32"))}
-    return core.extern_elementwise("", "", [handle, value], symbol, is_pure=False, _semantic=_semantic)
-
-
-@triton.jit
-def _set_conditional(handle_ptr, value):
-    if INTERPRETED:
-        tl.store(handle_ptr, value)
-    else:
-        _set_graph_conditional(tl.load(handle_ptr), value)
-
-
-@triton.jit
-def _finite(x):
-    return (x - x) == 0.0
-
-
-@triton.jit
-def _through(pointer, table_ptr, at: tl.constexpr):
-    """The address in slot `at` of the table, as a pointer of the type of `pointer`."""
-    return tl.multiple_of(tl.load(table_ptr + at).to(tl.pointer_type(pointer.dtype.element_ty)), 16)
+from ..triton_shared import CONVERGED, FLOOR, MAX_ITER, NONFINITE, RUNNING, finite, set_conditional, through
 
 
 @triton.jit
@@ -101,7 +66,7 @@ def project(
     k = tl.where(k < M, k, 0)  # a full basis is dropped; x and r stay
     if COND:
         if (b == 0) & (slab == 0):
-            _set_conditional(handle_ptr, 0)
+            set_conditional(handle_ptr, 0)
     if slab == 0:
         tl.store(ints_ptr + b * 4, k)
         tl.store(ints_ptr + b * 4 + 1, tl.load(stall_ptr + b))
@@ -145,8 +110,8 @@ def _sum(values_ptr, count, BB: tl.constexpr, ACC: tl.constexpr):
 @triton.jit
 def _judge(stop, best, mark, stall, count, tol, floor, max_iter):
     """As in the Broyden step: status code, best, mark, stall, and whether the trial is the best so far."""
-    finite = _finite(stop)
-    improved = tl.where(finite & (stop < best), 1, 0)
+    whole = finite(stop)
+    improved = tl.where(whole & (stop < best), 1, 0)
     best = tl.where(improved != 0, stop, best)
     below = (best < floor) & (floor > 0.0)
     gained = below & (best < mark * 0.9)
@@ -155,7 +120,7 @@ def _judge(stop, best, mark, stall, count, tol, floor, max_iter):
     code = tl.where(count >= max_iter, MAX_ITER, RUNNING)
     code = tl.where(below & (stall >= 5), FLOOR, code)
     code = tl.where(stop <= tol, CONVERGED, code)
-    code = tl.where(finite, code, NONFINITE)
+    code = tl.where(whole, code, NONFINITE)
     return code, best, mark, stall, improved
 
 
@@ -224,7 +189,7 @@ def begin(
     b = tl.program_id(0).to(tl.int64)
     slab = tl.program_id(1)
     if INDIRECT:
-        S_ptr = _through(S_ptr, table_ptr, 0)
+        S_ptr = through(S_ptr, table_ptr, 0)
     lo = slab * SLAB
     hi = tl.minimum(lo + SLAB, D)
     out = part_ptr + (b * tl.num_programs(1) + slab) * (2 * BM + 2)
@@ -294,7 +259,7 @@ def extend(
         return
     if COND:
         if slab == 0:
-            _set_conditional(handle_ptr, 1)
+            set_conditional(handle_ptr, 1)
     i = tl.arange(0, BK)
     p = tl.arange(0, BP)
     P = part_ptr + b * slabs * 2 * BK + p[:, None] * 2 * BK + i[None, :]
@@ -335,7 +300,7 @@ def extend(
     tl.store(out + 2 * BM + 1, tl.sum(acc_r, axis=0))
     tl.debug_barrier()
     if INDIRECT:
-        S_ptr = _through(S_ptr, table_ptr, 0)
+        S_ptr = through(S_ptr, table_ptr, 0)
     S_ptr += b * SLOTS * S_ROW
     y_ptr = images_ptr + k * ROW
     _steps_by_number(out, S_ptr, r_ptr, y_ptr, tl.load(steps_ptr + b), lo, hi, S_ROW, False, BM, BD, STAGES, ACC)
@@ -372,8 +337,8 @@ def advance(
         along = tl.sum(tl.load(Q + 1, mask=p < slabs, other=0.0), axis=0)
         before = _sum(squares_ptr + (tl.num_programs(0) + b) * slabs, slabs, BP, ACC)
         fresh = tl.where(square > tiny * tiny * before, fresh, 0)
-        fresh = tl.where(_finite(1.0 / square), fresh, 0)
-        fresh = tl.where(_finite(along), fresh, 0)
+        fresh = tl.where(finite(1.0 / square), fresh, 0)
+        fresh = tl.where(finite(along), fresh, 0)
         alpha = tl.where(fresh != 0, along / square, 0.0)
         s_r -= alpha * tl.sum(tl.load(P + BM, mask=some, other=0.0), axis=0)
         if slab == 0:
@@ -383,7 +348,7 @@ def advance(
     tl.store(d_ptr + BM + i, s_r)
     tl.debug_barrier()
     if INDIRECT:
-        S_ptr = _through(S_ptr, table_ptr, 0)
+        S_ptr = through(S_ptr, table_ptr, 0)
     V_ptr += b * SLOTS * LDV
     weights = tl.zeros((BM,), ACC)
     for j0 in tl.range(0, n, 16):

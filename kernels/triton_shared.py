@@ -1,0 +1,45 @@
+"""What the Triton kernels of several operations share: status codes, CUDA-graph conditions, addresses from a table."""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+from triton.language import core
+
+# The codes of broyden/state.py.
+RUNNING = tl.constexpr(0)
+CONVERGED = tl.constexpr(1)
+FLOOR = tl.constexpr(2)
+MAX_ITER = tl.constexpr(3)
+NONFINITE = tl.constexpr(4)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@core.extern
+def _set_graph_conditional(handle, value, _semantic=None):
+    """The device function of CUDA graphs that decides whether a WHILE node goes round once more."""
+    symbol = {(core.dtype("int64"), core.dtype("int32")): ("cudaGraphSetConditional", core.dtype("int32"))}
+    return core.extern_elementwise("", "", [handle, value], symbol, is_pure=False, _semantic=_semantic)
+
+
+@triton.jit
+def set_conditional(handle_ptr, value):
+    """Decide about the WHILE node whose handle lies at `handle_ptr`; in the interpreter, which has no graphs, that place itself
+    holds the decision."""
+    if INTERPRETED:
+        tl.store(handle_ptr, value)
+    else:
+        _set_graph_conditional(tl.load(handle_ptr), value)
+
+
+@triton.jit
+def through(pointer, table_ptr, at: tl.constexpr):
+    """The address in slot `at` of the table, as a pointer of the type of `pointer`. Buffers start at multiples of 16 bytes."""
+    return tl.multiple_of(tl.load(table_ptr + at).to(tl.pointer_type(pointer.dtype.element_ty)), 16)
+
+
+@triton.jit
+def finite(x):
+    return (x - x) == 0.0
