@@ -191,16 +191,7 @@ class _Adjoint:
             self.site.expected_vjps = found.needed
             declared_gradient_holds(self.site, found)
         if self.serial:
-            records.complete(
-                self.serial,
-                cotangent=q,
-                w=found.w,
-                vjps=found.vjps,
-                adjoint_residual=float(found.residuals.max()),
-                adjoint_residual_mean=float(found.residuals.mean()),
-                adjoint_residual_batch=float(found.residual),
-                adjoint_message=found.status.message,
-            )
+            records.complete_adjoint(self.serial, q, found)
         return found.w
 
     def _certified(self, w: Tensor) -> tuple[Tensor, None]:

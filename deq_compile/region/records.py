@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from .adjoint import AdjointSolution
+
 
 @dataclasses.dataclass
 class SolveRecord:
@@ -125,6 +127,20 @@ def open_record(record: SolveRecord) -> int:
             entries.append((copy, recorder.tensors))
         _open[serial] = entries
         return serial
+
+
+def complete_adjoint(serial: int, q: Tensor, found: AdjointSolution) -> None:
+    """Fill in what an adjoint solve for the cotangents q (B, D) came to."""
+    complete(
+        serial,
+        cotangent=q,
+        w=found.w,
+        vjps=found.vjps,
+        adjoint_residual=float(found.residuals.max()),
+        adjoint_residual_mean=float(found.residuals.mean()),
+        adjoint_residual_batch=float(found.residual),
+        adjoint_message=found.status.message,
+    )
 
 
 def complete(serial: int, *, cotangent: Tensor, w: Tensor, **measured: object) -> None:

@@ -200,16 +200,7 @@ def _gradients(
         found, linear = adjoint(site, layout, runner, z, q, operands, sizes, needs, factors, linear)
         site.expected_vjps = found.needed
     if serial:
-        records.complete(
-            serial,
-            cotangent=q,
-            w=found.w,
-            vjps=found.vjps,
-            adjoint_residual=float(found.residuals.max()),
-            adjoint_residual_mean=float(found.residuals.mean()),
-            adjoint_residual_batch=float(found.residual),
-            adjoint_message=found.status.message,
-        )
+        records.complete_adjoint(serial, q, found)
     if engine.capturing():  # nothing may be asked of the device
         return None, found.payload
     z0 = layout.flatten(state0).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -34,18 +35,18 @@ class Program(Protocol):
     def trip(self) -> None: ...
 
 
-class Engine:
+class Engine(abc.ABC):
     """A program, captured. `launch` enqueues all of it, or as much as is needed to see its end; `outcome` waits for that."""
 
     name: str
     summary: Tensor  # (3,) int32 in pinned memory: running, missed, most evaluations
 
-    def launch(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def launch(self) -> None: ...
 
+    @abc.abstractmethod
     def outcome(self) -> tuple[int, int]:
         """Samples that missed their tolerance, and the most evaluations of any. Waits for the launch to end."""
-        raise NotImplementedError
 
 
 class While(Engine):
