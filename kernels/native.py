@@ -42,6 +42,15 @@ class Operator(ctypes.Structure):
     _fields_ = [("slots", _I), ("ld", _I), ("S", _P), ("V", _P), ("n", _P)]
 
 
+class Gcr(ctypes.Structure):
+    """The C++ struct of the same name."""
+
+    _fields_ = [
+        *((name, _P) for name in ("m", "s", "q", "x", "r", "w", "rt", "norms", "relative", "sums")),
+        ("stop", _D), ("tiny", _D), ("active", _I),
+    ]  # fmt: skip
+
+
 class Functions:
     """The entry points for one dtype."""
 
@@ -56,8 +65,8 @@ class Functions:
         self.transpose = entry("reuse_transpose", [_P, _P, _P])
         self.multisecant = entry("multisecant", [_P, _P, _I, _I, _D, _D])
         self.multisecant_apply = entry("multisecant_apply", [_P, _I, _I, _I, _P, _P])
-        self.gcr_start = entry("gcr_start", [_P, _P, _P, _P, _P, _P, _P], _D)
-        self.gcr_step = entry("gcr_step", [_P, _P, _P, _P, _P, _P, _P, _P, _D, _P, _P, _D, _I, _I, _P], _D)
+        self.gcr_start = entry("gcr_start", [_P], _D)
+        self.gcr_step = entry("gcr_step", [_P, _P, _I, _I], _D)
 
 
 def source() -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deq_compile.kernels import workspace
 from deq_compile.kernels.broyden import coefficient_width
 from deq_compile.kernels.device import on_gpu
 
@@ -71,14 +72,16 @@ def _rows(state0: Sequence[Tensor]) -> Any:
     return state0[0].shape[0] if state0[0].dim() else 1
 
 
-def _empty_factors(region: str, state0: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _empty_factors(region: str, state0: Sequence[Tensor], real: bool) -> tuple[Tensor, Tensor]:
     spec, (steps, coefficients) = find_site(region).spec, _factor_sizes(region, state0)
-    S = state0[0].new_empty((steps,), dtype=spec.factor_dtype)
-    return S, state0[0].new_empty((coefficients,), dtype=spec.compute_dtype)
+    first = state0[0]
+    if real and first.device.type == "cpu":
+        return workspace.empty((steps,), spec.factor_dtype), workspace.empty((coefficients,), spec.compute_dtype)
+    return first.new_empty((steps,), dtype=spec.factor_dtype), first.new_empty((coefficients,), dtype=spec.compute_dtype)
 
 
 def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> list[Tensor]:
-    S, C = _empty_factors(region, state0)
+    S, C = _empty_factors(region, state0, real=True)
     done = run.run_forward(find_site(region), state0, operands, sizes, S, C)
     n = done.n
     samples = _samples(region, state0)
@@ -100,7 +103,7 @@ def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], 
         torch.empty_permuted(s.shape, order, dtype=dtype, device=s.device)
         for s, order, dtype in zip(state0, spec.orders, spec.dtypes, strict=True)
     ]
-    S, C = _empty_factors(region, state0)
+    S, C = _empty_factors(region, state0, real=False)
     n = state0[0].new_empty((_samples(region, state0),), dtype=torch.int32)
     about = state0[0].new_empty((_rows(state0), 2), dtype=torch.float32)
     return [*states, S, C, n, torch.empty(3, dtype=torch.int64, device="cpu"), about]

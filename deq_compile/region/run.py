@@ -64,6 +64,7 @@ def run_forward(
     def body(z: Tensor) -> Tensor:
         nonlocal evaluations, latest
         evaluations += 1
+        latest = None  # or two sets of saved tensors would be alive at a time
         both = None if needs is None else runner.apply_and_linearise(z, operands, needs)
         if both is None:
             return runner.apply(z, operands)

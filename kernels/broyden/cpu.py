@@ -32,46 +32,41 @@ class CpuState(BroydenState):
 
     functions: native.Functions
     struct: native.Broyden
+    address: int
 
     @staticmethod
     def create(
         z0: Tensor, S: Tensor, C: Tensor, *, eta: float, tol: float, relative: bool, floor: float, functions: native.Functions
     ) -> CpuState:
         """No step stored yet; all tensors but z0 are uninitialised before, and filled here."""
-        B = z0.shape[0]
+        B, D = z0.shape
         z0 = z0.contiguous()
         small = torch.empty((2, B), dtype=z0.dtype)
         counts = torch.empty((3, B), dtype=torch.int32)
         (best, mark), (n, iterations, stall) = small.unbind(), counts.unbind()
         done, z_best = torch.empty(B, dtype=torch.int8), torch.empty_like(z0)
+        at, ints = small.data_ptr(), counts.data_ptr()
         struct = native.Broyden(
-            B=B,
-            D=z0.shape[1],
-            M=C.shape[1],
-            ld=C.shape[2],
-            threads=native.threads_for(z0.numel()),
-            relative=relative,
-            tol=tol,
-            floor=floor,
-            eta=eta,
-        )
-        for name, tensor in (("S", S), ("C", C), ("best", best), ("mark", mark), ("z_best", z_best), ("n", n)):
-            setattr(struct, name, tensor.data_ptr())
-        struct.iterations, struct.stall, struct.done = iterations.data_ptr(), stall.data_ptr(), done.data_ptr()
-        functions.start(ctypes.addressof(struct), z0.data_ptr())
+            B, D, C.shape[1], C.shape[2], native.threads_for(z0.numel()), relative, tol, floor, eta,
+            S.data_ptr(), C.data_ptr(), at, at + B * z0.element_size(), z_best.data_ptr(), ints, ints + 4 * B, ints + 8 * B,
+            done.data_ptr(),
+        )  # fmt: skip
+        address = ctypes.addressof(struct)
+        functions.start(address, z0.data_ptr())
         return CpuState(
             S=S, C=C, n=n, done=done, best=best, z_best=z_best, iterations=iterations, mark=mark, stall=stall, tol=tol,
-            relative=relative, floor=floor, active=B, eta=eta, functions=functions, struct=struct,
+            relative=relative, floor=floor, active=B, eta=eta, functions=functions, struct=struct, address=address,
         )  # fmt: skip
 
     def _call(self, z: Tensor, f: Tensor, norms: Tensor | None, flags: int) -> None:
-        f = f.to(z.dtype).contiguous()
+        if f.dtype != z.dtype or not f.is_contiguous():
+            f = f.to(z.dtype).contiguous()
         if not z.is_contiguous():
             raise ValueError(f"expected z contiguous, got strides {z.stride()} for shape {tuple(z.shape)}")
-        norms_at = 0 if norms is None else norms.to(z.dtype).contiguous().data_ptr()
-        self.active = self.functions.step(
-            ctypes.addressof(self.struct), z.data_ptr(), f.data_ptr(), norms_at, self.evaluations, flags
-        )
+        if norms is not None:
+            norms = norms.to(z.dtype).contiguous()
+        norms_at = None if norms is None else norms.data_ptr()
+        self.active = self.functions.step(self.address, z.data_ptr(), f.data_ptr(), norms_at, self.evaluations, flags)
 
     def step(self, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
         self.evaluations += 1

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import native, workspace
 from ..broyden.state import coefficient_width
 from ..reuse.cpu import native_operator
 from ..reuse.multisecant import Multisecant
 from .state import DEPENDENT_EPS, GcrState
+
+# Pairs that the basis has room for at first. Few solves need more, and a buffer for all of `memory` is mostly never used.
+PAIRS = 8
 
 
 @dataclass(kw_only=True, eq=False)
@@ -20,9 +23,10 @@ class CpuGcr(GcrState):
     """A state that C++ works on. `count` of the lockstep implementation is not used."""
 
     functions: native.Functions
-    struct: native.Broyden
-    pointers: tuple[int, ...]
-    going: ctypes.c_int64
+    struct: native.Gcr
+    progress: native.Broyden
+    address: int
+    most: int  # pairs to which the basis may grow
 
     @staticmethod
     def create(
@@ -30,36 +34,54 @@ class CpuGcr(GcrState):
     ) -> CpuGcr:
         """All tensors are uninitialised before, and filled by C++."""
         B, D = q.shape
-        best, mark, norms, residuals = torch.empty((4, B), dtype=q.dtype).unbind()
-        n, iterations, stall = torch.empty((3, B), dtype=torch.int32).unbind()
+        small = torch.empty((6, B), dtype=q.dtype)
+        best, mark, norms, residuals, *_ = small.unbind()  # the last two rows are C++'s own
+        counts = torch.empty((3, B), dtype=torch.int32)
+        n, iterations, stall = counts.unbind()
         done = torch.empty(B, dtype=torch.int8)
-        z_best, x, r, w, true_residual = torch.empty((5, B, D), dtype=q.dtype).unbind()
-        basis = torch.empty((B, 2, memory, D), dtype=q.dtype)
-        V = None if operator is None else operator.V
-        struct = native.Broyden(
-            B=B, D=D, M=memory, ld=max(coefficient_width(memory), 0 if V is None else V.shape[2]),
-            threads=native.threads_for(q.numel()), relative=True, tol=tol, floor=floor, S=basis.data_ptr(),
-            best=best.data_ptr(), mark=mark.data_ptr(), z_best=z_best.data_ptr(), n=n.data_ptr(),
-            iterations=iterations.data_ptr(), stall=stall.data_ptr(), done=done.data_ptr(),
+        room = workspace.empty((5, B, D), q.dtype)
+        z_best, x, r, w, true_residual = room.unbind()
+        pairs = min(memory, PAIRS)
+        basis = workspace.empty((B, 2, pairs, D), q.dtype)
+        row, line = B * q.element_size(), B * D * q.element_size()
+        at, ints, big = small.data_ptr(), counts.data_ptr(), room.data_ptr()
+        ld = coefficient_width(memory)
+        progress = native.Broyden(
+            B, D, pairs, ld if operator is None else max(ld, operator.V.shape[2]), native.threads_for(q.numel()), 1,
+            tol, floor, 0.0,
+            basis.data_ptr(), None, at, at + row, big, ints, ints + 4 * B, ints + 8 * B, done.data_ptr(),
         )  # fmt: skip
-        at = (ctypes.addressof(native_operator(operator)), ctypes.addressof(struct), q.data_ptr())
-        batch_norm = functions.gcr_start(*at, x.data_ptr(), r.data_ptr(), w.data_ptr(), norms.data_ptr())
+        struct = native.Gcr(
+            ctypes.addressof(native_operator(operator)), ctypes.addressof(progress), q.data_ptr(),
+            big + line, big + 2 * line, big + 3 * line, big + 4 * line, at + 2 * row, at + 3 * row, at + 4 * row,
+            0.0, DEPENDENT_EPS * torch.finfo(q.dtype).eps, 0,
+        )  # fmt: skip
+        address = ctypes.addressof(struct)
+        batch_norm = functions.gcr_start(address)
+        struct.stop = tol * batch_norm
         return CpuGcr(
             done=done, best=best, z_best=z_best, iterations=iterations, mark=mark, stall=stall, tol=tol, relative=True,
             floor=floor, active=B, q=q, norms=norms, batch_norm=batch_norm, operator=operator, x=x, r=r, w=w, basis=basis, n=n,
-            true_residual=true_residual, residuals=residuals, functions=functions, struct=struct, pointers=at,
-            going=ctypes.c_int64(),
+            true_residual=true_residual, residuals=residuals, functions=functions, struct=struct, progress=progress,
+            address=address, most=memory,
         )  # fmt: skip
 
     def move(self, jw: Tensor, last: bool) -> None:
         self.evaluations += 1
-        jw = jw.contiguous()
-        batch = self.functions.gcr_step(
-            *self.pointers, jw.data_ptr(), self.x.data_ptr(), self.r.data_ptr(), self.w.data_ptr(), self.norms.data_ptr(),
-            self.tol * self.batch_norm, self.true_residual.data_ptr(), self.residuals.data_ptr(),
-            DEPENDENT_EPS * torch.finfo(self.q.dtype).eps, self.evaluations, last, ctypes.addressof(self.going),
-        )  # fmt: skip
+        if not jw.is_contiguous():
+            jw = jw.contiguous()
+        if self.evaluations > self.memory < self.most:
+            self._grow()
+        batch = self.functions.gcr_step(self.address, jw.data_ptr(), self.evaluations, last)
         self.batch = batch / self.batch_norm if self.batch_norm else 0.0
         self.converged = self.batch <= self.tol
         if not self.converged:
-            self.active = self.going.value
+            self.active = self.struct.active
+
+    def _grow(self) -> None:
+        """Room for twice as many pairs: no sample can have more of them than VJPs were seen before this one."""
+        B, _, pairs, D = self.basis.shape
+        more = min(2 * pairs, self.most)
+        basis = workspace.empty((B, 2, more, D), self.q.dtype)
+        basis[:, :, :pairs] = self.basis
+        self.basis, self.progress.S, self.progress.M = basis, basis.data_ptr(), more

@@ -53,7 +53,8 @@ def move(state: GcrState, jw: Tensor, *, last: bool = False, look: bool = False)
         last: no VJP will follow: samples that would go on get MAX_ITER, and nothing moves.
         look: ask a device how it stands, rather than every fourth time.
     """
-    jw = jw.to(state.q.dtype)
+    if jw.dtype != state.q.dtype:
+        jw = jw.to(state.q.dtype)
     if isinstance(state, CpuGcr):
         state.move(jw, last)
     elif isinstance(state, TritonGcr):

@@ -1,11 +1,10 @@
 // Products with the stored factors, for a CPU. Follows broyden/cpu.cpp in one translation unit.
 
-// y = x + sum_i d_i to_i, d = V^T b, b_j = from_j . x for `rows` rows of one sample; V has row stride ld, and is lower triangular
+// y += sum_i d_i to_i, d = V^T b, b_j = from_j . x for `rows` rows of one sample; V has row stride ld, and is lower triangular
 // where `lower` says so. Columns of V up to the next whole vector are finite.
 template <class T>
-static void apply_rows(Scratch<T>& w, const T* from, const T* to, i64 D, i64 rows, const T* V, i64 ld, bool lower, const T* x,
-                       T* y, i64 threads, bool split) {
-  std::memcpy(y, x, sizeof(T) * D);
+static void add_rows(Scratch<T>& w, const T* from, const T* to, i64 D, i64 rows, const T* V, i64 ld, bool lower, const T* x,
+                     T* y, i64 threads, bool split) {
   if (rows < 1) return;
   row_dots<T, false>(w, from, D, rows, x, x, ld, threads, split);
   constexpr int N = Vec<T>::N;
@@ -16,6 +15,16 @@ static void apply_rows(Scratch<T>& w, const T* from, const T* to, i64 D, i64 row
     for (i64 v = 0; v <= (lower ? j : rows - 1); v += N) store(d + v, load(d + v) + bj * load(V + j * ld + v));
   }
   over_chunks(D, threads, split, [&](i64 lo, i64 hi, i64) { update<T>(to, D, rows, d, T(1), y, nullptr, nullptr, lo, hi); });
+}
+
+// y[lo:hi] += c x[lo:hi]
+template <class T>
+static inline void add_scaled(T c, const T* x, T* y, i64 lo, i64 hi) {
+  constexpr int N = Vec<T>::N;
+  auto cc = broadcast(c);
+  i64 d = lo;
+  for (; d + N <= hi; d += N) store(y + d, load(y + d) + cc * load(x + d));
+  for (; d < hi; d++) y[d] += c * x[d];
 }
 
 // Call work(scratch, b, split) for the samples, over threads; where there are fewer samples than threads, the threads share a row.
@@ -36,7 +45,8 @@ static void transpose(const Broyden<T>* s, const T* x, T* y) {
   i64 D = s->D, ld = s->ld;
   over_samples<T>(s->B, D, ld, s->threads, [&](Scratch<T>& w, i64 b, bool split) {
     const T *S = s->S + b * (s->M + 1) * D, *C = s->C + b * s->M * ld;
-    apply_rows<T>(w, S + D, S, D, s->n[b] - 1, C, ld, true, x + b * D, y + b * D, s->threads, split);
+    std::memcpy(y + b * D, x + b * D, sizeof(T) * D);
+    add_rows<T>(w, S + D, S, D, s->n[b] - 1, C, ld, true, x + b * D, y + b * D, s->threads, split);
   });
 }
 

@@ -183,20 +183,20 @@ struct Operator {
   const int32_t* n;  // (B,)
 };
 
+// y += (M - I) x
 template <class T>
-static void apply_operator(Scratch<T>& w, const Operator<T>* m, i64 b, i64 D, const T* x, T* y, i64 threads, bool split) {
-  if (!m->S) {
-    std::memcpy(y, x, sizeof(T) * D);
-    return;
-  }
+static void add_operator(Scratch<T>& w, const Operator<T>* m, i64 b, i64 D, const T* x, T* y, i64 threads, bool split) {
+  if (!m->S) return;
   const T *S = m->S + b * m->slots * D, *V = m->V + b * m->slots * m->ld;
-  apply_rows<T>(w, S, S, D, m->n[b] < 2 ? 0 : m->n[b], V, m->ld, false, x, y, threads, split);
+  add_rows<T>(w, S, S, D, m->n[b] < 2 ? 0 : m->n[b], V, m->ld, false, x, y, threads, split);
 }
 
 template <class T>
 static void multisecant_apply(const Operator<T>* m, i64 B, i64 D, i64 threads, const T* x, T* y) {
-  over_samples<T>(B, D, m->ld, threads,
-                  [&](Scratch<T>& w, i64 b, bool split) { apply_operator<T>(w, m, b, D, x + b * D, y + b * D, threads, split); });
+  over_samples<T>(B, D, m->ld, threads, [&](Scratch<T>& w, i64 b, bool split) {
+    std::memcpy(y + b * D, x + b * D, sizeof(T) * D);
+    add_operator<T>(w, m, b, D, x + b * D, y + b * D, threads, split);
+  });
 }
 
 #define DEQ_MULTISECANT(SUFFIX, T)                                                                                  \

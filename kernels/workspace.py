@@ -1,0 +1,83 @@
+"""Memory that solves use again and again, on a CPU.
+
+A step of a region needs buffers of some megabytes twice, for the steps of the forward and for the basis of the adjoint. The C
+library gives such blocks back to the system as soon as they are free, and then every page is faulted in and cleared again in the
+next step: up to 4 us a page, which is more than all of the solver's arithmetic. So the last blocks are kept here, up to `LIMIT`
+bytes of them; larger ones are ordinary tensors.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Bytes that may be kept while nobody uses them. Blocks that are larger are not worth it: their solves take far longer.
+LIMIT = 64 << 20
+# Below this the C library does not give memory back, and a block is cheaper than the question for one.
+SMALL = 64 << 10
+
+_Free = collections.OrderedDict[int, list[Tensor]]  # by size, least recently used first
+_free: _Free = collections.OrderedDict()
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous CPU tensor; its memory returns to the pool when its last view is gone."""
+    wanted = math.prod(shape) * dtype.itemsize
+    if not SMALL <= wanted <= LIMIT:
+        return torch.empty(tuple(shape), dtype=dtype)
+    size = _rounded(wanted)
+    try:
+        block = _free[size].pop()
+        _free.move_to_end(size)
+    except (KeyError, IndexError):
+        block = torch.empty(size, dtype=torch.uint8)
+    lease = _lease_type(wanted).from_address(block.data_ptr())
+    lease.block = block
+    return torch.frombuffer(lease, dtype=dtype).view(tuple(shape))
+
+
+@functools.lru_cache(maxsize=256)
+def _lease_type(size: int) -> Any:
+    """A buffer of so many bytes in a block, which it gives back when it dies."""
+
+    class Lease(ctypes.c_char * size):  # type: ignore[misc]
+        block: Tensor
+
+        def __del__(self) -> None:
+            _give_back(self.block)
+
+    return Lease
+
+
+def kept() -> int:
+    """Bytes that nobody uses at the moment."""
+    return sum(size * len(blocks) for size, blocks in list(_free.items()))
+
+
+def clear() -> None:
+    """Give all of it back to the system."""
+    _free.clear()
+
+
+def _rounded(size: int) -> int:
+    """Up by at most an eighth, so that nearly equal shapes share blocks."""
+    step = 1 << max(size.bit_length() - 4, 0)
+    return (size + step - 1) // step * step
+
+
+def _give_back(block: Tensor) -> None:
+    # Runs wherever the last reference dies, in any thread: each line is one operation on a dict or a list.
+    _free.setdefault(block.numel(), []).append(block)
+    while kept() > LIMIT:
+        size, blocks = next(iter(_free.items()), (0, None))
+        if blocks:
+            blocks.pop()
+        else:
+            _free.pop(size, None)
