@@ -213,6 +213,7 @@ def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) ->
 
     def changed(site: Site) -> None:
         row.status, row.distance = site.verdict, site.distance
+        row.reuse = site.reuses
         row.engine, row.engine_reason = site.engine, site.engine_reason
 
     site.on_change = changed

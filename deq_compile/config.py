@@ -110,6 +110,7 @@ _RULES: dict[str, _Rule] = {
     "attached": _Rule("keep", _choice("keep", planned=("implicit",))),
     "backward_tol": _Rule(BACKWARD_TOL_DEFAULT, _positive_or_inf),
     "backward_max_iter": _Rule(40, _integer(0)),
+    "reuse": _Rule("auto", _choice("auto", "always", "never")),
     "factor_dtype": _Rule(None, _floating_dtype),
     "batch": _Rule("auto", _choice("auto", "rows", "whole")),
     "min_repeats": _Rule(5, _integer(2)),
@@ -183,6 +184,8 @@ class Options:
     ``backward_tol``           1e-2           relative adjoint residual at which refinement stops; inf: one raw
                                               reuse, as in Nguyen & Mauch 2023 (arXiv 2304.11663)
     ``backward_max_iter``      40             cap on the vector-Jacobian products of the refinement
+    ``reuse``                  "auto"         whether the adjoint is preconditioned with the forward's factors: "always", "never";
+                                              "auto": on a CPU where that has been seen to save more than it costs
     ``factor_dtype``           None           dtype of the stored steps; None: the state's
     ``batch``                  "auto"         "rows": dim 0 is a batch; "whole": one coupled system;
                                               "auto": probed once
@@ -218,6 +221,7 @@ class Options:
     attached: str | None = None
     backward_tol: float | None = None
     backward_max_iter: int | None = None
+    reuse: str | None = None
     factor_dtype: torch.dtype | None = None
     batch: str | None = None
     min_repeats: int | None = None
@@ -331,6 +335,7 @@ class Config:
     attached: str
     backward_tol: float
     backward_max_iter: int
+    reuse: str
     factor_dtype: torch.dtype | None
     batch: str
     min_repeats: int

@@ -76,8 +76,9 @@ class Region:
     for the loop), "kept" (the loop's own iterations are run) or "pending" (not called yet, so not verified); `distance` is
     the last measured max over samples of |z_N - z*| / |z*|, None before a verification or where none is asked for. `engine` is
     what the iterations ran on at the last call ("loop", "chunks", "while"; see region/engine), `engine_reason` why on nothing
-    better. `iterations` is the count of a fixed-count loop, None where a fixed point was declared. `notes` say in words what
-    was done, and where the meaning differs from what the user's code would have done.
+    better. `reuse` tells whether the backward makes use of the forward's factors. `iterations` is the count of a fixed-count
+    loop, None where a fixed point was declared. `notes` say in words what was done, and where the meaning differs from what the
+    user's code would have done.
     """
 
     key: str
@@ -93,6 +94,7 @@ class Region:
     distance: float | None = None
     engine: str = "loop"
     engine_reason: str = ""
+    reuse: bool = True
     notes: tuple[str, ...] = ()
 
 
@@ -133,6 +135,8 @@ class Report:
         if not self.regions:
             lines = [f"no fixed-point region in {self.graphs} graph(s)"]
         lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
+        idle = "without the forward's factors, which cost more than they save"
+        lines += [f"backward    {r.location}: {idle}" for r in self.regions if not r.reuse]
         lines += [f"{r.location}: {note}" for r in self.regions for note in r.notes]
         lines += [f"left alone  {skipped}" for skipped in self.skipped]
         lines += [f"off         {feature}: {why}" for feature, why in self.features_off.items()]

@@ -23,6 +23,7 @@ from .site import Site
 from .status import Status, converged, message_of
 from .stopwatch import Stopwatch, TimedLinearised
 from .verdict import count_misses, decide_rows, declared_gradient_holds, gradient_is_the_loops, settle, verify
+from .worth import factors_pay
 
 log = logging.getLogger("deq_compile.region")
 
@@ -237,11 +238,15 @@ def _adjoint(
         if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
             return solved
     linear = linear or runner.linearise(z, operands, needs)
+    # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
+    asks = state is not None and not inside and not math.isinf(config.backward_tol) and not on_gpu(z.device)
+    due = asks and site.reuse_due()
+    site.backwards += 1
     found = solve_adjoint(
         linear.vjp,
         linear.vjp_full,
         q,
-        state,
+        state if site.reuses or due or not asks else None,
         tol=config.backward_tol,
         max_iter=max_iter,
         expected=site.expected_vjps,
@@ -249,6 +254,9 @@ def _adjoint(
         skip=skip,
         watched=not inside,
     )
+    if due and state is not None and q.numel():
+        limits = {"tol": config.backward_tol, "max_iter": max_iter, "body_eps": spec.body_eps}
+        site.reuse(factors_pay(linear.vjp, q, state, found, **limits))
     return found, linear
 
 

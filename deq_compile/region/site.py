@@ -61,7 +61,8 @@ class RegionSpec:
     @property
     def stores_steps(self) -> bool:
         """Whether the forward leaves factors for the backward."""
-        return self.grad and self.config.solver == "broyden" and self.config.backward == "reuse"
+        config = self.config
+        return self.grad and config.solver == "broyden" and config.backward == "reuse" and config.reuse != "never"
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -97,6 +98,8 @@ class Site:
     distance  last measured max over samples of |z_N - z*| / |z*|
     tol       the solver's tolerance; a verification may have tightened the default
     expected_vjps  what the last backward needed, for the next one to predict with
+    reuses    whether the adjoint makes use of the forward's factors
+    backwards adjoint solves so far
     pending   the last captured solve, whose outcome nobody has asked for yet
     engine    what the iterations ran on at the last call, and why on nothing better
     on_change called with the site when a verdict, distance or engine changes (the report listens)
@@ -115,6 +118,7 @@ class Site:
         self.adjoint_misses = 0
         self.verify_gradient = False  # the next backward looks at its gradient as the forward did at the value
         self.expected_vjps: int | None = None
+        self.reuses, self.backwards = True, 0
         self.warned = self.warned_of_gradient = False
         self.pending: Solution | None = None
         self.engine, self.engine_reason = "loop", ""
@@ -131,6 +135,19 @@ class Site:
             return False
         periodic = self.spec.config.verify == "periodic" and self.spec.grad
         return self.calls == 0 or (periodic and self.calls % VERIFY_EVERY == 0)
+
+    def reuse_due(self) -> bool:
+        """Whether this adjoint solve, the `backwards`-th from 0, is also tried without the forward's factors."""
+        if self.spec.config.reuse != "auto":
+            return False
+        return self.backwards == 0 or (self.spec.config.verify == "periodic" and self.backwards % VERIFY_EVERY == 0)
+
+    def reuse(self, pays: bool) -> None:
+        """Note whether the factors are worth their cost."""
+        if pays != self.reuses:
+            self.reuses = pays
+            log.info("region %s at %s: the adjoint goes on %s factors", self.key, self.spec.where, "with" if pays else "without")
+            self.on_change(self)
 
     def use(self, engine: str, reason: str) -> None:
         """Note the engine of a call."""

@@ -1,0 +1,47 @@
+"""Whether the forward's factors are worth their cost to the adjoint: decided by counting, so that equal runs decide alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from deq_compile.kernels.broyden import Factors
+from deq_compile.kernels.gcr import move, new_state
+
+from .adjoint import MEMORY, VJP, AdjointSolution
+from .forward import FLOOR_EPS
+from .status import AdjointStatus
+
+# What a state element costs beside a product's matrix arithmetic: its own elementwise work, and one move of the adjoint.
+ELEMENT_FLOPS = 100
+# An operation of M counts twice: short rows run at half the speed of a matrix product (NOTES.md, "Is M worth it").
+OPERATOR_COST = 2
+
+
+@torch.no_grad()
+def factors_pay(
+    vjp: VJP, q: Tensor, factors: Factors, found: AdjointSolution, *, tol: float, max_iter: int, body_eps: float
+) -> bool:
+    """Whether ``found``, made with the factors, saved more than the factors cost. Solves once more, without them.
+
+    A saved product counts with the floating-point operations of its matrix products and convolutions.
+    """
+    if found.status != AdjointStatus.CONVERGED:
+        return True
+    adjoint = new_state(q, None, min(max_iter, MEMORY), tol=tol, floor=FLOOR_EPS * body_eps)
+    plain = 0
+    with FlopCounterMode(display=False) as counter:
+        while adjoint.running and not adjoint.converged:
+            plain += 1
+            move(adjoint, vjp(adjoint.w), last=plain == max_iter)
+    if not adjoint.converged:
+        return True
+    product = counter.get_total_flops() / plain + ELEMENT_FLOPS * q.numel()
+    return (plain - found.needed) * product > OPERATOR_COST * _operator_flops(factors.n, q.shape[1], found.needed + 1)
+
+
+def _operator_flops(n: Tensor, D: int, applications: int) -> float:
+    """Operations of making M for each sample, and of applying it so many times."""
+    steps = n.double()
+    return float((steps * steps * D + 4 * steps**3 + 4 * steps * D * applications).sum())
