@@ -140,7 +140,7 @@ def _one_vjp(vjp_full: VJPFull, w: Tensor, q: Tensor) -> AdjointSolution:
 
 
 def _refine(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int, expected: int) -> AdjointSolution:
-    certified: AdjointSolution | None = None  # of the last call of vjp_full
+    certified: tuple[Tensor, Any, float, Tensor] | None = None  # of vjp_full: w, payload, residuals (batch, rows)
     needed = 0
     while True:
         needed += 1
@@ -149,19 +149,19 @@ def _refine(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int, expec
             at = adjoint.w.clone()  # `move` changes it
             jw, payload = vjp_full(at)
             move(adjoint, jw, last=last, look=True)
-            certified = AdjointSolution(
-                at, payload, needed, needed, adjoint.batch, adjoint.residuals.clone(), AdjointStatus.CONVERGED
-            )
+            certified = at, payload, adjoint.batch, adjoint.residuals.clone()
         else:
             move(adjoint, vjp(adjoint.w), last=last)
         if adjoint.converged or not adjoint.running:
             chosen, status = choose(adjoint)
             break
-    if certified is not None and torch.equal(certified.w, chosen):
-        found = replace(certified, vjps=needed, needed=adjoint.needed)
-    else:
-        found = replace(certified_at(vjp_full, adjoint.q, chosen, status), vjps=needed + 1, needed=adjoint.needed)
-    return replace(found, status=status if math.isfinite(found.residual) else AdjointStatus.NONFINITE)
+    vjps = needed
+    if certified is None or not torch.equal(certified[0], chosen):
+        found = certified_at(vjp_full, adjoint.q, chosen, status)
+        certified, vjps = (found.w, found.payload, found.residual, found.residuals), needed + 1
+    w, payload, batch, residuals = certified
+    status = status if math.isfinite(batch) else AdjointStatus.NONFINITE
+    return AdjointSolution(w, payload, vjps, adjoint.needed, batch, residuals, status)
 
 
 def _unwatched(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int) -> AdjointSolution:
