@@ -19,6 +19,7 @@ from deq_compile.kernels.broyden import MAX_ITER, NONFINITE, Factors
 from deq_compile.kernels.gcr import GcrState, move, new_state
 from deq_compile.kernels.reuse import apply_transpose, multisecant
 from deq_compile.region.forward import FLOOR_EPS
+from deq_compile.region.modes import without_grad
 from deq_compile.region.status import AdjointStatus
 
 # An estimate has blown up when its residual is this many times the best one known, that of w = 0 (which is 1) included.
@@ -59,7 +60,7 @@ class AdjointSolution:
         return replace(self, vjps=self.vjps + vjps, needed=vjps)
 
 
-@torch.no_grad()
+@without_grad
 def solve_adjoint(
     vjp: VJP,
     vjp_full: VJPFull,
@@ -114,7 +115,7 @@ def jacobian_free(vjp_full: VJPFull, q: Tensor) -> AdjointSolution:
     return _one_vjp(vjp_full, q.clone(), q)
 
 
-@torch.no_grad()
+@without_grad
 def phantom(vjp: VJP, vjp_full: VJPFull, q: Tensor, steps: int, damping: float = 1.0) -> AdjointSolution:
     """The phantom gradient (Geng et al., arXiv 2111.05177) of `steps` damped applications at the fixed point.
 

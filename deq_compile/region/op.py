@@ -42,7 +42,7 @@ _library.define(
     tags=_TAGS,
 )
 
-_DENSE = (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+_DENSE = {torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key]).raw_repr() for key in ("CPU", "CUDA")}
 Call = Callable[..., Sequence[Tensor]]
 EXTRAS = 5  # outputs after the state: S, C, n, ticket, about
 
@@ -87,7 +87,9 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
     samples, rows = _samples(region, state0), _rows(state0)
     if n.shape[0] != samples:  # one coupled system fills the first of the slots that were announced
         n = torch.cat([n, n.new_zeros(samples - n.shape[0])])
-    ticket = torch.tensor([done.kept, done.rows, done.serial], dtype=torch.int64)
+    ticket = _ticket(done.kept, done.rows).clone()
+    if done.serial:
+        ticket[2] = done.serial
     if done.linear is not None:
         # As long as the ticket lives, which autograd saves for the backward. Where a copy of it arrives there, nothing is lost
         # but time: the body is linearised again.
@@ -95,6 +97,12 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
     if about.shape[0] != rows:
         about = about[:1].repeat(rows, 1)
     return [*done.states, S, C, n, ticket, about]
+
+
+@functools.cache
+def _ticket(kept: bool, rows: bool) -> Tensor:
+    """What a ticket is copied from, which is faster than to build it from numbers."""
+    return torch.tensor([kept, rows, 0], dtype=torch.int64, device="cpu")
 
 
 def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:
@@ -206,8 +214,7 @@ class _Solve(torch.autograd.Function):
 
 def _below_autograd(keyset: Any, op: Any, kernel: Call) -> Call:
     """What runs when autograd has done its part: the kernel itself, where no mode or wrapper tensor comes before it."""
-    below = keyset & torch._C._after_ADInplaceOrView_keyset
-    if below.highestPriorityTypeId() in _DENSE:
+    if (keyset & torch._C._after_ADInplaceOrView_keyset).raw_repr() in _DENSE:
         return kernel
     return functools.partial(op.redispatch, keyset & torch._C._after_autograd_keyset)
 

@@ -280,7 +280,7 @@ def _all_converged(codes: Tensor) -> bool:
     if expected is None:
         if len(_converged_codes) > 64:
             _converged_codes.clear()
-        expected = _converged_codes[batch] = torch.full((batch,), Status.CONVERGED, dtype=codes.dtype)
+        expected = _converged_codes[batch] = torch.full_like(codes, Status.CONVERGED)
     return torch.equal(codes, expected)
 
 
