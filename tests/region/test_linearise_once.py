@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from deq_compile import record_solves
+from deq_compile.config import Options
+from deq_compile.region.body import BodySpec
 from deq_compile.region.compiled import CompiledLinearised, CompiledRunner, LinearisingEvaluations
+from deq_compile.region.modes import Ambient
+from deq_compile.region.op import solve_op
+from deq_compile.region.site import RegionSpec, register
 
 
 class Loop(nn.Module):
@@ -128,3 +133,25 @@ def test_where_the_time_goes() -> None:
     with record_solves() as solves:
         call(x).sum().backward()
     assert solves[0].seconds is None
+
+
+def test_a_solve_that_plain_iteration_bettered_is_linearised_again(calls: dict[str, int]) -> None:
+    """The last evaluation was the other solve's: no sample of the result need lie there."""
+
+    def body(z: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.tanh(z @ w + x),)
+
+    w = torch.randn(4, 4, dtype=torch.float64).triu(1).requires_grad_()  # plain iteration ends after five evaluations
+    x = torch.randn(3, 4, dtype=torch.float64)
+    config = Options(tol=1e-12, max_iter=5, backward_tol=1e-9, verify="never").resolve()
+    spec = BodySpec(body, "test-bettered", Ambient.now(), "aot_eager")
+    key = register(RegionSpec(spec, (x.dtype,), ((0, 1),), None, True, config, needs=(True, False))).key
+    found = solve_op([torch.zeros_like(x)], [w, x], [], key)[0]
+    (mine,) = torch.autograd.grad(found.square().sum(), w)
+    assert calls["linearise"] == 1
+    z = torch.zeros_like(x)
+    for _ in range(12):  # as many again at the fixed point, for the gradient
+        (z,) = body(z, w, x)
+    (expected,) = torch.autograd.grad(z.square().sum(), w)
+    torch.testing.assert_close(found, z)
+    torch.testing.assert_close(mine, expected)
