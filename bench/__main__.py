@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import demo, kernels, step
+from bench import demo, kernels, overhead, step
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
 from bench.gradients import cli as gradients
@@ -20,6 +20,7 @@ COMMANDS = {
     "gpu": gpu,
     "gradients": gradients,
     "kernels": kernels,
+    "overhead": overhead,
     "step": step,
     "tables": tables,
 }

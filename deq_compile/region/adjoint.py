@@ -19,6 +19,7 @@ from deq_compile.kernels.broyden import MAX_ITER, NONFINITE, Factors
 from deq_compile.kernels.gcr import GcrState, move, new_state
 from deq_compile.kernels.reuse import apply_transpose, multisecant
 from deq_compile.region.forward import FLOOR_EPS
+from deq_compile.region.modes import without_grad
 from deq_compile.region.status import AdjointStatus
 
 # An estimate has blown up when its residual is this many times the best one known, that of w = 0 (which is 1) included.
@@ -59,7 +60,7 @@ class AdjointSolution:
         return replace(self, vjps=self.vjps + vjps, needed=vjps)
 
 
-@torch.no_grad()
+@without_grad
 def solve_adjoint(
     vjp: VJP,
     vjp_full: VJPFull,
@@ -114,7 +115,7 @@ def jacobian_free(vjp_full: VJPFull, q: Tensor) -> AdjointSolution:
     return _one_vjp(vjp_full, q.clone(), q)
 
 
-@torch.no_grad()
+@without_grad
 def phantom(vjp: VJP, vjp_full: VJPFull, q: Tensor, steps: int, damping: float = 1.0) -> AdjointSolution:
     """The phantom gradient (Geng et al., arXiv 2111.05177) of `steps` damped applications at the fixed point.
 
@@ -140,7 +141,7 @@ def _one_vjp(vjp_full: VJPFull, w: Tensor, q: Tensor) -> AdjointSolution:
 
 
 def _refine(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int, expected: int) -> AdjointSolution:
-    certified: AdjointSolution | None = None  # of the last call of vjp_full
+    certified: tuple[Tensor, Any, float, Tensor] | None = None  # of vjp_full: w, payload, residuals (batch, rows)
     needed = 0
     while True:
         needed += 1
@@ -149,19 +150,19 @@ def _refine(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int, expec
             at = adjoint.w.clone()  # `move` changes it
             jw, payload = vjp_full(at)
             move(adjoint, jw, last=last, look=True)
-            certified = AdjointSolution(
-                at, payload, needed, needed, adjoint.batch, adjoint.residuals.clone(), AdjointStatus.CONVERGED
-            )
+            certified = at, payload, adjoint.batch, adjoint.residuals.clone()
         else:
             move(adjoint, vjp(adjoint.w), last=last)
         if adjoint.converged or not adjoint.running:
             chosen, status = choose(adjoint)
             break
-    if certified is not None and torch.equal(certified.w, chosen):
-        found = replace(certified, vjps=needed, needed=adjoint.needed)
-    else:
-        found = replace(certified_at(vjp_full, adjoint.q, chosen, status), vjps=needed + 1, needed=adjoint.needed)
-    return replace(found, status=status if math.isfinite(found.residual) else AdjointStatus.NONFINITE)
+    vjps = needed
+    if certified is None or not torch.equal(certified[0], chosen):
+        found = certified_at(vjp_full, adjoint.q, chosen, status)
+        certified, vjps = (found.w, found.payload, found.residual, found.residuals), needed + 1
+    w, payload, batch, residuals = certified
+    status = status if math.isfinite(batch) else AdjointStatus.NONFINITE
+    return AdjointSolution(w, payload, vjps, adjoint.needed, batch, residuals, status)
 
 
 def _unwatched(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int) -> AdjointSolution:

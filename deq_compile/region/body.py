@@ -61,15 +61,28 @@ class Linearised(abc.ABC):
     def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]: ...
 
 
+class Evaluations:
+    """f on the flat state, (B, D) -> (B, D), for one solve; `count` says how often it was called."""
+
+    def __init__(self, runner: Runner, operands: Sequence[Tensor]) -> None:
+        self.runner, self.operands, self.count = runner, operands, 0
+
+    def __call__(self, z: Tensor) -> Tensor:
+        self.count += 1
+        return self.runner.apply(z, self.operands)
+
+    def linear(self) -> Linearised | None:
+        """The body linearised where it was evaluated last, if that is known. It may hold on to that z: it is good as long as z
+        does not change."""
+        return None
+
+
 class Runner(abc.ABC):
     """A body for one set of shapes, bound to nothing else: operands come with each call."""
 
-    def apply_and_linearise(
-        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
-    ) -> tuple[Tensor, Linearised] | None:
-        """f(z), and the body linearised there, from one evaluation; None where linearising is dear. It may hold on to z: it is
-        good as long as z does not change."""
-        return None
+    def evaluations(self, operands: Sequence[Tensor], needs: tuple[bool, ...] | None) -> Evaluations:
+        """f for one solve. With `needs` the last evaluation's linearisation is kept, where that comes for nothing."""
+        return Evaluations(self, operands)
 
     @abc.abstractmethod
     def apply(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor: ...

@@ -18,14 +18,16 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from .body import BodySpec, Linearised, Runner
+from .body import BodySpec, Evaluations, Linearised, Runner
 from .layout import Layout
 from .modes import autograd_recording
 
 Call = Callable[[list[Any]], Sequence[Any]]
 
 # The engines capture bodies themselves: an outer mode="reduce-overhead" must not make a graph, or a partition, of each.
-OWN_PATCHES = {"triton.cudagraphs": False, "graph_partition": False}
+# Generated code need not check sizes in every iteration: operands are laid out as in the trace (a runner is found by their shapes
+# and strides), saved tensors come from the compiled forward itself, and states and cotangents are made contiguous here.
+OWN_PATCHES = {"triton.cudagraphs": False, "graph_partition": False, "size_asserts": False}
 
 
 class CompiledRunner(Runner):
@@ -35,23 +37,30 @@ class CompiledRunner(Runner):
         self.linear: dict[tuple[bool, ...], tuple[Call, Call, Call]] = {}
 
     def apply(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
-        with torch.no_grad():
-            if self.plain is None:
-                self.plain = self._compile_plain(z, operands)
-            return self.plain([z, *operands])[0]
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.apply(z, operands)
+        z = z.contiguous()
+        if self.plain is None:
+            self.plain = self._compile_plain(z, operands)
+        return self.plain([z, *operands])[0]
+
+    def evaluations(self, operands: Sequence[Tensor], needs: tuple[bool, ...] | None) -> Evaluations:
+        return Evaluations(self, operands) if needs is None else LinearisingEvaluations(self, operands, needs)
 
     def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised:
-        return self.apply_and_linearise(z, operands, needs)[1]
+        evaluations = LinearisingEvaluations(self, operands, needs)
+        evaluations(z)
+        linear = evaluations.linear()
+        assert linear is not None
+        return linear
 
-    def apply_and_linearise(
-        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
-    ) -> tuple[Tensor, Linearised]:
-        with torch.no_grad():
-            if needs not in self.linear:
-                self.linear[needs] = self._compile_joint(z, operands, needs)
-            forward, state, full = self.linear[needs]
-            f, *saved = forward([z, *operands])
-        return f, CompiledLinearised(saved, state, full)
+    def joint(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Call, Call, Call]:
+        """forward([z, *operands]) -> (f, *saved); from [*saved, w] the product of the state, and that with operands."""
+        found = self.linear.get(needs)
+        if found is None:
+            found = self.linear[needs] = self._compile_joint(z, operands, needs)
+        return found
 
     def _flat(self, z: Tensor, *operands: Tensor) -> Tensor:
         return self.spec.flat(self.layout, z, operands, self.sizes)
@@ -116,18 +125,50 @@ class CompiledRunner(Runner):
         return getattr(compiled, "current_callable", None) or compiled
 
 
+class LinearisingEvaluations(Evaluations):
+    """Evaluations by the forward that saves what the products need: nothing but the last call's is kept."""
+
+    def __init__(self, runner: CompiledRunner, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> None:
+        super().__init__(runner, operands)
+        self.joint, self.needs = runner.joint, needs
+        self.calls: tuple[Call, Call, Call] | None = None
+        self.last: Sequence[Any] = ()
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self(z)
+        self.count += 1
+        z = z.contiguous()
+        if self.calls is None:
+            self.calls = self.joint(z, self.operands, self.needs)
+        self.last = ()  # or two sets of saved tensors would be alive at a time
+        self.last = self.calls[0]([z, *self.operands])
+        found: Tensor = self.last[0]
+        return found
+
+    def linear(self) -> Linearised | None:
+        if self.calls is None or not self.last:
+            return None
+        return CompiledLinearised(self.last[1:], self.calls[1], self.calls[2])
+
+
 class CompiledLinearised(Linearised):
-    def __init__(self, saved: list[Any], state: Call, full: Call) -> None:
+    def __init__(self, saved: Sequence[Any], state: Call, full: Call) -> None:
         self.saved, self.state, self.full = saved, state, full
 
     def vjp(self, w: Tensor) -> Tensor:
-        with torch.no_grad():
-            return self.state([*self.saved, w])[0]
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.vjp(w)
+        return self.state([*self.saved, w.contiguous()])[0]
 
     def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        with torch.no_grad():
-            jtw, *grads = self.full([*self.saved, w])
-        return jtw, list(grads)
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.vjp_full(w)
+        jtw, *grads = self.full([*self.saved, w.contiguous()])
+        return jtw, grads
 
 
 def _distinct(inputs: Sequence[Any]) -> list[Any]:

@@ -21,6 +21,7 @@ from deq_compile.kernels.broyden import (
     step,
 )
 
+from .modes import without_grad
 from .status import converged
 from .stop import accept
 
@@ -58,7 +59,7 @@ class Solution:
         return self.outcome()[0] > 0 if self.outcome is not None else not bool(converged(self.status).all())
 
 
-@torch.no_grad()
+@without_grad
 def solve(
     f: Callable[[Tensor], Tensor],
     z0: Tensor,

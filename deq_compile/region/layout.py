@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 
@@ -15,6 +16,12 @@ def flat_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+@functools.lru_cache(maxsize=256)
+def layout_of(
+    shapes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...], orders: tuple[tuple[int, ...], ...], rows: bool
+) -> Layout:
+    """A `Layout`, the same object for the same facts."""
+    return Layout(shapes, dtypes, orders, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,31 +40,54 @@ class Layout:
     orders: tuple[tuple[int, ...], ...]
     rows: bool
 
-    @property
+    def __hash__(self) -> int:  # layouts are looked up in every call
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.shapes, self.dtypes, self.orders, self.rows))
+
+    @functools.cached_property
     def batch(self) -> int:
         return self.shapes[0][0] if self.rows else 1
 
-    @property
+    @functools.cached_property
     def widths(self) -> tuple[int, ...]:
         return tuple(math.prod(s[1:] if self.rows else s) for s in self.shapes)
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         return sum(self.widths)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> torch.dtype:
         return flat_dtype(self.dtypes)
 
+    @functools.cached_property
     def _inner_orders(self) -> list[tuple[int, ...]]:
         """Orders with which a flat row is read: a batch dimension has to be the slowest one."""
         return [o if not self.rows or o[:1] == (0,) else tuple(range(len(o))) for o in self.orders]
+
+    @functools.cached_property
+    def _contiguous(self) -> bool:
+        """One state in the solver's dtype whose dimensions lie in order: it and its matrix are views of each other."""
+        return self.dtypes == (self.dtype,) and self.orders[0] == tuple(range(len(self.shapes[0])))
+
+    @functools.cached_property
+    def _strides(self) -> tuple[int, ...]:
+        return torch.empty_permuted(self.shapes[0], self.orders[0], device="meta").stride()
+
+    def matrix(self, states: Sequence[Tensor]) -> Tensor:
+        """As `flatten`; where the one state is a contiguous matrix already, that very tensor."""
+        if self._contiguous and (state := states[0]).dtype == self.dtype and state.is_contiguous():
+            return state if state.shape == (self.batch, self.width) else state.view(self.batch, self.width)
+        return self.flatten(states)
 
     def flatten(self, states: Sequence[Tensor]) -> Tensor:
         """The states as one (B, D) matrix in the solver's dtype; may be a view where there is one state."""
         columns = [
             state.permute(order).reshape(self.batch, width).to(self.dtype)
-            for state, order, width in zip(states, self._inner_orders(), self.widths, strict=True)
+            for state, order, width in zip(states, self._inner_orders, self.widths, strict=True)
         ]
         return columns[0] if len(columns) == 1 else torch.cat(columns, 1)
 
@@ -65,7 +95,7 @@ class Layout:
         """State tensors in their own dtypes and memory orders, as views into `flat` where that is possible."""
         states = []
         for part, shape, dtype, order in zip(
-            flat.split(self.widths, 1), self.shapes, self.dtypes, self._inner_orders(), strict=True
+            flat.split(self.widths, 1), self.shapes, self.dtypes, self._inner_orders, strict=True
         ):
             inverse = sorted(range(len(order)), key=order.__getitem__)
             states.append(part.reshape([shape[d] for d in order]).permute(inverse).to(dtype))
@@ -73,6 +103,8 @@ class Layout:
 
     def outputs(self, flat: Tensor) -> list[Tensor]:
         """As `unflatten`, with exactly the strides of `empty_permuted(shape, order)` and sharing nothing."""
+        if self._contiguous and flat.is_contiguous() and (view := flat.view(self.shapes[0])).stride() == self._strides:
+            return [view]
         found: list[Tensor] = []
         for state, order in zip(self.unflatten(flat), self.orders, strict=True):
             fresh = torch.empty_permuted(state.shape, order, dtype=state.dtype, device=state.device)

@@ -14,8 +14,9 @@ Everything a backward needs is an output or an input: forward, forward, backward
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ _library.define(
     tags=_TAGS,
 )
 
+_DENSE = {torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key]).raw_repr() for key in ("CPU", "CUDA")}
+Call = Callable[..., Sequence[Tensor]]
 EXTRAS = 5  # outputs after the state: S, C, n, ticket, about
 
 
@@ -83,18 +86,26 @@ def _empty_factors(region: str, state0: Sequence[Tensor], real: bool) -> tuple[T
 def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> list[Tensor]:
     S, C = _empty_factors(region, state0, real=True)
     done = run.run_forward(find_site(region), state0, operands, sizes, S, C)
-    n = done.n
-    samples = _samples(region, state0)
+    n, about = done.n, done.about
+    samples, rows = _samples(region, state0), _rows(state0)
     if n.shape[0] != samples:  # one coupled system fills the first of the slots that were announced
         n = torch.cat([n, n.new_zeros(samples - n.shape[0])])
-    ticket = torch.tensor([done.kept, done.rows, done.serial], dtype=torch.int64)
+    ticket = _ticket(done.kept, done.rows).clone()
+    if done.serial:
+        ticket[2] = done.serial
     if done.linear is not None:
         # As long as the ticket lives, which autograd saves for the backward. Where a copy of it arrives there, nothing is lost
         # but time: the body is linearised again.
         ticket.linearised = done.linear  # type: ignore[attr-defined]
-    rows = _rows(state0)
-    about = done.about if done.about.shape[0] == rows else done.about[:1].repeat(rows, 1)
+    if about.shape[0] != rows:
+        about = about[:1].repeat(rows, 1)
     return [*done.states, S, C, n, ticket, about]
+
+
+@functools.cache
+def _ticket(kept: bool, rows: bool) -> Tensor:
+    """What a ticket is copied from, which is faster than to build it from numbers."""
+    return torch.tensor([kept, rows, 0], dtype=torch.int64, device="cpu")
 
 
 def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:
@@ -152,12 +163,18 @@ def _fresh(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tenso
         if grad is None:
             out.append(torch.zeros_like(tensor))
             continue
-        expected = torch.empty_like(tensor)
         storage = grad.untyped_storage().data_ptr()
         own = grad._base is None and storage not in seen and grad.dtype == tensor.dtype
-        out.append(grad if own and grad.stride() == expected.stride() else expected.copy_(grad))
+        out.append(grad if own and _strides_of_empty_like(grad, tensor) else torch.empty_like(tensor).copy_(grad))
         seen.add(storage)
     return out
+
+
+def _strides_of_empty_like(grad: Tensor, tensor: Tensor) -> bool:
+    """Whether `grad` has the strides of `empty_like(tensor)`, without allocating that where the answer is plain to see."""
+    if grad.stride() == tensor.stride() and grad.shape == tensor.shape and tensor.is_contiguous():
+        return True  # empty_like keeps the strides of what is dense
+    return grad.stride() == torch.empty_like(tensor, device="meta").stride()
 
 
 def _solve_backward_fake(
@@ -168,35 +185,52 @@ def _solve_backward_fake(
     return [torch.empty_like(t) for t, need in zip(tensors, needs, strict=True) if need]
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    state0, operands, sizes, region = inputs
-    states, extras = output[:-EXTRAS], output[-EXTRAS:]
-    ctx.set_materialize_grads(False)  # or autograd allocates zeros of the size of S
-    ctx.mark_non_differentiable(*extras)
-    ctx.save_for_backward(*states, *extras, *state0, *operands)
-    ctx.sizes, ctx.region, ctx.count = sizes, region, len(states)
+class _Solve(torch.autograd.Function):
+    """`deq::solve` with its tensors as arguments of their own: autograd sees those only."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, count: int, sizes: list[int], region: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            found = call(list(tensors[:count]), list(tensors[count:]), sizes, region)
+        ctx.set_materialize_grads(False)  # or autograd allocates zeros of the size of S
+        ctx.mark_non_differentiable(*found[count:])
+        ctx.save_for_backward(*found, *tensors)
+        ctx.sizes, ctx.region, ctx.count = sizes, region, count
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        saved, k = ctx.saved_tensors, ctx.count
+        cotangents, needs = list(grads[:k]), ctx.needs_input_grad[4:]
+        if all(c is None for c in cotangents):
+            return (None,) * (4 + len(needs))
+        S, C, n, ticket, _ = saved[k : k + EXTRAS]
+        tensors = saved[k + EXTRAS :]
+        found = iter(
+            torch.ops.deq.solve_backward.default(
+                cotangents, list(saved[:k]), S, C, n, ticket, list(tensors[:k]), list(tensors[k:]), ctx.sizes, ctx.region,
+                list(needs[:k]), list(needs[k:]),
+            )
+        )  # fmt: skip
+        return (None, None, None, None, *(next(found) if need else None for need in needs))
 
 
-def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    saved, k = list(ctx.saved_tensors), ctx.count
-    states, (S, C, n, ticket, _) = saved[:k], saved[k : k + EXTRAS]
-    state0, operands = saved[k + EXTRAS : 2 * k + EXTRAS], saved[2 * k + EXTRAS :]
-    cotangents = list(grads[:k])
-    no_grad_sizes: list[None] | None = None if len(ctx.sizes) else []  # torch.library takes an empty list for a list of tensors
-    if all(c is None for c in cotangents):
-        return [None] * k, [None] * len(operands), no_grad_sizes, None
-    needs_state0, needs_operands = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    found = iter(
-        torch.ops.deq.solve_backward(
-            cotangents, states, S, C, n, ticket, state0, operands, ctx.sizes, ctx.region, list(needs_state0), list(needs_operands)
-        )
-    )
-    return (
-        [next(found) if need else None for need in needs_state0],
-        [next(found) if need else None for need in needs_operands],
-        no_grad_sizes,
-        None,
-    )
+def _below_autograd(keyset: Any, op: Any, kernel: Call) -> Call:
+    """What runs when autograd has done its part: the kernel itself, where no mode or wrapper tensor comes before it."""
+    if (keyset & torch._C._after_ADInplaceOrView_keyset).raw_repr() in _DENSE:
+        return kernel
+    return functools.partial(op.redispatch, keyset & torch._C._after_autograd_keyset)
+
+
+def _solve_autograd(
+    keyset: Any, state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str
+) -> Sequence[Tensor]:
+    """By hand: torch.library's own takes lists apart with pytree and always goes through the dispatcher once more."""
+    call = _below_autograd(keyset, torch.ops.deq.solve.default, _solve)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*state0, *operands)):
+        return list(_Solve.apply(call, len(state0), sizes, region, *state0, *operands))
+    with torch._C._AutoDispatchBelowAutograd():
+        return call(state0, operands, sizes, region)
 
 
 class Once(torch.autograd.Function):
@@ -214,21 +248,22 @@ class Once(torch.autograd.Function):
         )
 
 
-def _solve_backward_autograd(keyset: Any, *args: Any) -> list[Tensor]:
-    """By hand, since torch.library's would run the kernel with autograd switched off, and eager bodies record their VJPs."""
-    with torch.no_grad():
-        grads = torch.ops.deq.solve_backward.default.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+def _solve_backward_autograd(keyset: Any, *args: Any) -> Sequence[Tensor]:
+    """Autograd's keys stay in, since eager bodies record their VJPs."""
+    call = _below_autograd(keyset, torch.ops.deq.solve_backward.default, _solve_backward)
     if not torch.is_grad_enabled():
-        return grads
+        return call(*args)
+    with torch.no_grad():
+        grads = call(*args)
     tensors = [t for a in args if isinstance(a, list) for t in a if isinstance(t, Tensor)]
     anchor = next((t for t in tensors if t.requires_grad), None)
     return grads if anchor is None or not grads else list(Once.apply(anchor, *grads))
 
 
 _library.impl("solve", _solve, "CompositeExplicitAutograd")
+_library.impl("solve", _solve_autograd, "Autograd", with_keyset=True)
 _library.impl("solve_backward", _solve_backward, "CompositeExplicitAutograd")
 _library.impl("solve_backward", _solve_backward_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("deq::solve", _solve_fake, lib=_library)
 torch.library.register_fake("deq::solve_backward", _solve_backward_fake, lib=_library)
-torch.library.register_autograd("deq::solve", _backward, setup_context=_setup_context, lib=_library)
 solve_op = torch.ops.deq.solve.default

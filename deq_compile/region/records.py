@@ -102,7 +102,7 @@ def wants_tensors() -> bool:
 
 
 def wants_timing() -> bool:
-    return any(recorder.timing for recorder in _active)
+    return bool(_active) and any(recorder.timing for recorder in _active)
 
 
 def add_seconds(serial: int, seconds: dict[str, float]) -> None:

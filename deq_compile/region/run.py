@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -54,23 +54,12 @@ def run_forward(
         settle(site)
     rows = decide_rows(site, state0, operands, sizes)
     layout = spec.layout([s.shape for s in state0], rows)
-    z0 = layout.flatten(state0).detach()
+    z0 = layout.matrix(state0).detach()
     runner = runner_for(spec.body, layout, operands, sizes)
-    evaluations = 0
-    latest: Linearised | None = None
     # The last evaluation is at the fixed point: with what it saves the backward need not evaluate once more.
     saves = spec.grad and config.solver == "broyden" and config.backward != "unroll" and not spec.stop and not on_gpu(z0.device)
-    needs = spec.needs if saves else None
-
-    def body(z: Tensor) -> Tensor:
-        nonlocal evaluations, latest
-        evaluations += 1
-        latest = None  # or two sets of saved tensors would be alive at a time
-        both = None if needs is None else runner.apply_and_linearise(z, operands, needs)
-        if both is None:
-            return runner.apply(z, operands)
-        latest = both[1]
-        return both[0]
+    evaluations = runner.evaluations(operands, spec.needs if saves else None)
+    body: Callable[[Tensor], Tensor] = evaluations
 
     def stop(z: Tensor, f: Tensor) -> bool:
         others = (*operands, *sizes)
@@ -105,7 +94,7 @@ def run_forward(
     if watch is not None:
         body, solved = watch.timed("body", body), watch.timed("solver", solved)
     due = site.due() and not inside
-    solution = None
+    solution, everywhere = None, False
     if due or site.verdict == "solve":
         steps, coefficients = _buffers(S, C, layout, config.memory) if spec.stores_steps else (None, None)
         captured = None if inside else _captured(site, runner, z0, operands, sizes)
@@ -113,18 +102,20 @@ def run_forward(
             solution = captured.solve(z0, operands, steps, coefficients)
         if solution is None:
             solution = solved(z0, site.tol, steps, coefficients)
-        if spec.iterations is None and not inside and solution.missed():
+        everywhere = layout.batch > 0 and not on_gpu(z0.device) and _all_converged(solution.status)
+        if spec.iterations is None and not inside and not everywhere and solution.missed():
             own = spec.own_cap or config.max_iter
             solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard", max_iter=own))
-    linear, first = None, solution
-    if latest is not None and solution is not None and bool((solution.status == Status.CONVERGED).all()):
-        linear = latest
+    first = solution
+    linear = evaluations.linear() if everywhere else None
     loop = None
     if due and spec.iterations is not None and solution is not None:
         loop = iterate(body, z0, spec.iterations)
         solution = verify(site, solution, loop, solved)
     elif inside:
         pass
+    elif everywhere:
+        site.misses = 0
     elif solution is not None and solution.outcome is None:
         count_misses(site, solution)
     elif solution is not None:  # what it came to is asked at the next call, when the device has long been done
@@ -138,10 +129,11 @@ def run_forward(
     else:
         assert solution is not None
         z = solution.z
-    serial = 0 if inside else record_forward(site, solution, z, evaluations, S, C)
-    n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
+    serial = 0 if inside else record_forward(site, solution, z, evaluations.count, S, C)
     if solution is not None and solution.state is not None:
         n = solution.state.n
+    else:
+        n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
     if solution is None or first is None or solution.z is not first.z:
         linear = None
     done = Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n), linear)
@@ -179,11 +171,11 @@ def _gradients(
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:  # fmt: skip
     spec, (kept, rows, serial) = site.spec, forward
     layout = spec.layout([s.shape for s in states], rows)
-    q = layout.flatten([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
+    q = layout.matrix([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
     runner = runner_for(spec.body, layout, operands, sizes)
     if kept or spec.config.backward == "unroll":
         return loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
-    z = layout.flatten(states)
+    z = layout.matrix(states)
     config = spec.config
     if needs != spec.needs:
         linear = None
@@ -205,15 +197,15 @@ def _gradients(
         records.complete_adjoint(serial, q, found)
     if engine.capturing():  # nothing may be asked of the device
         return None, found.payload
-    z0 = layout.flatten(state0).detach()
     if spec.iterations is None:
         if declared_gradient_holds(site, found):
             return None, found.payload
+        z0 = layout.flatten(state0).detach()
         count = own_iterations(site, layout, runner, z0, operands, sizes)
         return loop_gradient(site, layout, runner, z0, q, operands, needs, serial, count)
     if gradient_is_the_loops(site, linear, found):
         return None, found.payload
-    return loop_gradient(site, layout, runner, z0, q, operands, needs, serial)
+    return loop_gradient(site, layout, runner, layout.flatten(state0).detach(), q, operands, needs, serial)
 
 
 def _adjoint(
@@ -280,15 +272,37 @@ def _captured(
 def _about(solution: Solution | None, n: Tensor) -> Tensor:
     if solution is None:
         return n.new_full((n.shape[0], 2), -1.0, dtype=torch.float32)
-    return torch.stack([solution.residual.float(), solution.iterations.float()], dim=1)
+    residual = solution.residual
+    if residual.dtype != torch.float32:
+        residual = residual.float()
+    return torch.stack([residual, solution.iterations], dim=1)  # the counts become float32 on the way
+
+
+_converged_codes: dict[int, Tensor] = {}
+
+
+def _all_converged(codes: Tensor) -> bool:
+    """Whether every sample (at least one, on a CPU) has reached the tolerance itself: one comparison, which makes no tensor."""
+    batch = codes.shape[0]
+    expected = _converged_codes.get(batch)
+    if expected is None:
+        if len(_converged_codes) > 64:
+            _converged_codes.clear()
+        expected = _converged_codes[batch] = torch.full_like(codes, Status.CONVERGED)
+    return torch.equal(codes, expected)
 
 
 def _buffers(S: Tensor, C: Tensor, layout: Layout, memory: int) -> tuple[Tensor, Tensor]:
     """The flat buffers in the shapes the kernels work on. One coupled system uses the first block of C."""
-    batch, row = layout.batch, row_width(layout.width, S.device)
-    steps = S[: batch * (memory + 1) * row].view(batch, memory + 1, row)[:, :, : layout.width]
-    width = coefficient_width(memory)
-    return steps, C[: batch * memory * width].view(batch, memory, width)
+    batch, row, width = layout.batch, row_width(layout.width, S.device), coefficient_width(memory)
+    steps = _first(S, batch * (memory + 1) * row).view(batch, memory + 1, row)
+    if row != layout.width:
+        steps = steps[:, :, : layout.width]
+    return steps, _first(C, batch * memory * width).view(batch, memory, width)
+
+
+def _first(flat: Tensor, count: int) -> Tensor:
+    return flat if flat.shape[0] == count else flat[:count]
 
 
 def record_forward(

@@ -7,6 +7,7 @@ is the same in every process that compiles the same models in the same order, so
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import threading
@@ -19,7 +20,7 @@ from deq_compile.config import Config
 
 from .body import BodySpec
 from .forward import Solution
-from .layout import Layout, flat_dtype
+from .layout import Layout, flat_dtype, layout_of
 from .stop import StopTest
 
 log = logging.getLogger("deq_compile.region")
@@ -58,21 +59,21 @@ class RegionSpec:
     stop: tuple[StopTest, ...] = ()
     own_cap: int | None = None
 
-    @property
+    @functools.cached_property
     def stores_steps(self) -> bool:
         """Whether the forward leaves factors for the backward."""
         config = self.config
         return self.grad and config.solver == "broyden" and config.backward == "reuse" and config.reuse != "never"
 
-    @property
+    @functools.cached_property
     def compute_dtype(self) -> torch.dtype:
         return flat_dtype(self.dtypes)
 
-    @property
+    @functools.cached_property
     def factor_dtype(self) -> torch.dtype:
         return self.config.factor_dtype or self.compute_dtype
 
-    @property
+    @functools.cached_property
     def body_eps(self) -> float:
         """Unit round-off of the coarsest state dtype, or of autocast: what the body can resolve."""
         coarse = [torch.finfo(d).eps for d in self.dtypes]
@@ -87,7 +88,7 @@ class RegionSpec:
         return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
     def layout(self, shapes: Sequence[Sequence[int]], rows: bool) -> Layout:
-        return Layout(tuple(tuple(s) for s in shapes), self.dtypes, self.orders, rows)
+        return layout_of(tuple(tuple(s) for s in shapes), self.dtypes, self.orders, rows)
 
 
 class Site:

@@ -31,6 +31,8 @@ class RegionWarning(UserWarning):
 
 def decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
     """Whether dimension 0 is a batch of independent samples. Undecided, and harmless, below two samples."""
+    if site.rows and len(state0) == 1 and state0[0].dim():
+        return True
     if site.rows is not None:
         if site.rows and (any(s.dim() == 0 for s in state0) or len({s.shape[0] for s in state0}) > 1):
             raise ValueError(

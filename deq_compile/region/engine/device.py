@@ -46,7 +46,7 @@ class Device:
     @staticmethod
     def capturing() -> bool:
         """Whether the caller's stream is being captured already, by somebody else."""
-        return torch.cuda.is_available() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        return torch.cuda.is_initialized() and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
     @staticmethod
     def settings() -> tuple[Any, ...]:
