@@ -234,21 +234,19 @@ def _adjoint(
     asks = state is not None and not inside and not math.isinf(config.backward_tol) and not on_gpu(z.device)
     due = asks and site.reuse_due()
     site.backwards += 1
-    found = solve_adjoint(
-        linear.vjp,
-        linear.vjp_full,
-        q,
-        state if site.reuses or due or not asks else None,
-        tol=config.backward_tol,
-        max_iter=max_iter,
-        expected=site.expected_vjps,
-        body_eps=spec.body_eps,
-        skip=skip,
-        watched=not inside,
-    )
+    vjp, vjp_full, tol, eps = linear.vjp, linear.vjp_full, config.backward_tol, spec.body_eps
+
+    def attempt(factors: Factors | None) -> AdjointSolution:
+        return solve_adjoint(
+            vjp, vjp_full, q, factors, tol=tol, max_iter=max_iter, expected=site.expected_vjps, body_eps=eps, skip=skip,
+            watched=not inside,
+        )  # fmt: skip
+
+    found = attempt(state if site.reuses or due or not asks else None)
     if due and state is not None and q.numel():
-        limits = {"tol": config.backward_tol, "max_iter": max_iter, "body_eps": spec.body_eps}
-        site.reuse(factors_pay(linear.vjp, q, state, found, **limits))
+        site.reuse(factors_pay(vjp, q, state, found, tol=tol, max_iter=max_iter, body_eps=eps))
+        if not site.reuses:  # this very call's gradient is that of the calls after it
+            found = attempt(None)
     return found, linear
 
 

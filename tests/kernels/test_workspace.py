@@ -1,0 +1,70 @@
+"""The pool of CPU buffers: memory comes back when its last view is gone, and never before."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from deq_compile.kernels import workspace
+
+SHAPE = (64, 1024)  # 256 KiB in fp32
+
+
+@pytest.fixture(autouse=True)
+def empty_pool() -> Iterator[None]:
+    workspace.clear()
+    yield
+    workspace.clear()
+
+
+def test_memory_is_used_again() -> None:
+    first = workspace.empty(SHAPE, torch.float32)
+    at = first.data_ptr()
+    assert (first.shape, first.dtype, first.is_contiguous()) == (SHAPE, torch.float32, True)
+    del first
+    assert workspace.kept() == 256 << 10
+    second = workspace.empty((32, 1024), torch.float64)
+    assert second.data_ptr() == at
+    assert workspace.kept() == 0
+
+
+def test_a_view_holds_the_memory() -> None:
+    whole = workspace.empty(SHAPE, torch.float32)
+    row = whole.fill_(3.0)[5]
+    del whole
+    other = workspace.empty(SHAPE, torch.float32).fill_(0.0)
+    assert other.data_ptr() != row.data_ptr() - 5 * 4096
+    assert bool((row == 3).all())
+
+
+def test_autograd_gives_it_back() -> None:
+    x = torch.ones(SHAPE, requires_grad=True)
+    saved = workspace.empty(SHAPE, torch.float32).fill_(2.0)
+    y = (x * saved).sum()
+    del saved
+    assert workspace.kept() == 0
+    y.backward()
+    del y
+    gc.collect()
+    assert workspace.kept() == 256 << 10
+    assert x.grad is not None
+    assert bool((x.grad == 2).all())
+
+
+def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "LIMIT", 600 << 10)
+    held = [workspace.empty(SHAPE, torch.float32) for _ in range(4)]
+    held.clear()
+    assert workspace.kept() == 512 << 10
+    large = workspace.empty((4 * SHAPE[0], SHAPE[1]), torch.float32)
+    del large
+    assert workspace.kept() == 512 << 10
+
+
+def test_small_tensors_are_ordinary() -> None:
+    tensor = workspace.empty((3, 0, 5), torch.float32)
+    assert tensor.shape == (3, 0, 5)
+    assert tensor.untyped_storage().resizable()
