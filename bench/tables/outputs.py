@@ -73,8 +73,8 @@ def summary(rows: Sequence[Row], clock: str) -> str:
 
 def targets(rows: Sequence[Row], clock: str) -> str:
     """What the rows of deq come to, one line for each problem and form."""
-    headers = ["problem", "x", "equal adjoint tol. vs TorchDEQ", "default vs TorchDEQ", "vs best peer", "vs eager", "vs compiled"]
-    headers += ["of bound", "gradient error", "status"]
+    headers = ["problem", "x", "equal adjoint tol. vs TorchDEQ", "default vs TorchDEQ", "vs best peer", "vs JAX", "vs eager"]
+    headers += ["vs compiled", "of bound", "gradient error", "status"]
     lines = []
     for group in grouped(rows):
         by_method = {row["method"]: row for row in group}
@@ -87,7 +87,7 @@ def targets(rows: Sequence[Row], clock: str) -> str:
                 ours["problem"],
                 ours["inject"],
                 number((equal or {}).get("ratio", {}).get("torchdeq"), ".1f", "×"),
-                *(number(ratio.get(name), ".2f", "×") for name in ("torchdeq", "peer", "eager", "inductor", "bound")),
+                *(number(ratio.get(name), ".2f", "×") for name in ("torchdeq", "peer", "jax", "eager", "inductor", "bound")),
                 number(ours.get("gradient_error"), ".1e"),
                 ours.get("status", MISSING),
             ]

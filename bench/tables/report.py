@@ -42,9 +42,9 @@ def step_ms(row: Row | None, clock: str) -> float | None:
 def derive(rows: Sequence[Row], kinds: dict[str, str], clock: str) -> list[Row]:
     """Timing rows with memory rows merged in, `converged`, and `ratio`: times of others over the row's own.
 
-    `ratio` holds "eager", "inductor", "torchdeq" (Broyden) and "peer" (the fastest converged peer in PyTorch, itself
-    excluded); "bound" is the row's own time over the bound's. Against an unconverged row there is no ratio but that to
-    the user's own loops, which are what there is to replace.
+    `ratio` holds "eager", "inductor", "torchdeq" (Broyden), "peer" (the fastest converged peer in PyTorch, itself excluded)
+    and "jax" (the fastest converged row in JAX); "bound" is the row's own time over the bound's. Against an unconverged row
+    there is no ratio but that to the user's own loops, which are what there is to replace.
     """
     memory = {(r["problem"], r["inject"], r["method"]): r for r in rows if r.get("kind") == "memory"}
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -59,25 +59,31 @@ def derive(rows: Sequence[Row], kinds: dict[str, str], clock: str) -> list[Row]:
         by_method = {row["method"]: row for row in group}
         for row in group:
             row["converged"] = converged(row, by_method.get("deq"))
-        peers = [r for r in group if kinds.get(r["method"]) == "peer" and r["converged"] and clock in r]
+        contenders = {
+            kind: [r for r in group if kinds.get(r["method"]) == kind and r["converged"] and clock in r]
+            for kind in ("peer", "jax")
+        }
         for row in group:
-            row["ratio"] = _ratios(row, by_method, peers, clock)
+            row["ratio"] = _ratios(row, by_method, contenders, clock)
         found += group
     return found
 
 
-def _ratios(row: Row, by_method: dict[str, Row], peers: list[Row], clock: str) -> dict[str, float]:
+def _ratios(row: Row, by_method: dict[str, Row], contenders: dict[str, list[Row]], clock: str) -> dict[str, float]:
     own = step_ms(row, clock)
     if own is None:
         return {}
     ratio: dict[str, float] = {}
     broyden = by_method.get("torchdeq-broyden")
-    others = [r for r in peers if r is not row]
+    fastest = {
+        kind: min((r for r in rows if r is not row), key=lambda r: r[clock]["step_ms"], default=None)
+        for kind, rows in contenders.items()
+    }
     against = {
         "eager": by_method.get("eager"),
         "inductor": by_method.get("inductor"),
         "torchdeq": broyden if broyden and broyden["converged"] else None,
-        "peer": min(others, key=lambda r: r[clock]["step_ms"]) if others else None,
+        **fastest,
     }
     for name, other in against.items():
         time = step_ms(other, clock)
