@@ -124,8 +124,42 @@ def test_targets_and_compare() -> None:
     rows = report.derive([row("eager", 10.0), row("deq", 5.0, status="solve"), row("deq-peer-tol", 8.0)], KINDS, "cpu")
     assert "2.00×" in outputs.targets(rows, "cpu")
     text = outputs.compare([row("deq", 5.0), row("eager", 1.0)], [row("deq", 10.0), row("bound", 1.0)], LABELS, "cpu")
-    (line,) = text.splitlines()[2:]  # rows that both runs have
-    assert line.split()[-3:] == ["10.00", "5.00", "2.00×"]
+    _, _, line, only_new, only_old = text.splitlines()
+    assert line.split()[-4:] == ["10.00", "5.00", "2.00×", "–"]  # no eager loop in both
+    assert only_new == "only in this run: p, x before: eager loop"
+    assert only_old == "only in the older run: p, x before: bound: the bodies of deq alone"
+    assert outputs.compare([row("deq", 5.0)], [], LABELS, "cpu").startswith("no row is in both runs\nonly in this run")
+
+
+def test_compare_divides_by_what_the_eager_loop_did() -> None:
+    old, new = [row("eager", 10.0), row("deq", 10.0)], [row("eager", 20.0), row("deq", 10.0, kind="timing")]
+    text = outputs.compare(new, [*old, {"kind": "memory", "problem": "p", "inject": "before", "method": "deq"}], LABELS, "cpu")
+    assert [line.split()[-2:] for line in text.splitlines()[2:]] == [["0.50×", "1.00×"], ["1.00×", "2.00×"]]
+
+
+def test_compare_reads_the_files_of_record(capsys: pytest.CaptureFixture[str]) -> None:
+    results = Path(__file__).resolve().parents[1] / "bench" / "results"
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    new, old = results / "cpu-tables-2026-11-25.json", results / "cpu-tables.json"
+    assert cli.main(parser.parse_args(["--show", str(new), "--compare", str(old)])) == 0
+    printed = capsys.readouterr().out
+    assert "only in this run: mlp128sym, x before: eager loop; TorchDEQ Broyden, ift; " in printed
+    assert "only in the older run: mlp128, x inside: " in printed
+    assert "another machine" in printed
+
+
+def test_all_threads_are_timed_apart_and_shown_beside() -> None:
+    tasks = runs.tasks(["conv"], ["eager", "deq"], None, with_memory=False, with_threads=True)
+    assert tasks[1] == {"kind": "threads", "problem": "conv", "plan": {"before": ["eager", "deq"]}}
+    done = [{"problem": "conv", "inject": "before", "method": m, "kind": "threads"} for m in ("eager", "deq")]
+    assert runs.pending(tasks[1], done) is None
+    assert runs.pending(tasks[0], done) == tasks[0]
+    rows = [row("torchdeq-broyden", 40.0), row("deq", 5.0)]
+    rows += [row("torchdeq-broyden", 30.0, kind="threads", threads=2), row("deq", 4.0, kind="threads", threads=2)]
+    _, ours = report.derive(rows, KINDS, "cpu")
+    assert (ours["all_ms"], ours["all_threads"], ours["ratio"]["all"]) == (4.0, 2, 7.5)
+    assert "7.50×" in outputs.targets([ours], "cpu")
 
 
 def test_plot(tmp_path: Path) -> None:
