@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import problems
-from bench.tables import cli, compile_time, measure, memory, outputs, report, runs
+from bench.tables import cli, compile_time, jax_peers, measure, memory, outputs, report, runs
 from bench.tables.bound import Bound
 from bench.tables.cases import load
 from bench.tables.methods import Deq, Method, Step, all_methods
@@ -69,10 +69,12 @@ def test_ratios_are_of_medians_and_to_converged_rows_only() -> None:
         row("torchdeq-anderson", 8.0),
         row("torchdeq-phantom", 1.0, gradient=0.04),  # cheap by design: never a contender
         row("deq", 5.0),
+        row("jaxopt", 6.0),
+        row("optimistix", 3.0, residual=1e-3),
         row("bound", 4.0, gradient=1.0),
     ]
     by_method = {r["method"]: r for r in report.derive(rows, KINDS, "cpu")}
-    assert by_method["deq"]["ratio"] == {"eager": 2.0, "torchdeq": 8.0, "peer": 1.6, "bound": 1.25}
+    assert by_method["deq"]["ratio"] == {"eager": 2.0, "torchdeq": 8.0, "peer": 1.6, "jax": 1.2, "bound": 1.25}
     assert by_method["torchdeq-anderson"]["ratio"]["peer"] == 5.0  # the best of the others, not itself
     assert by_method["torchdeq-fixed"]["converged"] is False
     assert by_method["bound"]["converged"] is None
@@ -122,8 +124,42 @@ def test_targets_and_compare() -> None:
     rows = report.derive([row("eager", 10.0), row("deq", 5.0, status="solve"), row("deq-peer-tol", 8.0)], KINDS, "cpu")
     assert "2.00×" in outputs.targets(rows, "cpu")
     text = outputs.compare([row("deq", 5.0), row("eager", 1.0)], [row("deq", 10.0), row("bound", 1.0)], LABELS, "cpu")
-    (line,) = text.splitlines()[2:]  # rows that both runs have
-    assert line.split()[-3:] == ["10.00", "5.00", "2.00×"]
+    _, _, line, only_new, only_old = text.splitlines()
+    assert line.split()[-4:] == ["10.00", "5.00", "2.00×", "–"]  # no eager loop in both
+    assert only_new == "only in this run: p, x before: eager loop"
+    assert only_old == "only in the older run: p, x before: bound: the bodies of deq alone"
+    assert outputs.compare([row("deq", 5.0)], [], LABELS, "cpu").startswith("no row is in both runs\nonly in this run")
+
+
+def test_compare_divides_by_what_the_eager_loop_did() -> None:
+    old, new = [row("eager", 10.0), row("deq", 10.0)], [row("eager", 20.0), row("deq", 10.0, kind="timing")]
+    text = outputs.compare(new, [*old, {"kind": "memory", "problem": "p", "inject": "before", "method": "deq"}], LABELS, "cpu")
+    assert [line.split()[-2:] for line in text.splitlines()[2:]] == [["0.50×", "1.00×"], ["1.00×", "2.00×"]]
+
+
+def test_compare_reads_the_files_of_record(capsys: pytest.CaptureFixture[str]) -> None:
+    results = Path(__file__).resolve().parents[1] / "bench" / "results"
+    parser = argparse.ArgumentParser()
+    cli.add_arguments(parser)
+    new, old = results / "cpu-tables-2026-11-25.json", results / "cpu-tables.json"
+    assert cli.main(parser.parse_args(["--show", str(new), "--compare", str(old)])) == 0
+    printed = capsys.readouterr().out
+    assert "only in this run: mlp128sym, x before: eager loop; TorchDEQ Broyden, ift; " in printed
+    assert "only in the older run: mlp128, x inside: " in printed
+    assert "another machine" in printed
+
+
+def test_all_threads_are_timed_apart_and_shown_beside() -> None:
+    tasks = runs.tasks(["conv"], ["eager", "deq"], None, with_memory=False, with_threads=True)
+    assert tasks[1] == {"kind": "threads", "problem": "conv", "plan": {"before": ["eager", "deq"]}}
+    done = [{"problem": "conv", "inject": "before", "method": m, "kind": "threads"} for m in ("eager", "deq")]
+    assert runs.pending(tasks[1], done) is None
+    assert runs.pending(tasks[0], done) == tasks[0]
+    rows = [row("torchdeq-broyden", 40.0), row("deq", 5.0)]
+    rows += [row("torchdeq-broyden", 30.0, kind="threads", threads=2), row("deq", 4.0, kind="threads", threads=2)]
+    _, ours = report.derive(rows, KINDS, "cpu")
+    assert (ours["all_ms"], ours["all_threads"], ours["ratio"]["all"]) == (4.0, 2, 7.5)
+    assert "7.50×" in outputs.targets([ours], "cpu")
 
 
 def test_plot(tmp_path: Path) -> None:
@@ -212,6 +248,41 @@ def test_torchdeq_counts(tiny: str) -> None:
     assert errors["gradient_error"] < 1e-3
     assert errors["residual"] < 1e-4
     assert TorchDEQ(case, "fixed_point_iter", phantom=True).counts()["vjps"] == 1
+
+
+@pytest.mark.parametrize("key", ["silva-broyden", "silva-fixed", "jaxopt", "optimistix"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of other libraries, about each other
+def test_other_libraries_solve_what_the_reference_solves(tiny: str, key: str) -> None:
+    method = all_methods()[key]
+    for package in method.needs:
+        pytest.importorskip(package)
+    step = method.make(load(tiny, "before"))
+    assert 5 < step.counts()["iterations"] <= 40
+    errors = measure.errors(step, reference(load(tiny, "before")))
+    assert errors["residual"] <= 1e-4 * report.RESIDUAL_SLACK
+    assert errors["gradient_error"] < 1e-3
+
+
+@pytest.mark.parametrize("key", ["torchdeq-broyden", "silva-fixed", "jaxopt", "optimistix"])
+def test_a_library_that_is_missing_gives_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch, tiny: str, key: str) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    truth = reference(load(tiny, "before"))
+    (found,) = measure.time_case(tiny, "before", [key], 1, truth)
+    assert found["skipped"] == f"not installed: {', '.join(all_methods()[key].needs)}"
+
+
+@pytest.mark.parametrize("name", ["mlp128", "conv", "transformer"])
+def test_bodies_in_jax_are_those_in_torch(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    pytest.importorskip("jax")
+    small = {"mlp128": problems.MLP(8, 5, "before"), "conv": problems.Conv(4, 5, 5, "before")}
+    loop = small.get(name) or problems.Transformer(8, 2, 5, "before")
+    x = torch.randn({"mlp128": (3, 8), "conv": (2, 4, 5, 5)}.get(name, (2, 3, 8)), generator=torch.Generator().manual_seed(0))
+    injection, body = jax_peers.jax_body(loop)
+    values = {n: p.detach().numpy() for n, p in loop.named_parameters()}
+    u = injection(values, x.numpy())
+    torch.testing.assert_close(jax_peers.to_torch(u), loop.injection(x).detach())
+    found = jax_peers.to_torch(body(values, x.numpy() / 2, u))
+    torch.testing.assert_close(found, loop.body(x / 2, loop.injection(x)).detach())
 
 
 def test_memory_sees_a_block_that_comes_and_goes() -> None:

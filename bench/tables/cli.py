@@ -1,7 +1,8 @@
 """``python -m bench tables``: every way to run one training step of a fixed-point model, beside the others.
 
 Rows of one problem are timed in turns in one process, so ratios are of the same moments; with one thread the clock of
-record is the process's CPU time, with more it is wall time, and both are in the JSON. Memory and the first step (cold
+record is the process's CPU time, with more it is wall time, and both are in the JSON. Beside one thread each problem is
+timed again in a process with all threads (wall time). Memory and the first step (cold
 Inductor cache) come from a process for each row. Finished rows lie in build/tables and survive an interruption;
 ``--resume`` takes them up again. Gradients (all parameters and x) are compared with float64.
 """
@@ -39,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forms", help="comma-separated: before, inside, own; default: all that a problem has")
     parser.add_argument("--repeats", type=int, help="timed steps of each row (default 15; quick 5)")
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
+    parser.add_argument("--no-all-threads", action="store_true", help="leave out the wall time on all threads beside --threads 1")
     parser.add_argument("--resume", action="store_true", help="keep rows of an interrupted run with the same settings")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--markdown", action="store_true", help="print compact Markdown tables, and nothing else")
@@ -101,7 +103,8 @@ def collect(args: argparse.Namespace, head: dict[str, Any]) -> tuple[list[dict[s
         file.unlink(missing_ok=True)
     interrupted = False
     try:
-        for task in tasks(problems, methods, forms, not (args.quick or args.no_memory)):
+        with_threads = args.threads == 1 < machine.usable_cores() and not (args.quick or args.no_all_threads)
+        for task in tasks(problems, methods, forms, not (args.quick or args.no_memory), with_threads):
             left = pending(task, read_rows(file, run))
             if left is not None:
                 what = f"{task['method']}" if task["kind"] == "memory" else "all rows in turns"
@@ -126,8 +129,10 @@ def present(args: argparse.Namespace, head: dict[str, Any], rows: list[dict[str,
         print(f"{line}\nforward + backward, {what}, medians of steps taken in turns\n")
         print(f"{report.text_tables(derived, labels, clock)}\n\n{outputs.targets(derived, clock)}")
     if args.compare:
-        old = json.loads(args.compare.read_text())["rows"]
-        print(f"\n{outputs.compare(rows, old, labels, clock)}")
+        old = json.loads(args.compare.read_text())
+        if any(old["machine"].get(name) != head["machine"].get(name) for name in ("cpu", "cores", "threads", "torch")):
+            print(f"\nthe older run is of another machine: {machine.one_line(old['machine'])}; {old['date'][:10]}")
+        print(f"\n{outputs.compare(rows, old['rows'], labels, clock)}")
     if args.plot:
         outputs.plot(derived, labels, clock, args.plot)
 

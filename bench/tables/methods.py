@@ -142,7 +142,7 @@ class Method:
 
 
 def all_methods() -> dict[str, Method]:
-    from . import peers
+    from . import jax_peers, peers
     from .bound import Bound
 
     everywhere = ("before", "inside", "own")
@@ -151,11 +151,15 @@ def all_methods() -> dict[str, Method]:
     def torchdeq(solver: str, phantom: bool = False) -> Callable[[Case], Step]:
         return lambda case: peers.TorchDEQ(case, solver, phantom)
 
+    def silva(solver: str) -> Callable[[Case], Step]:
+        return lambda case: peers.Silva(case, solver)
+
     def deq(**options: Any) -> Callable[[Case], Step]:
         return lambda case: Deq(case, **options)
 
     broyden, fixed, anderson = torchdeq("broyden"), torchdeq("fixed_point_iter"), torchdeq("anderson")
     phantom, needs = torchdeq("fixed_point_iter", True), ("torchdeq",)
+    silva_needs, optimistix = ("silva_networks", "certifi"), ("jax", "optimistix")
     rows = [
         Method("eager", "eager loop", "loop", Step, everywhere, memory=True),
         Method("inductor", "torch.compile of the loop", "loop", CompiledLoop, everywhere, memory=True),
@@ -163,9 +167,10 @@ def all_methods() -> dict[str, Method]:
         Method("torchdeq-fixed", "TorchDEQ fixed-point, ift", "peer", fixed, everywhere, True, needs, body=True),
         Method("torchdeq-anderson", "TorchDEQ Anderson, ift", "peer", anderson, needs=needs, body=True),
         Method("torchdeq-phantom", "TorchDEQ fixed-point, phantom-1", "cheap", phantom, needs=needs, body=True),
-        Method("silva", "silva-networks", "peer", peers.silva, needs=("silva_networks",), body=True),
-        Method("jaxopt", "jaxopt fixed-point, jitted", "jax", peers.Jaxopt, needs=("jax", "jaxopt"), body=True),
-        Method("optimistix", "optimistix fixed-point, jitted", "jax", peers.Optimistix, needs=("jax", "optimistix"), body=True),
+        Method("silva-broyden", "silva-networks Broyden, implicit", "peer", silva("broyden"), needs=silva_needs, body=True),
+        Method("silva-fixed", "silva-networks fixed-point, implicit", "peer", silva("picard"), needs=silva_needs, body=True),
+        Method("jaxopt", "jaxopt fixed-point, jitted", "jax", jax_peers.Jaxopt, needs=("jax", "jaxopt"), body=True),
+        Method("optimistix", "optimistix fixed-point, jitted", "jax", jax_peers.Optimistix, needs=optimistix, body=True),
         Method("deq-raw", "deq, raw reuse", "ours", deq(backward_tol=inf)),
         Method("deq", "deq, default", "ours", deq(), everywhere, memory=True),
         Method("deq-peer-tol", "deq, adjoint 1e-4", "ours", deq(backward_tol=1e-4), everywhere),

@@ -73,8 +73,8 @@ def summary(rows: Sequence[Row], clock: str) -> str:
 
 def targets(rows: Sequence[Row], clock: str) -> str:
     """What the rows of deq come to, one line for each problem and form."""
-    headers = ["problem", "x", "equal adjoint tol. vs TorchDEQ", "default vs TorchDEQ", "vs best peer", "vs eager", "vs compiled"]
-    headers += ["of bound", "gradient error", "status"]
+    headers = ["problem", "x", "equal adjoint tol. vs TorchDEQ", "default vs TorchDEQ", "vs best peer", "vs JAX", "vs eager"]
+    headers += ["vs compiled", "of bound", "gradient error", "status", "step ms", "all threads", "there vs TorchDEQ"]
     lines = []
     for group in grouped(rows):
         by_method = {row["method"]: row for row in group}
@@ -87,27 +87,51 @@ def targets(rows: Sequence[Row], clock: str) -> str:
                 ours["problem"],
                 ours["inject"],
                 number((equal or {}).get("ratio", {}).get("torchdeq"), ".1f", "×"),
-                *(number(ratio.get(name), ".2f", "×") for name in ("torchdeq", "peer", "eager", "inductor", "bound")),
+                *(number(ratio.get(name), ".2f", "×") for name in ("torchdeq", "peer", "jax", "eager", "inductor", "bound")),
                 number(ours.get("gradient_error"), ".1e"),
                 ours.get("status", MISSING),
+                number(step_ms(ours, clock), ".2f"),
+                number(ours.get("all_ms"), ".2f"),
+                number(ratio.get("all"), ".2f", "×"),
             ]
         )
-    return tabulate(lines, headers=headers, disable_numparse=True)
+    note = "step ms and ratios: the clock above; all threads: wall time, in a process of its own"
+    return f"{tabulate(lines, headers=headers, disable_numparse=True)}\n{note}"
 
 
 def compare(new: Sequence[Row], old: Sequence[Row], labels: dict[str, str], clock: str) -> str:
-    """Medians of an older run over those of this one: above 1 is faster now."""
-    before = {(row["problem"], row["inject"], row["method"]): row for row in old}
+    """Medians of an older run over those of this one: above 1 is faster now.
+
+    The last column divides by what the eager loop did meanwhile, which has not changed: where the two runs are of different
+    machines or moments, that is the ratio to look at. Rows that only one of the runs has timed are named below.
+    """
+
+    def timed(rows: Sequence[Row]) -> dict[tuple[str, str, str], Row]:
+        found = [row for row in rows if row.get("kind", "timing") == "timing" and clock in row]
+        return {(row["problem"], row["inject"], row["method"]): row for row in found}
+
+    now, then = timed(new), timed(old)
+    ratios = {key: step_ratio(then[key], now[key], clock) for key in now if key in then}
     lines = []
-    for row in new:
-        then = before.get((row["problem"], row["inject"], row["method"]))
-        now_ms, then_ms = step_ms(row, clock), step_ms(then, clock)
-        if now_ms is None or then_ms is None:
-            continue
-        label = label_of(row, labels)
-        lines.append([row["problem"], row["inject"], label, f"{then_ms:.2f}", f"{now_ms:.2f}", f"{then_ms / now_ms:.2f}×"])
-    headers = ["problem", "x", "row", "old ms", "new ms", "old / new"]
-    return tabulate(lines, headers=headers, disable_numparse=True)
+    for (problem, inject, method), ratio in ratios.items():
+        before, after = (side[problem, inject, method][clock]["step_ms"] for side in (then, now))
+        eager = ratios.get((problem, inject, "eager"))
+        label = label_of(now[problem, inject, method], labels)
+        against = None if eager is None else ratio / eager
+        lines.append([problem, inject, label, f"{before:.2f}", f"{after:.2f}", f"{ratio:.2f}×", number(against, ".2f", "×")])
+    headers = ["problem", "x", "row", "old ms", "new ms", "old / new", "the same over eager's"]
+    parts = [tabulate(lines, headers=headers, disable_numparse=True) if lines else "no row is in both runs"]
+    for what, side, other in (("this run", now, then), ("the older run", then, now)):
+        missing: dict[tuple[str, str], list[str]] = {}
+        for (problem, inject, _), row in side.items():
+            if (problem, inject, row["method"]) not in other:
+                missing.setdefault((problem, inject), []).append(label_of(row, labels))
+        parts += [f"only in {what}: {problem}, x {inject}: {'; '.join(names)}" for (problem, inject), names in missing.items()]
+    return "\n".join(parts)
+
+
+def step_ratio(then: Row, now: Row, clock: str) -> float:
+    return float(then[clock]["step_ms"] / now[clock]["step_ms"])
 
 
 def plot(rows: Sequence[Row], labels: dict[str, str], clock: str, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Other libraries on the same bodies: TorchDEQ, and JAX's jaxopt and optimistix where they are installed."""
+"""Other PyTorch libraries on the same bodies, where they are installed: TorchDEQ and silva-networks."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import problems
-
 from .cases import Case
-from .methods import Counts, Reading, Step, clocks
+from .methods import Counts, Step
 
 TOL = 1e-4
 MAX_ITER = 40
@@ -67,86 +65,44 @@ class TorchDEQ(Step):
         return {"iterations": solving, "vjps": vjps + 1, "status": "peer"}  # one more VJP: the attached step's
 
 
-def silva(case: Case) -> Step:
-    raise NotImplementedError("silva-networks is installed, but nobody has written its row yet")
+class Silva(Step):
+    """silva-networks through its general engine, forward and adjoint by the same method, to the tolerances of `TorchDEQ`.
 
+    Fixed-point iteration is tested by the worst sample, as ours, and is not damped. Its Broyden takes the whole batch for one
+    vector, so that half the tolerance is what brings the worst sample to TOL; it starts anew where its history is full, and
+    is given room for all iterations.
+    """
 
-class _Jax(Step):
-    """A jitted forward and backward; both are timed as one, as the backward."""
-
-    def __init__(self, case: Case) -> None:
-        jax, jnp = importlib.import_module("jax"), importlib.import_module("jax.numpy")
+    def __init__(self, case: Case, solver: str) -> None:
+        networks = importlib.import_module("silva_networks")
         super().__init__(case)
         assert case.loop is not None
-        names = [name for name, _ in case.model.named_parameters()]
-        self.values = {n: jnp.asarray(p.detach().numpy()) for n, p in zip(names, case.model.parameters(), strict=True)}
-        self.x = jnp.asarray(case.inputs[0].detach().numpy())
-        c = jnp.asarray(case.cotangents[0].numpy())
-        injection, body = _jax_body(case.loop)
+        self.loop = case.loop
+        with torch.enable_grad():
+            x = case.inputs[0].detach()
+            f = self.loop.body(x, self.loop.injection(x).detach())
+            used = torch.autograd.grad(f.sum(), list(case.model.parameters()), allow_unused=True)
+        # Parameters of the transition only: those of the injection get their gradient through u.
+        self.parameters = [p for p, gradient in zip(case.model.parameters(), used, strict=True) if gradient is not None]
+        picard = solver == "picard"
+        config = networks.SILVADEQConfig(
+            forward_solver=solver, forward_tol=TOL if picard else TOL / 2, forward_max_iter=MAX_ITER, stop_mode="relative",
+            backward_solver=solver, backward_tol=TOL, backward_max_iter=MAX_ITER, backward_stop_mode="relative",
+            backward_mode="implicit", alpha=1.0, history=MAX_ITER, anderson_batch_dims=1 if picard else 0,
+        )  # fmt: skip
+        self.engine = networks.SILVADEQEngine(config)
+        self.result: Any = None
 
-        def loss(values: Any, x: Any) -> Any:
-            u = injection(values, x)
-            z = self.solve(lambda z, operands: body(operands[0], z, operands[1]), jnp.zeros_like(x), (values, u))
-            return (z * c).sum() / c.shape[0], z
-
-        self.step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-        self.block = jax.block_until_ready
-
-    def solve(self, fn: Callable[[Any, Any], Any], z0: Any, operands: Any) -> Any:
-        raise NotImplementedError
-
-    def run(self) -> tuple[Reading, Reading, Reading]:
-        start = clocks()
-        (_, z), (values, x) = self.block(self.step(self.values, self.x))
-        end = clocks()
-        self.outputs = torch.tensor(z.tolist())
-        for name, parameter in self.case.model.named_parameters():
-            parameter.grad = torch.tensor(values[name].tolist())
-        self.case.inputs[0].grad = torch.tensor(x.tolist())
-        return start, start, end
+    def forward(self) -> Tensor:
+        (x,) = self.case.inputs
+        u = self.loop.injection(x)
+        start = torch.zeros_like(x, requires_grad=False)
+        found = self.engine(lambda z: self.loop.body(z, u), start, params=self.parameters, tensors=(u,), return_result=True)
+        self.result = found.solver_result
+        z: Tensor = found.state
+        return z
 
     def counts(self) -> Counts:
-        return {"status": "peer"}
-
-
-class Jaxopt(_Jax):
-    def solve(self, fn: Callable[[Any, Any], Any], z0: Any, operands: Any) -> Any:
-        jaxopt = importlib.import_module("jaxopt")
-        solver = jaxopt.FixedPointIteration(fn, maxiter=10 * MAX_ITER, tol=TOL, implicit_diff=True)
-        return solver.run(z0, operands).params
-
-
-class Optimistix(_Jax):
-    def solve(self, fn: Callable[[Any, Any], Any], z0: Any, operands: Any) -> Any:
-        optimistix = importlib.import_module("optimistix")
-        solver = optimistix.FixedPointIteration(rtol=TOL, atol=TOL)
-        return optimistix.fixed_point(fn, solver, z0, operands, max_steps=10 * MAX_ITER, throw=False).value
-
-
-def _jax_body(loop: Any) -> tuple[Callable[[Any, Any], Any], Callable[[Any, Any, Any], Any]]:
-    """Injection and body of a problem in jax.numpy, on a dict of the module's parameters."""
-    jax, jnp = importlib.import_module("jax"), importlib.import_module("jax.numpy")
-
-    def linear(p: Any, name: str, x: Any) -> Any:
-        y = x @ p[f"{name}.weight"].T
-        return y + p[f"{name}.bias"] if f"{name}.bias" in p else y
-
-    def conv(p: Any, name: str, x: Any) -> Any:
-        y = jax.lax.conv_general_dilated(x, p[f"{name}.weight"], (1, 1), "SAME")
-        return y + p[f"{name}.bias"][None, :, None, None]
-
-    def transformer(p: Any, z: Any, u: Any) -> Any:
-        y = z + u
-        batch, length, width = y.shape
-        heads = loop.heads
-        qkv = linear(p, "qkv", y).reshape(batch, length, 3, heads, width // heads)
-        q, k, v = jnp.transpose(qkv, (2, 0, 3, 1, 4))
-        attention = jax.nn.softmax(q @ jnp.swapaxes(k, -1, -2) / (width // heads) ** 0.5, -1) @ v
-        mixed = jnp.swapaxes(attention, 1, 2).reshape(batch, length, width)
-        return linear(p, "o", mixed) + linear(p, "f2", jnp.tanh(linear(p, "f1", y)))
-
-    if isinstance(loop, problems.MLP):
-        return lambda p, x: linear(p, "U", x), lambda p, z, u: jnp.tanh(linear(p, "W", z) + u)
-    if isinstance(loop, problems.Conv):
-        return lambda p, x: conv(p, "c3", x), lambda p, z, u: jnp.tanh(conv(p, "c2", jnp.tanh(conv(p, "c1", z))) + u)
-    return lambda p, x: linear(p, "U", x), transformer
+        self.run()
+        vjps = int(self.result.info["backward_iterations"])
+        return {"iterations": self.result.iterations, "vjps": vjps + 1, "status": "peer"}  # one more VJP: the parameters'

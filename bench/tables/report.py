@@ -40,49 +40,62 @@ def step_ms(row: Row | None, clock: str) -> float | None:
 
 
 def derive(rows: Sequence[Row], kinds: dict[str, str], clock: str) -> list[Row]:
-    """Timing rows with memory rows merged in, `converged`, and `ratio`: times of others over the row's own.
+    """Timing rows with memory and all threads (`all_ms`, wall) merged in, `converged`, and `ratio`: others' times over its own.
 
-    `ratio` holds "eager", "inductor", "torchdeq" (Broyden) and "peer" (the fastest converged peer in PyTorch, itself
-    excluded); "bound" is the row's own time over the bound's. Against an unconverged row there is no ratio but that to
-    the user's own loops, which are what there is to replace.
+    `ratio` holds "eager", "inductor", "torchdeq" (Broyden), "peer" (the fastest converged peer in PyTorch, itself excluded),
+    "jax" (the fastest converged row in JAX), and "all", TorchDEQ Broyden again in wall time on all threads; "bound" is the
+    row's own time over the bound's. Against an unconverged row there is no ratio but that to the user's own loops, which are
+    what there is to replace.
     """
-    memory = {(r["problem"], r["inject"], r["method"]): r for r in rows if r.get("kind") == "memory"}
+    beside: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        found = beside.setdefault((row["problem"], row["inject"], row["method"]), {})
+        if row.get("kind") == "memory":
+            found |= {name: row[name] for name in ("memory_mb", "memory_first_mb", "first_s") if name in row}
+        elif row.get("kind") == "threads" and "wall" in row:
+            found |= {"all_ms": row["wall"]["step_ms"], "all_threads": row["threads"]}
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row.get("kind") != "memory":
-            extra = memory.get((row["problem"], row["inject"], row["method"]), {})
-            names = ("memory_mb", "memory_first_mb", "first_s")
-            merged = {**row, **{name: extra[name] for name in names if name in extra}}
+        if row.get("kind", "timing") == "timing":
+            merged = {**row, **beside[row["problem"], row["inject"], row["method"]]}
             groups.setdefault((row["problem"], row["inject"]), []).append(merged)
-    found: list[Row] = []
+    derived: list[Row] = []
     for group in groups.values():
         by_method = {row["method"]: row for row in group}
         for row in group:
             row["converged"] = converged(row, by_method.get("deq"))
-        peers = [r for r in group if kinds.get(r["method"]) == "peer" and r["converged"] and clock in r]
+        contenders = {
+            kind: [r for r in group if kinds.get(r["method"]) == kind and r["converged"] and clock in r]
+            for kind in ("peer", "jax")
+        }
         for row in group:
-            row["ratio"] = _ratios(row, by_method, peers, clock)
-        found += group
-    return found
+            row["ratio"] = _ratios(row, by_method, contenders, clock)
+        derived += group
+    return derived
 
 
-def _ratios(row: Row, by_method: dict[str, Row], peers: list[Row], clock: str) -> dict[str, float]:
+def _ratios(row: Row, by_method: dict[str, Row], contenders: dict[str, list[Row]], clock: str) -> dict[str, float]:
     own = step_ms(row, clock)
     if own is None:
         return {}
     ratio: dict[str, float] = {}
     broyden = by_method.get("torchdeq-broyden")
-    others = [r for r in peers if r is not row]
+    fastest = {
+        kind: min((r for r in rows if r is not row), key=lambda r: r[clock]["step_ms"], default=None)
+        for kind, rows in contenders.items()
+    }
     against = {
         "eager": by_method.get("eager"),
         "inductor": by_method.get("inductor"),
         "torchdeq": broyden if broyden and broyden["converged"] else None,
-        "peer": min(others, key=lambda r: r[clock]["step_ms"]) if others else None,
+        **fastest,
     }
     for name, other in against.items():
         time = step_ms(other, clock)
         if time is not None:
             ratio[name] = time / own
+    if broyden and broyden["converged"] and "all_ms" in broyden and "all_ms" in row:
+        ratio["all"] = broyden["all_ms"] / row["all_ms"]
     bound = step_ms(by_method.get("bound"), clock)
     if bound is not None:
         ratio["bound"] = own / bound
@@ -114,7 +127,18 @@ def grouped(rows: Sequence[Row]) -> list[list[Row]]:
 def text_tables(rows: Sequence[Row], labels: dict[str, str], clock: str) -> str:
     """All columns, one table for each problem and form."""
     other = "wall" if clock == "cpu" else "cpu"
-    headers = ["", f"step ms ({clock})", "quartiles", "forward", "backward", f"{other} ms", "iterations", "VJPs", "residual"]
+    headers = [
+        "",
+        f"step ms ({clock})",
+        "quartiles",
+        "forward",
+        "backward",
+        f"{other} ms",
+        "all threads",
+        "iterations",
+        "VJPs",
+        "residual",
+    ]
     headers += ["gradient error", "value error", "status", "first s", "MB", "vs eager", "vs TorchDEQ", "vs best peer", "of bound"]
     parts = []
     for group in grouped(rows):
@@ -133,6 +157,7 @@ def text_tables(rows: Sequence[Row], labels: dict[str, str], clock: str) -> str:
                     f"{times['forward_ms']:.2f}",
                     f"{times['backward_ms']:.2f}",
                     number(step_ms(row, other), ".2f"),
+                    number(row.get("all_ms"), ".2f"),
                     number(row.get("iterations"), ".3g"),
                     number(row.get("vjps"), "d"),
                     *(number(row.get(n), ".1e") for n in ("residual", "gradient_error", "value_error")),
