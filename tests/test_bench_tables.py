@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,16 @@ def test_memory_sees_a_block_that_comes_and_goes() -> None:
     assert found["first_s"] > 0
     if found["memory_mb"] is not None:
         assert 55 < found["memory_mb"] < 90
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks come from /proc")
+def test_the_peak_of_a_process_is_its_own_not_its_parent_s() -> None:
+    ballast = np.ones(8 << 20)  # 64 MB that the child does not have
+    code = "from bench.tables import memory; print(memory.peak() - memory.resident())"
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert float(found.stdout) < 32
+    assert ballast[-1] == 1
 
 
 def test_end_to_end(monkeypatch: pytest.MonkeyPatch, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -145,7 +145,11 @@ def memory_row(name: str, inject: str, key: str) -> Row:
     """Peak memory and first step of one method, in a process that has done nothing else."""
     row: Row = {"problem": name, "inject": inject, "method": key, "kind": "memory"}
     try:
-        step = build(all_methods()[key], load(name, inject), None)
+        method, case = all_methods()[key], load(name, inject)
+        reason = method.skip(case, None)
+        if reason is not None:
+            return row | {"skipped": reason}
+        step = build(method, case, None)
         return row | memory.measure(step.run)
     except Exception as error:
         return row | {"error": traceback.format_exc(), "skipped": f"failed: {error}".splitlines()[0][:200]}
