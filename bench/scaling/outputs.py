@@ -92,7 +92,7 @@ def plot(rows: Sequence[Row], plan: Sweeps, labels: dict[str, str], clock: str, 
             for point in points:
                 found = table.get(point.name, {})
                 value = value_of(found.get(method), sweep, clock)
-                if value is not None:
+                if value:  # no point on a logarithmic axis for what cost nothing
                     weak = sweep != "memory" and converged(found[method], found.get("deq")) is False
                     curve.append((coordinate(sweep, point), value, weak))
             if not curve:
