@@ -16,6 +16,7 @@ Parameters, input and cotangent are drawn from seed 0 in float32, so every run t
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 
@@ -32,7 +33,7 @@ def scale_spectral_norm(weight: torch.Tensor, norm: float) -> None:
     weight.mul_(norm / torch.linalg.matrix_norm(weight.double(), 2).to(weight.dtype))
 
 
-class Loop(nn.Module):
+class Loop(nn.Module, abc.ABC):
     """The loop around a body; ``inject`` says whether x enters inside the loop, as most write it, or before it."""
 
     def __init__(self, n_iter: int, inject: str) -> None:
@@ -42,11 +43,11 @@ class Loop(nn.Module):
         self.n_iter = n_iter
         self.inject_inside = inject == "inside"
 
-    def injection(self, x: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def injection(self, x: torch.Tensor) -> torch.Tensor: ...
 
-    def body(self, z: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def body(self, z: torch.Tensor, u: torch.Tensor) -> torch.Tensor: ...
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = torch.zeros_like(x)

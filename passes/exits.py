@@ -245,7 +245,7 @@ def _damping(graph: Callable[..., Tensor], v: fx.Node) -> tuple[float, bool] | N
                     z, step = _random(v, generator), _random(v, generator)
                     change = graph(z, step if is_step else z + step) - z
                     a = float((change * step).sum() / (step * step).sum())
-                    if a and torch.allclose(change, a * step, rtol=1e-9, atol=1e-9):
+                    if a and torch.allclose(change, a * step, rtol=1e-9, atol=1e-9):  # float64 rounding
                         found.append(a)
         except Exception:  # it does not run on these numbers: no damping then
             return None

@@ -86,7 +86,7 @@ def test_jacobian_free_is_the_first_term() -> None:
 
 
 def test_reuse_costs_less_than_no_reuse() -> None:
-    reused, alone = run(backward_tol=1e-3, reuse="always")[1], run(backward_tol=1e-3, reuse="never")[1]
+    reused, alone = run(backward_tol=1e-3, reuse="always")[1], run(backward_tol=1e-3, solver="picard")[1]
     assert reused.vjps <= alone.vjps
     assert reused.adjoint_residual_batch <= 1e-3
 

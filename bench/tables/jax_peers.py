@@ -9,6 +9,7 @@ any product below 1e-16, negative ones included), so GMRES, started anew every 5
 
 from __future__ import annotations
 
+import abc
 import importlib
 import os
 import warnings
@@ -49,7 +50,7 @@ def start_jax() -> tuple[Any, Any]:
     return jax, jax.numpy
 
 
-class _Jax(Step):
+class _Jax(Step, abc.ABC):
     """A jitted forward and backward; both are timed as one, as the backward. Nothing is converted while the clock runs."""
 
     def __init__(self, case: Case) -> None:
@@ -73,9 +74,9 @@ class _Jax(Step):
         self.block = jax.block_until_ready
         self.iterations = 0
 
+    @abc.abstractmethod
     def solve(self, fn: Callable[[Any, Any], Any], z0: Any, operands: Any) -> tuple[Any, Any]:
         """The fixed point of ``fn(z, operands)`` from z0, and the number of iterations."""
-        raise NotImplementedError
 
     def run(self) -> tuple[Reading, Reading, Reading]:
         self.case.clear()

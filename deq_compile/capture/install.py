@@ -101,7 +101,7 @@ def _halved(z: Tensor) -> Tensor:
 
 def _halved_until_close(z: Tensor) -> Tensor:
     new = 0.5 * z
-    while not torch.allclose(z, new, atol=1e-3):
+    while not torch.allclose(z, new, atol=1e-3):  # any would do: how it is traced is looked at
         z, new = new, 0.5 * new
     return new
 

@@ -55,19 +55,26 @@ static inline void residual(const T* f, const T* z, T* g, i64 len, T& gg, T& ff)
   }
 }
 
-// g = scale * (g + sum_j c[j] S[j]); kept = z where given; z += g. U vectors of columns stay in registers.
+// A = g + sum_j c[j] S[j] over U vectors of columns, which stay in registers.
+template <class T, int U>
+static inline __attribute__((always_inline)) void add_columns(const T* S, i64 D, i64 rows, const T* c, const T* g,
+                                                              typename Vec<T>::type (&A)[U]) {
+  constexpr int N = Vec<T>::N;
+#pragma GCC unroll 8
+  for (int u = 0; u < U; u++) A[u] = load(g + u * N);
+  for (i64 j = 0; j < rows; j++) {
+    auto cj = broadcast(c[j]);
+#pragma GCC unroll 8
+    for (int u = 0; u < U; u++) A[u] += cj * load(S + j * D + u * N);
+  }
+}
+
+// g = scale * (g + sum_j c[j] S[j]); kept = z where given; z += g.
 template <class T, int U>
 static inline void update_columns(const T* S, i64 D, i64 rows, const T* c, T scale, T* g, T* z, T* kept, i64 d) {
   constexpr int N = Vec<T>::N;
   typename Vec<T>::type A[U];
-#pragma GCC unroll 8
-  for (int u = 0; u < U; u++) A[u] = load(g + d + u * N);
-  for (i64 j = 0; j < rows; j++) {
-    auto cj = broadcast(c[j]);
-    const T* s = S + j * D + d;
-#pragma GCC unroll 8
-    for (int u = 0; u < U; u++) A[u] += cj * load(s + u * N);
-  }
+  add_columns<T, U>(S + d, D, rows, c, g + d, A);
 #pragma GCC unroll 8
   for (int u = 0; u < U; u++) {
     auto p = A[u] * scale;

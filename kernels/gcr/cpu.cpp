@@ -1,7 +1,7 @@
 // The adjoint iteration for a CPU: one call between two vector-Jacobian products. Same mathematics as aten.py; every sample has
 // its own basis. Progress (best, done, ...) lies in a Broyden struct, whose S holds the basis: (B, 2, M, D), images first.
 //
-// With k pairs in the basis a move reads and writes about 3k + 20 words a state element, and 2n + 2 more for an operator of n
+// With k pairs in the basis a move reads and writes about 5k + 24 words a state element, and 2n + 2 more for an operator of n
 // steps: what is computed from one pass over a row is computed in that pass.
 
 template <class T>
@@ -52,19 +52,13 @@ static void judge(const T* q, const T* jw, const T* w, const T* r, const T* x, T
   }
 }
 
-// y += sum_j c[j] images[j]; t[0] = y.y and t[1] = y.r afterwards. U vectors of columns stay in registers.
+// y += sum_j c[j] images[j]; t[0] = y.y and t[1] = y.r afterwards.
 template <class T, int U>
 static inline void orthogonal_columns(const T* images, i64 D, i64 k, const T* c, T* y, const T* r, i64 d,
                                       typename Vec<T>::type* acc) {
   constexpr int N = Vec<T>::N;
   typename Vec<T>::type A[U];
-#pragma GCC unroll 8
-  for (int u = 0; u < U; u++) A[u] = load(y + d + u * N);
-  for (i64 j = 0; j < k; j++) {
-    auto cj = broadcast(c[j]);
-#pragma GCC unroll 8
-    for (int u = 0; u < U; u++) A[u] += cj * load(images + j * D + d + u * N);
-  }
+  add_columns<T, U>(images + d, D, k, c, y + d, A);
 #pragma GCC unroll 8
   for (int u = 0; u < U; u++) {
     store(y + d + u * N, A[u]);
@@ -95,13 +89,7 @@ static inline void take_columns(const T* directions, i64 D, i64 k, const T* h, T
                                 T* kept, i64 d) {
   constexpr int N = Vec<T>::N;
   typename Vec<T>::type A[U];
-#pragma GCC unroll 4
-  for (int u = 0; u < U; u++) A[u] = load(z + d + u * N);
-  for (i64 j = 0; j < k; j++) {
-    auto hj = broadcast(h[j]);
-#pragma GCC unroll 4
-    for (int u = 0; u < U; u++) A[u] += hj * load(directions + j * D + d + u * N);
-  }
+  add_columns<T, U>(directions + d, D, k, h, z + d, A);
 #pragma GCC unroll 4
   for (int u = 0; u < U; u++) {
     i64 e = d + u * N;
@@ -168,16 +156,14 @@ static void extend(const Gcr<T>& g, Scratch<T>& scratch, i64 b, bool improved, b
   T *a = scratch.a.data(), *h = scratch.y.data(), *t = scratch.t.data(), *parts = scratch.parts.data();
   T before = g.sums[2 * b], along = g.sums[2 * b + 1], square = before;
   for (i64 j = 0; j < k; j++) h[j] = 0;
-  for (int pass = 0; k > 0 && pass < 2; pass++) {  // classical Gram-Schmidt
+  for (int pass = 0; k > 0 && pass < 2; pass++) {  // classical Gram-Schmidt, always twice: once is not enough in fp32
     row_dots<T, false>(scratch, images, D, k, y, y, ld, threads, split);
     for (i64 j = 0; j < k; j++) t[j] = -a[j], h[j] -= a[j];
-    T last = square;
     over_chunks(D, threads, split, [&](i64 lo, i64 hi, i64 c) {
       orthogonalise<T>(images, D, k, t, y, r, lo, hi, parts + 2 * c);
     });
     square = along = 0;
     for (i64 c = 0; c < chunks; c++) square += parts[2 * c], along += parts[2 * c + 1];
-    if (square > T(0.5) * last) break;  // little was taken away, so little of it was rounding: once is enough (Kahan)
   }
   T tiny = T(g.tiny);
   if (square > tiny * tiny * before && finite(1 / square) && finite(along)) {
