@@ -12,7 +12,7 @@ import logging
 import os
 import platform
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,8 +32,9 @@ class Broyden(ctypes.Structure):
     _fields_ = [
         *((name, _I) for name in ("B", "D", "M", "ld", "threads", "relative")),
         *((name, _D) for name in ("tol", "floor", "eta")),
-        *((name, _P) for name in ("S", "C", "best", "mark", "z_best", "n", "iterations", "stall", "done")),
-    ]
+        *((name, _P) for name in ("S", "C", "best", "mark", "z_best", "n", "iterations", "stall", "done", "about")),
+        ("converged", _I),
+    ]  # fmt: skip
 
 
 class Operator(ctypes.Structure):
@@ -46,8 +47,8 @@ class Gcr(ctypes.Structure):
     """The C++ struct of the same name."""
 
     _fields_ = [
-        *((name, _P) for name in ("m", "s", "q", "x", "r", "w", "rt", "norms", "relative", "sums")),
-        ("stop", _D), ("tiny", _D), ("active", _I),
+        *((name, _P) for name in ("m", "s", "q", "x", "r", "w", "norms", "relative")),
+        *((name, _D) for name in ("tol", "tiny", "batch_norm")), ("active", _I),
     ]  # fmt: skip
 
 
@@ -65,7 +66,7 @@ class Functions:
         self.transpose = entry("reuse_transpose", [_P, _P, _P])
         self.multisecant = entry("multisecant", [_P, _P, _I, _I, _D, _D])
         self.multisecant_apply = entry("multisecant_apply", [_P, _I, _I, _I, _P, _P])
-        self.gcr_start = entry("gcr_start", [_P], _D)
+        self.gcr_start = entry("gcr_start", [_P])
         self.gcr_step = entry("gcr_step", [_P, _P, _I, _I], _D)
 
 
@@ -97,8 +98,35 @@ def functions(*tensors: torch.Tensor) -> Functions | None:
     dtype = tensors[0].dtype
     if dtype not in _SUFFIX or any(t.dtype != dtype or t.device.type != "cpu" or not t.is_contiguous() for t in tensors):
         return None
+    return functions_of(dtype)
+
+
+def functions_of(dtype: torch.dtype) -> Functions | None:
+    """The entry points for contiguous CPU tensors of a dtype, fp32 or fp64; None where there is no C++."""
     loaded = _load()
-    return None if loaded is None else loaded[dtype]
+    return None if loaded is None else loaded.get(dtype)
+
+
+class Rows:
+    """Attributes of a state that are made when somebody asks for them: a tensor costs more than the arithmetic on its row.
+
+    `_ROWS` says which row of the buffer `small` an attribute is, and in which dtype (None: the buffer's). A row has room for one
+    element of the buffer's dtype for each sample.
+    """
+
+    _ROWS: ClassVar[dict[str, tuple[int, torch.dtype | None]]] = {}
+    small: torch.Tensor
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        place = type(self)._ROWS.get(name)
+        if place is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        index, dtype = place
+        row = self.small[index]
+        if dtype is not None:
+            row = row.view(dtype)[: self.small.shape[1]]
+        setattr(self, name, row)
+        return row
 
 
 def threads_for(elements: int) -> int:

@@ -1,6 +1,7 @@
 // Vectors as wide as the machine's registers, in the compiler's own extension: x86 and Arm, gcc and clang, no intrinsics of one
 // machine. (Wider ones work everywhere, but gcc keeps them on the stack: the 64-byte build was 2 to 5 times slower on AVX2.)
 // Inductor's flags switch the loop vectoriser off, so the loops below say what they want.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

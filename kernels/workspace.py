@@ -22,6 +22,7 @@ from torch import Tensor
 LIMIT = 64 << 20
 # Below this the C library does not give memory back, and a block is cheaper than the question for one.
 SMALL = 64 << 10
+ALIGNMENT = 64  # of torch's own CPU tensors
 
 _Free = collections.OrderedDict[int, list[Tensor]]  # by size, least recently used first
 _free: _Free = collections.OrderedDict()
@@ -29,9 +30,27 @@ _free: _Free = collections.OrderedDict()
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised contiguous CPU tensor; its memory returns to the pool when its last view is gone."""
-    wanted = math.prod(shape) * dtype.itemsize
-    if not SMALL <= wanted <= LIMIT:
+    count = math.prod(shape)
+    if not SMALL <= count * dtype.itemsize <= LIMIT:
         return torch.empty(tuple(shape), dtype=dtype)
+    found = torch.frombuffer(_lease(count * dtype.itemsize), dtype=dtype)
+    return found if len(shape) == 1 else found.view(tuple(shape))
+
+
+def empty_pair(first: tuple[int, torch.dtype], second: tuple[int, torch.dtype]) -> tuple[Tensor, Tensor]:
+    """Two flat tensors (elements, dtype) as of :func:`empty`, from one block where both are small enough for that."""
+    (m, one), (n, two) = first, second
+    size = m * one.itemsize
+    start = (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    total = start + n * two.itemsize
+    if not SMALL <= total <= LIMIT or not m or not n:
+        return torch.empty(m, dtype=one), torch.empty(n, dtype=two)
+    lease = _lease(total)
+    return torch.frombuffer(lease, dtype=one, count=m), torch.frombuffer(lease, dtype=two, count=n, offset=start)
+
+
+def _lease(wanted: int) -> Any:
+    """A buffer of so many bytes in a block of the pool, or in a new one."""
     size = _rounded(wanted)
     try:
         block = _free[size].pop()
@@ -40,7 +59,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         block = torch.empty(size, dtype=torch.uint8)
     lease = _lease_type(wanted).from_address(block.data_ptr())
     lease.block = block
-    return torch.frombuffer(lease, dtype=dtype).view(tuple(shape))
+    return lease
 
 
 @functools.lru_cache(maxsize=256)

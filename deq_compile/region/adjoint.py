@@ -141,28 +141,25 @@ def _one_vjp(vjp_full: VJPFull, w: Tensor, q: Tensor) -> AdjointSolution:
 
 
 def _refine(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int, expected: int) -> AdjointSolution:
-    certified: tuple[Tensor, Any, float, Tensor] | None = None  # of vjp_full: w, payload, residuals (batch, rows)
     needed = 0
     while True:
         needed += 1
         last = needed == max_iter
-        if last or needed == expected:
-            at = adjoint.w.clone()  # `move` changes it
-            jw, payload = vjp_full(at)
-            move(adjoint, jw, last=last, look=True)
-            certified = at, payload, adjoint.batch, adjoint.residuals.clone()
+        whole = last or needed == expected
+        payload = None
+        if whole:
+            jw, payload = vjp_full(adjoint.w)
         else:
-            move(adjoint, vjp(adjoint.w), last=last)
+            jw = vjp(adjoint.w)
+        move(adjoint, jw, last=last, look=whole)
         if adjoint.converged or not adjoint.running:
-            chosen, status = choose(adjoint)
             break
-    vjps = needed
-    if certified is None or not torch.equal(certified[0], chosen):
-        found = certified_at(vjp_full, adjoint.q, chosen, status)
-        certified, vjps = (found.w, found.payload, found.residual, found.residuals), needed + 1
-    w, payload, batch, residuals = certified
-    status = status if math.isfinite(batch) else AdjointStatus.NONFINITE
-    return AdjointSolution(w, payload, vjps, adjoint.needed, batch, residuals, status)
+    chosen, status = choose(adjoint)
+    # The product was taken at `w`, where samples that stop stay, but for those whose residual is not finite: they go back.
+    if whole and (adjoint.converged or (math.isfinite(adjoint.batch) and torch.equal(chosen, adjoint.w))):
+        return AdjointSolution(chosen, payload, needed, adjoint.needed, adjoint.batch, adjoint.residuals, status)
+    found = certified_at(vjp_full, adjoint.q, chosen, status)
+    return replace(found, vjps=needed + 1, needed=adjoint.needed)
 
 
 def _unwatched(vjp: VJP, vjp_full: VJPFull, adjoint: GcrState, max_iter: int) -> AdjointSolution:

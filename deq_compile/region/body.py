@@ -51,8 +51,10 @@ class BodySpec:
 class Linearised(abc.ABC):
     """A body linearised at one state: `vjp(w)` = J^T w, and `vjp_full(w)` = (J^T w, gradients of the operands asked for).
 
-    w, J^T w: (B, D). An operand that the body does not depend on has gradient None.
+    w, J^T w: (B, D). An operand that the body does not depend on has gradient None. `runner` is the body's, where it is known.
     """
+
+    runner: Runner | None = None
 
     @abc.abstractmethod
     def vjp(self, w: Tensor) -> Tensor: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from deq_compile.kernels import anderson
 from deq_compile.kernels.broyden import (
     NORM_EPS,
     RUNNING,
-    BroydenState,
     Factors,
     Progress,
     new_progress,
@@ -22,7 +21,7 @@ from deq_compile.kernels.broyden import (
 )
 
 from .modes import without_grad
-from .status import converged
+from .status import Status, converged
 from .stop import accept
 
 # Multiples of the body's eps below which stagnation is the precision's doing.
@@ -30,6 +29,9 @@ FLOOR_EPS = 50
 
 SOLVERS = ("broyden", "anderson", "picard")
 STOP_MODES = ("rel", "abs")
+
+
+_READ_OFF = {"status": "done", "iterations": "iterations", "residual": "best"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class Solution:
         iterations: (B,) int32, body evaluations at which each sample stopped.
         residual: (B,) stopping residual at ``z``; inf where none was finite.
         evaluations: body evaluations of the whole batch; 0 where only the device knows.
+        progress: the iteration that ended so; `status`, `iterations` and `residual` may be read off it when somebody asks.
         outcome: waits for a captured solve and says how many samples missed their tolerance; None where nothing is pending.
     """
 
@@ -53,6 +56,34 @@ class Solution:
     residual: Tensor
     evaluations: int
     outcome: Callable[[], tuple[int, int]] | None = None
+    progress: Progress | None = field(default=None, init=False)
+
+    @staticmethod
+    def of(progress: Progress, state: Factors | None) -> Solution:
+        """What an iteration came to."""
+        found = object.__new__(Solution)
+        found.__dict__.update(z=progress.z_best, state=state, evaluations=progress.evaluations, outcome=None, progress=progress)
+        return found
+
+    def __getattr__(self, name: str) -> Tensor:
+        source = _READ_OFF.get(name)
+        if source is None:
+            raise AttributeError(f"'Solution' object has no attribute {name!r}")
+        found: Tensor = getattr(self.progress, source)
+        self.__dict__[name] = found
+        return found
+
+    def about(self) -> Tensor:
+        """(B, 2) float32: the stopping residual and the iterations of each sample."""
+        if self.progress is not None:
+            return self.progress.about()
+        return torch.stack([self.residual.float(), self.iterations], dim=1)  # the counts become float32 on the way
+
+    def all_converged(self) -> bool:
+        """Whether every sample has reached the tolerance itself. Waits for the device."""
+        if self.progress is not None:
+            return self.progress.all_converged()
+        return bool((self.status == Status.CONVERGED).all())
 
     def missed(self) -> bool:
         """Whether a sample stopped short of its tolerance. Waits for the device."""
@@ -96,8 +127,7 @@ def solve(
         factor_dtype: dtype of the stored steps; None is that of ``z0``, or of ``S`` where that is given.
         eta: Powell's guard of Broyden's update.
         body_eps: eps of the precision that the body computes in; None is that of ``z0``'s dtype.
-        S: (B, memory + 1, D) buffer for the steps; its contents are never read.
-        C: (B, memory, memory) buffer for the coefficients, in ``z0``'s dtype; its contents are never read.
+        S, C: buffers for the factors, see :func:`deq_compile.kernels.broyden.new_state`.
         anderson_memory, anderson_damping: m and beta of "anderson".
         watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
         stop: (z, f(z)) -> whether the whole batch may stop here; ``tol`` and the floor stop single samples beside it.
@@ -117,17 +147,17 @@ def solve(
     if solver == "picard":
         progress = new_progress(z0, tol=tol, relative=relative, floor=floor)
         _iterate(f, z, progress, max_iter, _picard_step, stop)
-        return _solution(progress, None)
+        return Solution.of(progress, None)
     if solver == "anderson":
         window = anderson.new_state(z0, anderson_memory, anderson_damping, tol=tol, relative=relative, floor=floor)
         _iterate(f, z, window, max_iter, anderson.step, stop)
-        return _solution(window, None)
+        return Solution.of(window, None)
     memory = max_iter if memory is None else memory
     state = new_state(z0, memory, factor_dtype, eta, S, C, tol=tol, relative=relative, floor=floor)
     if not watched:
         state.unwatched()
     _iterate(f, z, state, max_iter, step, stop)
-    return _solution(state, state)
+    return Solution.of(state, state)
 
 
 def _iterate(
@@ -156,17 +186,6 @@ def _picard_step(progress: Progress, z: Tensor, f: Tensor, *, last: bool) -> Non
         torch.where((progress.done == RUNNING)[:, None], f, z, out=z)
     else:
         z.copy_(f)
-
-
-def _solution(progress: Progress, state: BroydenState | None) -> Solution:
-    return Solution(
-        z=progress.z_best,
-        state=state,
-        status=progress.done,
-        iterations=progress.iterations,
-        residual=progress.best,
-        evaluations=progress.evaluations,
-    )
 
 
 def better_of(found: Solution, other: Callable[[], Solution]) -> Solution:

@@ -79,7 +79,7 @@ def _empty_factors(region: str, state0: Sequence[Tensor], real: bool) -> tuple[T
     spec, (steps, coefficients) = find_site(region).spec, _factor_sizes(region, state0)
     first = state0[0]
     if real and first.device.type == "cpu":
-        return workspace.empty((steps,), spec.factor_dtype), workspace.empty((coefficients,), spec.compute_dtype)
+        return workspace.empty_pair((steps, spec.factor_dtype), (coefficients, spec.compute_dtype))
     return first.new_empty((steps,), dtype=spec.factor_dtype), first.new_empty((coefficients,), dtype=spec.compute_dtype)
 
 

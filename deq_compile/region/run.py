@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import Factors, coefficient_width, factors_of, row_width
+from deq_compile.kernels.broyden import Factors, factors_of, shaped_buffers
 from deq_compile.kernels.device import on_gpu
 
 from . import engine, records
@@ -20,7 +20,7 @@ from .forward import Solution, better_of, solve
 from .kept import iterate, loop_gradient, own_iterations
 from .layout import Layout
 from .site import Site
-from .status import Status, converged, message_of
+from .status import converged, message_of
 from .stopwatch import Stopwatch, TimedLinearised
 from .verdict import count_misses, decide_rows, declared_gradient_holds, gradient_is_the_loops, settle, verify
 from .worth import factors_pay
@@ -96,13 +96,14 @@ def run_forward(
     due = site.due() and not inside
     solution, everywhere = None, False
     if due or site.verdict == "solve":
-        steps, coefficients = _buffers(S, C, layout, config.memory) if spec.stores_steps else (None, None)
+        steps, coefficients = (S, C) if spec.stores_steps else (None, None)
         captured = None if inside else _captured(site, runner, z0, operands, sizes)
         if captured is not None:
-            solution = captured.solve(z0, operands, steps, coefficients)
+            shaped = _shaped(S, C, layout, config.memory) if spec.stores_steps else (None, None)
+            solution = captured.solve(z0, operands, *shaped)
         if solution is None:
             solution = solved(z0, site.tol, steps, coefficients)
-        everywhere = layout.batch > 0 and not on_gpu(z0.device) and _all_converged(solution.status)
+        everywhere = layout.batch > 0 and not on_gpu(z0.device) and solution.all_converged()
         if spec.iterations is None and not inside and not everywhere and solution.missed():
             own = spec.own_cap or config.max_iter
             solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard", max_iter=own))
@@ -136,7 +137,8 @@ def run_forward(
         n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
     if solution is None or first is None or solution.z is not first.z:
         linear = None
-    done = Forward(layout.outputs(z), n, kept, rows, serial, _about(solution, n), linear)
+    about = n.new_full((n.shape[0], 2), -1.0, dtype=torch.float32) if solution is None else solution.about()
+    done = Forward(layout.outputs(z), n, kept, rows, serial, about, linear)
     if watch is not None:
         records.add_seconds(serial, watch.read())
     return done
@@ -172,7 +174,7 @@ def _gradients(
     spec, (kept, rows, serial) = site.spec, forward
     layout = spec.layout([s.shape for s in states], rows)
     q = layout.matrix([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
-    runner = runner_for(spec.body, layout, operands, sizes)
+    runner = (linear.runner if linear is not None else None) or runner_for(spec.body, layout, operands, sizes)
     if kept or spec.config.backward == "unroll":
         return loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
     z = layout.matrix(states)
@@ -216,23 +218,23 @@ def _adjoint(
     spec, config = site.spec, site.spec.config
     max_iter = max(1, config.backward_max_iter)
     skip = 2 if config.memory < config.max_iter else 0  # a restart may have left two pairs that are not exact
+    inside = engine.capturing()
+    # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
+    asks = spec.stores_steps and not inside and not math.isinf(config.backward_tol) and not on_gpu(z.device)
+    due = asks and site.reuse_due()
     state: Factors | None = None
-    if spec.stores_steps:
+    if spec.stores_steps and (site.reuses or due or not asks):
         S, C, n = factors
-        S, C = _buffers(S, C, layout, config.memory)
+        S, C = _shaped(S, C, layout, config.memory)
         n = n[: layout.batch]
         # On a GPU nothing is asked: the kernels look at each sample's own n.
         state = Factors(S=S, C=C, n=n, high=S.shape[1]) if on_gpu(z.device) else factors_of(S, C, n)
-    inside = engine.capturing()
-    if not math.isinf(config.backward_tol) and not inside:
+    if on_gpu(z.device) and not math.isinf(config.backward_tol) and not inside:
         settings = engine.AdjointSettings(config.backward_tol, max_iter, spec.body_eps, skip)
         captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
         if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
             return solved
     linear = linear or runner.linearise(z, operands, needs)
-    # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
-    asks = state is not None and not inside and not math.isinf(config.backward_tol) and not on_gpu(z.device)
-    due = asks and site.reuse_due()
     site.backwards += 1
     vjp, vjp_full, tol, eps = linear.vjp, linear.vjp_full, config.backward_tol, spec.body_eps
 
@@ -242,7 +244,7 @@ def _adjoint(
             watched=not inside,
         )  # fmt: skip
 
-    found = attempt(state if site.reuses or due or not asks else None)
+    found = attempt(state)
     if due and state is not None and q.numel():
         site.reuse(factors_pay(vjp, q, state, found, tol=tol, max_iter=max_iter, body_eps=eps))
         if not site.reuses:  # this very call's gradient is that of the calls after it
@@ -267,40 +269,8 @@ def _captured(
     return found
 
 
-def _about(solution: Solution | None, n: Tensor) -> Tensor:
-    if solution is None:
-        return n.new_full((n.shape[0], 2), -1.0, dtype=torch.float32)
-    residual = solution.residual
-    if residual.dtype != torch.float32:
-        residual = residual.float()
-    return torch.stack([residual, solution.iterations], dim=1)  # the counts become float32 on the way
-
-
-_converged_codes: dict[int, Tensor] = {}
-
-
-def _all_converged(codes: Tensor) -> bool:
-    """Whether every sample (at least one, on a CPU) has reached the tolerance itself: one comparison, which makes no tensor."""
-    batch = codes.shape[0]
-    expected = _converged_codes.get(batch)
-    if expected is None:
-        if len(_converged_codes) > 64:
-            _converged_codes.clear()
-        expected = _converged_codes[batch] = torch.full_like(codes, Status.CONVERGED)
-    return torch.equal(codes, expected)
-
-
-def _buffers(S: Tensor, C: Tensor, layout: Layout, memory: int) -> tuple[Tensor, Tensor]:
-    """The flat buffers in the shapes the kernels work on. One coupled system uses the first block of C."""
-    batch, row, width = layout.batch, row_width(layout.width, S.device), coefficient_width(memory)
-    steps = _first(S, batch * (memory + 1) * row).view(batch, memory + 1, row)
-    if row != layout.width:
-        steps = steps[:, :, : layout.width]
-    return steps, _first(C, batch * memory * width).view(batch, memory, width)
-
-
-def _first(flat: Tensor, count: int) -> Tensor:
-    return flat if flat.shape[0] == count else flat[:count]
+def _shaped(S: Tensor, C: Tensor, layout: Layout, memory: int) -> tuple[Tensor, Tensor]:
+    return shaped_buffers(S, C, layout.batch, layout.width, memory)
 
 
 def record_forward(

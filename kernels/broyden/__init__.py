@@ -19,6 +19,7 @@ from .state import (
     factors_of,
     new_progress,
     row_width,
+    shaped_buffers,
 )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "new_state",
     "observe",
     "row_width",
+    "shaped_buffers",
     "step",
     "step_residual",
 ]

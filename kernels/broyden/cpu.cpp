@@ -16,6 +16,8 @@ struct Broyden {
   T *S, *C, *best, *mark, *z_best;  // (B, M+1, D), (B, M, ld), (B,), (B,), (B, D)
   int32_t *n, *iterations, *stall;  // (B,)
   int8_t* done;                     // (B,)
+  float* about;                     // (B, 2) or null: of each sample that has stopped, its residual and its evaluations
+  i64 converged;                    // samples that stopped with CONVERGED; set when none runs any more
 };
 
 template <class T>
@@ -165,9 +167,10 @@ static void advance(const Broyden<T>& s, Scratch<T>& w, i64 b, T* z, T* g, bool 
       for (i64 v = 0; v < ld; v++) t[v] = 0;
     }
     T* row = C + (n - 1) * ld;
-    for (i64 v = 0; v < ld; v++) {
+    std::memset(row, 0, sizeof(T) * ld);
+    for (i64 v = 0; kappa != 0 && v < n - 1; v++) {
       T x = kappa * t[v];
-      row[v] = kappa != 0 && finite(x) ? x : T(0);
+      row[v] = finite(x) ? x : T(0);
     }
     row[n - 1] = kappa;
   }
@@ -211,6 +214,7 @@ static bool observe(const Broyden<T>& s, i64 b, T* z, T stop, T scale, i64 evalu
   if (improved) std::memcpy(z_best, z, sizeof(T) * s.D);
   s.done[b] = code;
   s.iterations[b] = int32_t(evaluation);
+  if (s.about) s.about[2 * b] = float(*best), s.about[2 * b + 1] = float(evaluation);
   return false;
 }
 
@@ -244,19 +248,20 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
 }
 
 template <class T>
-static i64 step(const Broyden<T>* s, T* z, const T* f, const T* norms, i64 evaluation, i64 flags) {
+static i64 step(Broyden<T>* s, T* z, const T* f, const T* norms, i64 evaluation, i64 flags) {
   i64 active = 0;
   bool rows = s->B >= s->threads;  // else the threads share the chunks of one row after the other
 #pragma omp parallel for num_threads(s->threads) reduction(+ : active) if (s->threads > 1 && rows)
   for (i64 b = 0; b < s->B; b++)
     if (s->done[b] == RUNNING)
       active += sample<T>(*s, b, z + b * s->D, f + b * s->D, norms, evaluation, flags, s->threads > 1 && !rows);
+  if (!active) s->converged = std::count(s->done, s->done + s->B, int8_t(CONVERGED));
   return active;
 }
 
 template <class T>
 static void start(const Broyden<T>* s, const T* z0) {
-  std::memcpy(s->z_best, z0, sizeof(T) * s->B * s->D);
+  if (z0) std::memcpy(s->z_best, z0, sizeof(T) * s->B * s->D);
   for (i64 b = 0; b < s->B; b++) {
     s->n[b] = s->iterations[b] = s->stall[b] = 0;
     s->done[b] = RUNNING;
@@ -267,11 +272,11 @@ static void start(const Broyden<T>* s, const T* z0) {
 extern "C" {
 void broyden_start_f32(const Broyden<float>* s, const float* z0) { start(s, z0); }
 void broyden_start_f64(const Broyden<double>* s, const double* z0) { start(s, z0); }
-int64_t broyden_step_f32(const Broyden<float>* s, float* z, const float* f, const float* norms, int64_t evaluation,
+int64_t broyden_step_f32(Broyden<float>* s, float* z, const float* f, const float* norms, int64_t evaluation,
                          int64_t flags) {
   return step(s, z, f, norms, evaluation, flags);
 }
-int64_t broyden_step_f64(const Broyden<double>* s, double* z, const double* f, const double* norms, int64_t evaluation,
+int64_t broyden_step_f64(Broyden<double>* s, double* z, const double* f, const double* norms, int64_t evaluation,
                          int64_t flags) {
   return step(s, z, f, norms, evaluation, flags);
 }

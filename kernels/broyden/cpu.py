@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .. import native
-from .state import BroydenState, Factors
+from .state import BroydenState, Factors, coefficient_width, shaped_buffers
 
 _LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN = 1, 2, 4
 
@@ -26,37 +26,48 @@ def describe(factors: Factors) -> native.Broyden:
     return factors.native
 
 
-@dataclass(kw_only=True, eq=False)
-class CpuState(BroydenState):
+class CpuState(native.Rows, BroydenState):
     """A Broyden state that C++ works on. `count`, `high` and `guarded` of the lockstep implementation are not used."""
 
-    functions: native.Functions
-    struct: native.Broyden
-    address: int
+    _ROWS: ClassVar = {
+        "best": (0, None), "mark": (1, None), "iterations": (2, torch.int32), "stall": (3, torch.int32), "done": (4, torch.int8)
+    }  # fmt: skip
 
-    @staticmethod
-    def create(
-        z0: Tensor, S: Tensor, C: Tensor, *, eta: float, tol: float, relative: bool, floor: float, functions: native.Functions
-    ) -> CpuState:
-        """No step stored yet; all tensors but z0 are uninitialised before, and filled here."""
+    def __init__(
+        self, z0: Tensor, S: Tensor, C: Tensor, memory: int, *, eta: float, tol: float, relative: bool, floor: float,
+        functions: native.Functions,
+    ) -> None:  # fmt: skip
+        """No step stored yet. S and C may be flat; all tensors but z0 are uninitialised before, and filled by C++."""
         B, D = z0.shape
         z0 = z0.contiguous()
-        small = torch.empty((2, B), dtype=z0.dtype)
-        counts = torch.empty((3, B), dtype=torch.int32)
-        (best, mark), (n, iterations, stall) = small.unbind(), counts.unbind()
-        done, z_best = torch.empty(B, dtype=torch.int8), torch.empty_like(z0)
-        at, ints = small.data_ptr(), counts.data_ptr()
-        struct = native.Broyden(
-            B, D, C.shape[1], C.shape[2], native.threads_for(z0.numel()), relative, tol, floor, eta,
-            S.data_ptr(), C.data_ptr(), at, at + B * z0.element_size(), z_best.data_ptr(), ints, ints + 4 * B, ints + 8 * B,
-            done.data_ptr(),
+        self.small = torch.empty((len(self._ROWS), B), dtype=z0.dtype)
+        self.n, self.reports = torch.empty(B, dtype=torch.int32), torch.empty((B, 2))
+        self.z_best = torch.empty_like(z0)
+        self.buffers, self.shape = (S, C), (B, memory, D)
+        self.eta, self.tol, self.relative, self.floor, self.active = eta, tol, relative, floor, B
+        self.settled = False  # whether C++ has stopped every sample
+        self.functions = functions
+        at, row = self.small.data_ptr(), B * z0.element_size()
+        self.struct = native.Broyden(
+            B, D, memory, coefficient_width(memory), native.threads_for(B * D), relative, tol, floor, eta,
+            S.data_ptr(), C.data_ptr(), at, at + row, self.z_best.data_ptr(), self.n.data_ptr(), at + 2 * row, at + 3 * row,
+            at + 4 * row, self.reports.data_ptr(), 0,
         )  # fmt: skip
-        address = ctypes.addressof(struct)
-        functions.start(address, z0.data_ptr())
-        return CpuState(
-            S=S, C=C, n=n, done=done, best=best, z_best=z_best, iterations=iterations, mark=mark, stall=stall, tol=tol,
-            relative=relative, floor=floor, active=B, eta=eta, functions=functions, struct=struct, address=address,
-        )  # fmt: skip
+        self.address = ctypes.addressof(self.struct)
+        functions.start(self.address, z0.data_ptr())
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in ("S", "C"):
+            return super().__getattr__(name)
+        B, memory, D = self.shape
+        self.S, self.C = shaped_buffers(*self.buffers, B, D, memory)
+        return self.S if name == "S" else self.C
+
+    def about(self) -> Tensor:
+        return self.reports if self.settled else super().about()
+
+    def all_converged(self) -> bool:
+        return self.struct.converged == self.struct.B if self.settled else super().all_converged()
 
     def _call(self, z: Tensor, f: Tensor, norms: Tensor | None, flags: int) -> None:
         if f.dtype != z.dtype or not f.is_contiguous():
@@ -67,6 +78,7 @@ class CpuState(BroydenState):
             norms = norms.to(z.dtype).contiguous()
         norms_at = None if norms is None else norms.data_ptr()
         self.active = self.functions.step(self.address, z.data_ptr(), f.data_ptr(), norms_at, self.evaluations, flags)
+        self.settled = not self.active
 
     def step(self, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
         self.evaluations += 1

@@ -10,7 +10,7 @@ from ..device import on_gpu, triton_kernels
 from . import aten
 from .cpu import CpuState
 from .gpu import TritonState
-from .state import BroydenState, check_start, new_aten_state, new_buffers
+from .state import BroydenState, check_start, given_or_new, new_aten_state, shaped_buffers
 
 
 def new_state(
@@ -32,20 +32,24 @@ def new_state(
         memory: number of updates M that fit before a restart, at least 1.
         factor_dtype: dtype of S; None is that of ``z0``, or of ``S`` where that is given.
         eta: Powell's guard, 0 <= eta < 1.
-        S: (B, M+1, D) buffer to use; its contents are never read.
-        C: (B, M, coefficient_width(M)) buffer to use, in the compute dtype; its contents are never read.
+        S: (B, M+1, D) buffer to use, or a flat one with room for that (rows of `row_width`); its contents are never read.
+        C: (B, M, coefficient_width(M)) buffer to use, or a flat one, in the compute dtype; its contents are never read.
         tol: see :class:`~.state.Progress`; so are ``relative`` and ``floor``.
 
     Raises:
         ValueError: a shape, dtype or number that is not as above.
     """
     factor_dtype = check_start(z0, memory, factor_dtype, eta, S)
-    S, C = new_buffers(z0, memory, factor_dtype, S, C)
+    contiguous = all(given is None or given.is_contiguous() for given in (S, C))
+    if factor_dtype == z0.dtype and contiguous and z0.device.type == "cpu" and not on_gpu(z0.device):
+        functions = native.functions_of(z0.dtype)
+        if functions is not None:
+            S, C = given_or_new(z0, memory, factor_dtype, S, C)
+            return CpuState(z0, S, C, memory, eta=eta, tol=tol, relative=relative, floor=floor, functions=functions)
+    S, C = given_or_new(z0, memory, factor_dtype, S, C)
+    S, C = shaped_buffers(S, C, z0.shape[0], z0.shape[1], memory)
     if on_gpu(z0.device) and (kernels := triton_kernels("broyden")) is not None:
         return TritonState.create(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor, kernels=kernels)
-    functions = native.functions(S, C) if factor_dtype == z0.dtype and z0.device.type == "cpu" else None
-    if functions is not None:
-        return CpuState.create(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor, functions=functions)
     return new_aten_state(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor)
 
 

@@ -98,6 +98,14 @@ class Progress:
         """Whether any sample has stopped."""
         return self.active < self.done.shape[0]
 
+    def about(self) -> Tensor:
+        """(B, 2) float32: the smallest stopping residual of each sample, and the evaluations at which it stopped."""
+        return torch.stack([self.best.float(), self.iterations], dim=1)  # the counts become float32 on the way
+
+    def all_converged(self) -> bool:
+        """Whether every sample has reached the tolerance itself. Synchronises."""
+        return bool((self.done == CONVERGED).all())
+
     def freeze(self, mask: Tensor, code: Tensor) -> None:
         """Stop the samples of ``mask`` (B,) that still run, each with its ``code`` (B,) int8. Synchronises once."""
         stopped = mask & (self.done == RUNNING)
@@ -161,20 +169,45 @@ def check_start(
     return factor_dtype
 
 
-def new_buffers(
+def given_or_new(
     z0: Tensor, memory: int, factor_dtype: torch.dtype, S: Tensor | None, C: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """S and C, uninitialised; those that are given are checked."""
-    B, D = z0.shape
+    """S and C, uninitialised, shaped or flat; those that are given are checked."""
+    (B, D), device, width = z0.shape, z0.device, row_width(z0.shape[1], z0.device)
     if S is None:
-        S = torch.empty((B, memory + 1, row_width(D, z0.device)), dtype=factor_dtype, device=z0.device)[:, :, :D]
-    rows_are_dense = S.stride(2) == 1 and S.stride(0) == (memory + 1) * S.stride(1) if S.dim() == 3 and S.numel() else True
-    if S.shape != (B, memory + 1, D) or S.dtype != factor_dtype or S.device != z0.device or not rows_are_dense:
-        raise ValueError(
-            f"expected S of shape {(B, memory + 1, D)} in {factor_dtype} on {z0.device}, rows dense and evenly spaced, got "
-            f"{tuple(S.shape)} in {S.dtype} on {S.device} with strides {S.stride()}"
-        )
-    return S, _buffer("C", C, (B, memory, coefficient_width(memory)), z0.dtype, z0.device)
+        S = torch.empty((B, memory + 1, width), dtype=factor_dtype, device=device)[:, :, :D]
+    elif S.dim() == 1:
+        _check("S", S, (B * (memory + 1) * width,), factor_dtype, device)
+    else:
+        dense = S.stride(2) == 1 and S.stride(0) == (memory + 1) * S.stride(1) if S.dim() == 3 and S.numel() else True
+        if S.shape != (B, memory + 1, D) or S.dtype != factor_dtype or S.device != device or not dense:
+            raise ValueError(
+                f"expected S of shape {(B, memory + 1, D)} in {factor_dtype} on {device}, rows dense and evenly spaced, got "
+                f"{tuple(S.shape)} in {S.dtype} on {S.device} with strides {S.stride()}"
+            )
+    shape = (B, memory, coefficient_width(memory))
+    if C is None:
+        C = torch.empty(shape, dtype=z0.dtype, device=device)
+    else:
+        _check("C", C, (math.prod(shape),) if C.dim() == 1 else shape, z0.dtype, device)
+    return S, C
+
+
+def shaped_buffers(S: Tensor, C: Tensor, B: int, D: int, memory: int) -> tuple[Tensor, Tensor]:
+    """Buffers in the shapes (B, M+1, D) and (B, M, coefficient_width(M)); flat ones may have room for more."""
+    if S.dim() == 1:
+        row = row_width(D, S.device)
+        S = _first(S, B * (memory + 1) * row).view(B, memory + 1, row)
+        if row != D:
+            S = S[:, :, :D]
+    if C.dim() == 1:
+        shape = (B, memory, coefficient_width(memory))
+        C = _first(C, math.prod(shape)).view(shape)
+    return S, C
+
+
+def _first(flat: Tensor, count: int) -> Tensor:
+    return flat if flat.shape[0] == count else flat[:count]
 
 
 def new_aten_state(
@@ -207,14 +240,10 @@ def progress_fields(z0: Tensor, tol: float, relative: bool, floor: float) -> dic
     }
 
 
-def _buffer(
-    name: str, given: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    if given is None:
-        return torch.empty(shape, dtype=dtype, device=device)
-    if given.shape != shape or given.dtype != dtype or given.device != device or not given.is_contiguous():
+def _check(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    fits = given.shape == shape or (len(shape) == given.dim() == 1 and given.shape[0] >= shape[0])
+    if not fits or given.dtype != dtype or given.device != device or not given.is_contiguous():
         raise ValueError(
             f"expected {name} contiguous, {shape} in {dtype} on {device}, got {tuple(given.shape)} in {given.dtype} "
             f"on {given.device} with strides {given.stride()}"
         )
-    return given

@@ -1,18 +1,19 @@
 // The adjoint iteration for a CPU: one call between two vector-Jacobian products. Same mathematics as aten.py; every sample has
 // its own basis. Progress (best, done, ...) lies in a Broyden struct, whose S holds the basis: (B, 2, M, D), images first.
 //
-// With k pairs in the basis a move reads and writes about 5k + 24 words a state element, and 2n + 2 more for an operator of n
-// steps: what is computed from one pass over a row is computed in that pass.
+// A move is two sweeps over the samples, because the batch as a whole may be good enough: the first makes norms only, the second
+// all the rest. With k pairs in the basis they read and write 2k + 16 words a state element where a sample's rows fit into a
+// cache (3k more for Gram-Schmidt where they do not), and 2n + 2 more for an operator of n steps.
 
 template <class T>
 struct Gcr {
   const Operator<T>* m;
   const Broyden<T>* s;
-  const T* q;                   // (B, D)
-  T *x, *r, *w, *rt;            // (B, D): iterate, its residual, trial, the trial's residual
-  T *norms, *relative, *sums;   // (B,), (B,), (B, 2): |q|, |rt| / |q|, and y.y and y.r of the new image y
-  double stop, tiny;            // batch norm to stop at; share of an image that counts as new
-  i64 active;                   // samples that go on
+  const T* q;                    // (B, D)
+  T *x, *r, *w;                  // (B, D): iterate, its residual, trial. Before the first move x = 0, r = q, and w = M q
+  T *norms, *relative;           // (B,): |q|, and |r(w)| / |q| of the last product
+  double tol, tiny, batch_norm;  // of the batch's residual; share of an image that counts as new; |q|
+  i64 active;                    // samples that go on
 };
 
 // Where the next pair of sample b goes; a full basis is dropped, x and r stay.
@@ -21,34 +22,46 @@ static inline i64 next_pair(const Broyden<T>& s, i64 b) {
   return s.n[b] < s.M ? s.n[b] : 0;
 }
 
-// rt = q + jw - w, and where y is given the image y = r - rt of the step z = w - x; adds |rt|^2, y.y and y.r to t[0..2].
+// |q + jw - w|^2 and |q|^2 of a chunk.
 template <class T>
-static void judge(const T* q, const T* jw, const T* w, const T* r, const T* x, T* rt, T* y, T* z, i64 lo, i64 hi, T* t) {
+static void norms_of(const T* q, const T* jw, const T* w, i64 lo, i64 hi, T* t) {
   constexpr int N = Vec<T>::N;
-  typename Vec<T>::type a = {}, b = {}, c = {};
+  typename Vec<T>::type a[2] = {}, b[2] = {};
+  i64 d = lo;
+  for (; d + 2 * N <= hi; d += 2 * N)
+    for (int u = 0; u < 2; u++) {
+      auto given = load(q + d + u * N), v = given + load(jw + d + u * N) - load(w + d + u * N);
+      a[u] += v * v;
+      b[u] += given * given;
+    }
+  t[0] = sum<T>(a[0] + a[1]), t[1] = sum<T>(b[0] + b[1]);
+  for (; d < hi; d++) {
+    T v = q[d] + jw[d] - w[d];
+    t[0] += v * v;
+    t[1] += q[d] * q[d];
+  }
+}
+
+// The image y = r - r(w) of the step z = w - x, where r(w) = q + jw - w; t[0] = y.y and t[1] = y.r. No x is x = 0.
+template <class T, bool ZERO>
+static void new_pair(const T* q, const T* jw, const T* w, const T* r, const T* x, T* y, T* z, i64 lo, i64 hi, T* t) {
+  constexpr int N = Vec<T>::N;
+  typename Vec<T>::type b = {}, c = {};
   i64 d = lo;
   for (; d + N <= hi; d += N) {
-    auto trial = load(w + d), v = load(q + d) + load(jw + d) - trial;
-    store(rt + d, v);
-    a += v * v;
-    if (!y) continue;
-    auto old = load(r + d), image = old - v;
+    auto trial = load(w + d), old = load(r + d), image = old - (load(q + d) + load(jw + d) - trial);
     store(y + d, image);
-    store(z + d, trial - load(x + d));
+    store(z + d, ZERO ? trial : trial - load(x + d));
     b += image * image;
     c += image * old;
   }
-  t[0] = sum<T>(a), t[1] = sum<T>(b), t[2] = sum<T>(c);
+  t[0] = sum<T>(b), t[1] = sum<T>(c);
   for (; d < hi; d++) {
-    T v = q[d] + jw[d] - w[d];
-    rt[d] = v;
-    t[0] += v * v;
-    if (!y) continue;
-    T image = r[d] - v;
+    T image = r[d] - (q[d] + jw[d] - w[d]);
     y[d] = image;
-    z[d] = w[d] - x[d];
-    t[1] += image * image;
-    t[2] += image * r[d];
+    z[d] = ZERO ? w[d] : w[d] - x[d];
+    t[0] += image * image;
+    t[1] += image * r[d];
   }
 }
 
@@ -82,11 +95,11 @@ static void orthogonalise(const T* images, i64 D, i64 k, const T* c, T* y, const
   }
 }
 
-// The new pair, normalised: z = scale (z + sum_j h[j] directions[j]), y = scale y; then x += alpha z, r -= alpha y, kept = w where
-// given, w = x + r.
-template <class T, int U>
-static inline void take_columns(const T* directions, i64 D, i64 k, const T* h, T scale, T alpha, T* y, T* z, T* x, T* r, T* w,
-                                T* kept, i64 d) {
+// The new pair, normalised: z = scale (z + sum_j h[j] directions[j]), y = scale y; then x += alpha z, r = before - alpha y,
+// kept = w where given, w = x + r. ZERO: x is 0.
+template <class T, int U, bool ZERO>
+static inline void take_columns(const T* directions, i64 D, i64 k, const T* h, T scale, T alpha, T* y, T* z, T* x,
+                                const T* before, T* r, T* w, T* kept, i64 d) {
   constexpr int N = Vec<T>::N;
   typename Vec<T>::type A[U];
   add_columns<T, U>(directions + d, D, k, h, z + d, A);
@@ -96,7 +109,7 @@ static inline void take_columns(const T* directions, i64 D, i64 k, const T* h, T
     auto direction = A[u] * scale, image = load(y + e) * scale;
     store(z + e, direction);
     store(y + e, image);
-    auto iterate = load(x + e) + direction * alpha, residual = load(r + e) - image * alpha;
+    auto iterate = ZERO ? direction * alpha : load(x + e) + direction * alpha, residual = load(before + e) - image * alpha;
     store(x + e, iterate);
     store(r + e, residual);
     if (kept) store(kept + e, load(w + e));
@@ -104,77 +117,75 @@ static inline void take_columns(const T* directions, i64 D, i64 k, const T* h, T
   }
 }
 
-template <class T>
-static void take(const T* directions, i64 D, i64 k, const T* h, T scale, T alpha, T* y, T* z, T* x, T* r, T* w, T* kept, i64 lo,
-                 i64 hi) {
+template <class T, bool ZERO>
+static void take(const T* directions, i64 D, i64 k, const T* h, T scale, T alpha, T* y, T* z, T* x, const T* before, T* r, T* w,
+                 T* kept, i64 lo, i64 hi) {
   constexpr int N = Vec<T>::N;
   i64 d = lo;
-  for (; d + 4 * N <= hi; d += 4 * N) take_columns<T, 4>(directions, D, k, h, scale, alpha, y, z, x, r, w, kept, d);
-  for (; d + N <= hi; d += N) take_columns<T, 1>(directions, D, k, h, scale, alpha, y, z, x, r, w, kept, d);
+  for (; d + 4 * N <= hi; d += 4 * N) take_columns<T, 4, ZERO>(directions, D, k, h, scale, alpha, y, z, x, before, r, w, kept, d);
+  for (; d + N <= hi; d += N) take_columns<T, 1, ZERO>(directions, D, k, h, scale, alpha, y, z, x, before, r, w, kept, d);
   for (; d < hi; d++) {
     T direction = z[d];
     for (i64 j = 0; j < k; j++) direction += h[j] * directions[j * D + d];
     z[d] = direction *= scale;
     y[d] *= scale;
-    x[d] += alpha * direction;
-    r[d] -= alpha * y[d];
+    x[d] = (ZERO ? T(0) : x[d]) + alpha * direction;
+    r[d] = before[d] - alpha * y[d];
     if (kept) kept[d] = w[d];
     w[d] = x[d] + r[d];
   }
 }
 
-// Begin: x = 0, r = q, w = M q; norms[b] = |q_b|. Returns |q|.
+// Begin: nothing is known of any sample; w = M q, which is q itself where there is no operator.
 template <class T>
-static double gcr_start(const Gcr<T>* g) {
+static void gcr_start(const Gcr<T>* g) {
   const Broyden<T>* s = g->s;
+  start<T>(s, nullptr);
   i64 D = s->D;
-  start<T>(s, g->q);  // the best estimate is q until a residual is known: what a failed sample falls back to
   over_samples<T>(s->B, D, s->ld, s->threads, [&](Scratch<T>& scratch, i64 b, bool split) {
-    const T* q = g->q + b * D;
-    T *x = g->x + b * D, *r = g->r + b * D, *w = g->w + b * D, *parts = scratch.parts.data(), ignored, square = 0;
-    std::memset(x, 0, sizeof(T) * D);
-    over_chunks(D, s->threads, split, [&](i64 lo, i64 hi, i64 c) {
-      residual<T>(q + lo, x + lo, r + lo, hi - lo, parts[c], ignored);
-      std::memcpy(w + lo, q + lo, sizeof(T) * (hi - lo));
-    });
-    for (i64 c = 0; c < chunks_of(D); c++) square += parts[c];
-    g->norms[b] = std::sqrt(square);
-    add_operator<T>(scratch, g->m, b, D, q, w, s->threads, split);
+    std::memcpy(g->w + b * D, g->q + b * D, sizeof(T) * D);
+    add_operator<T>(scratch, g->m, b, D, g->q + b * D, g->w + b * D, s->threads, split);
   });
-  double all = 0;
-  for (i64 b = 0; b < s->B; b++) all += double(g->norms[b]) * double(g->norms[b]);
-  return std::sqrt(all);
 }
 
-// The update of sample b, whose new pair is in its slot: x and r to the minimum over the basis, and the next trial.
-template <class T>
-static void extend(const Gcr<T>& g, Scratch<T>& scratch, i64 b, bool improved, bool split) {
+// The update of sample b by the product jw: a new pair, x and r to the minimum over the basis, and the next trial.
+template <class T, bool FIRST>
+static void extend(const Gcr<T>& g, Scratch<T>& scratch, i64 b, const T* jw, bool improved, bool split) {
   const Broyden<T>& s = *g.s;
   i64 D = s.D, M = s.M, ld = s.ld, threads = s.threads, k = next_pair(s, b), chunks = chunks_of(D);
   T *images = s.S + b * 2 * M * D, *directions = images + M * D, *y = images + k * D, *z = directions + k * D;
   T *x = g.x + b * D, *r = g.r + b * D, *w = g.w + b * D, *kept = improved ? s.z_best + b * D : nullptr;
+  const T *q = g.q + b * D, *before = FIRST ? q : r;
   T *a = scratch.a.data(), *h = scratch.y.data(), *t = scratch.t.data(), *parts = scratch.parts.data();
-  T before = g.sums[2 * b], along = g.sums[2 * b + 1], square = before;
+  T whole = 0, square = 0, along = 0;
+  auto add_up = [&] {
+    square = along = 0;
+    for (i64 c = 0; c < chunks; c++) square += parts[2 * c], along += parts[2 * c + 1];
+  };
+  over_chunks(D, threads, split, [&](i64 lo, i64 hi, i64 c) {
+    new_pair<T, FIRST>(q, jw, w, before, x, y, z, lo, hi, parts + 2 * c);
+  });
+  add_up();
+  whole = square;
   for (i64 j = 0; j < k; j++) h[j] = 0;
   for (int pass = 0; k > 0 && pass < 2; pass++) {  // classical Gram-Schmidt, always twice: once is not enough in fp32
     row_dots<T, false>(scratch, images, D, k, y, y, ld, threads, split);
     for (i64 j = 0; j < k; j++) t[j] = -a[j], h[j] -= a[j];
     over_chunks(D, threads, split, [&](i64 lo, i64 hi, i64 c) {
-      orthogonalise<T>(images, D, k, t, y, r, lo, hi, parts + 2 * c);
+      orthogonalise<T>(images, D, k, t, y, before, lo, hi, parts + 2 * c);
     });
-    square = along = 0;
-    for (i64 c = 0; c < chunks; c++) square += parts[2 * c], along += parts[2 * c + 1];
+    add_up();
   }
   T tiny = T(g.tiny);
-  if (square > tiny * tiny * before && finite(1 / square) && finite(along)) {
+  if (square > tiny * tiny * whole && finite(1 / square) && finite(along)) {
     T inverse = 1 / std::sqrt(square), alpha = along * inverse;
     over_chunks(D, threads, split, [&](i64 lo, i64 hi, i64) {
-      take<T>(directions, D, k, h, inverse, alpha, y, z, x, r, w, kept, lo, hi);
+      take<T, FIRST>(directions, D, k, h, inverse, alpha, y, z, x, before, r, w, kept, lo, hi);
     });
     s.n[b] = int32_t(k + 1);
   } else {  // nothing new: begin again where the residual is known
+    for (i64 d = 0; d < D; d++) r[d] = q[d] + jw[d] - w[d];
     std::memcpy(x, w, sizeof(T) * D);
-    std::memcpy(r, g.rt + b * D, sizeof(T) * D);
     if (kept) std::memcpy(kept, w, sizeof(T) * D);
     over_chunks(D, threads, split, [&](i64 lo, i64 hi, i64) { add_scaled<T>(1, r, w, lo, hi); });
     s.n[b] = 0;
@@ -182,41 +193,46 @@ static void extend(const Gcr<T>& g, Scratch<T>& scratch, i64 b, bool improved, b
   add_operator<T>(scratch, g.m, b, D, r, w, threads, split);
 }
 
-// Residual rt = q + jw - w and its norms; then, unless that of the batch is at most `stop`, the update of the samples that still
-// run. Returns the batch's norm. A sample with norms[b] = 0 counts as solved.
+// The norms of r(w) = q + jw - w; then, unless that of the batch is small enough, the update of the samples that still run.
+// Returns the batch's residual, relative to |q|. A sample with q = 0 counts as solved.
 template <class T>
 static double gcr_step(Gcr<T>* g, const T* jw, i64 evaluation, i64 last) {
   const Broyden<T>* s = g->s;
-  i64 D = s->D, B = s->B, M = s->M, going = 0, threads = s->threads;
+  i64 D = s->D, B = s->B, going = 0, threads = s->threads;
+  bool first = evaluation == 1;
   over_samples<T>(B, D, s->ld, threads, [&](Scratch<T>& scratch, i64 b, bool split) {
-    T *images = s->S + b * 2 * M * D + next_pair(*s, b) * D, *parts = scratch.parts.data();
-    T *y = s->done[b] == RUNNING && !last ? images : nullptr, *z = y ? images + M * D : nullptr, total[3] = {};
+    T *parts = scratch.parts.data(), residual = 0, whole = 0;
     i64 at = b * D;
-    over_chunks(D, threads, split, [&](i64 lo, i64 hi, i64 c) {
-      judge<T>(g->q + at, jw + at, g->w + at, g->r + at, g->x + at, g->rt + at, y, z, lo, hi, parts + 4 * c);
-    });
-    for (i64 c = 0; c < chunks_of(D); c++)
-      for (int i = 0; i < 3; i++) total[i] += parts[4 * c + i];
-    g->relative[b] = g->norms[b] > 0 ? std::sqrt(total[0]) / g->norms[b] : T(0);
-    g->sums[2 * b] = total[1], g->sums[2 * b + 1] = total[2];
+    over_chunks(D, threads, split,
+                [&](i64 lo, i64 hi, i64 c) { norms_of<T>(g->q + at, jw + at, g->w + at, lo, hi, parts + 2 * c); });
+    for (i64 c = 0; c < chunks_of(D); c++) residual += parts[2 * c], whole += parts[2 * c + 1];
+    if (first) g->norms[b] = std::sqrt(whole);
+    g->relative[b] = g->norms[b] > 0 ? std::sqrt(residual) / g->norms[b] : T(0);
   });
-  double all = 0;
+  double all = 0, scale = 0;
   for (i64 b = 0; b < B; b++) {
-    double norm = double(g->relative[b]) * double(g->norms[b]);
+    double whole = double(g->norms[b]), norm = double(g->relative[b]) * whole;
     all += norm * norm;
+    scale += whole * whole;
   }
-  all = std::sqrt(all);
+  if (first) g->batch_norm = std::sqrt(scale);
+  all = g->batch_norm > 0 ? std::sqrt(all) / g->batch_norm : 0;
   g->active = 0;
-  if (all <= g->stop) return all;
+  if (all <= g->tol) return all;
   bool rows = B >= threads, split = threads > 1 && !rows;
 #pragma omp parallel for num_threads(threads) reduction(+ : going) if (threads > 1 && rows)
   for (i64 b = 0; b < B; b++) {
     if (s->done[b] != RUNNING) continue;
+    T stop = g->relative[b];
     bool improved = false;
-    if (!observe<T>(*s, b, g->w + b * D, g->relative[b], T(1), evaluation, last, improved)) continue;
+    if (first && !finite(stop)) std::memcpy(s->z_best + b * D, g->q + b * D, sizeof(T) * D);  // no trial to fall back to
+    if (!observe<T>(*s, b, g->w + b * D, stop, T(1), evaluation, last, improved)) continue;
     static thread_local Scratch<T> scratch;
     scratch.fit(s->ld, chunks_of(D));
-    extend<T>(*g, scratch, b, improved, split);
+    if (first)
+      extend<T, true>(*g, scratch, b, jw + b * D, improved, split);
+    else
+      extend<T, false>(*g, scratch, b, jw + b * D, improved, split);
     going++;
   }
   g->active = going;
@@ -224,7 +240,7 @@ static double gcr_step(Gcr<T>* g, const T* jw, i64 evaluation, i64 last) {
 }
 
 #define DEQ_GCR(SUFFIX, T)                                                                          \
-  double gcr_start_##SUFFIX(const Gcr<T>* g) { return gcr_start(g); }                               \
+  void gcr_start_##SUFFIX(const Gcr<T>* g) { gcr_start(g); }                                        \
   double gcr_step_##SUFFIX(Gcr<T>* g, const T* jw, int64_t evaluation, int64_t last) {              \
     return gcr_step(g, jw, evaluation, last);                                                       \
   }

@@ -36,14 +36,14 @@ def new_state(q: Tensor, operator: Multisecant | None, memory: int, *, tol: floa
         return TritonGcr.create(q, operator, memory, tol, floor, kernels)
     functions = native.functions(q) if operator is None else native.functions(q, operator.S, operator.V)
     if functions is not None:
-        return CpuGcr.create(q, operator, memory, tol, floor, functions)
+        return CpuGcr(q, operator, memory, tol, floor, functions)
     return aten.new_aten_state(q, operator, memory, progress_fields(q, tol, relative=True, floor=floor))
 
 
 def move(state: GcrState, jw: Tensor, *, last: bool = False, look: bool = False) -> None:
     """Judge the VJP jw = J^T w (B, D) at ``state.w``, then move every sample that still runs to its next trial. In place.
 
-    Sets ``true_residual``, ``residuals`` and ``batch``, those of ``state.w`` as it was. Where the batch's residual is at most
+    Sets ``residuals`` and ``batch``, those of ``state.w`` as it was. Where the batch's residual is at most
     ``tol`` nothing moves and ``converged`` is set. Samples that stop keep their ``w``; one whose residual is not finite goes
     back to its best trial.
 

@@ -36,7 +36,7 @@ class GcrState(Progress):
         w: (B, D) the trial: where the next VJP is to be taken. Kept once the sample stops.
         basis: (B, 2, m, D) orthonormal images A z_j, and the directions z_j; on a GPU rows are padded.
         n: (B,) int32 pairs in the basis of each sample.
-        true_residual: (B, D) r(w) of the last VJP.
+        true_residual: (B, D) r(w) of the last VJP; C++ does not keep it.
         residuals: (B,) |r(w)| / |q| of the last VJP, 0 where q = 0.
         batch: |r(w)| / |q| over the batch, of the last VJP; where nothing may synchronise, when the host last looked.
         count: pairs in the basis of every sample that still runs (the lockstep implementation's own).
