@@ -11,10 +11,13 @@ import functools
 import logging
 import os
 import platform
+import struct
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+
+from . import workspace
 
 log = logging.getLogger("deq_compile.kernels")
 
@@ -52,6 +55,11 @@ class Gcr(ctypes.Structure):
     ]  # fmt: skip
 
 
+# The same, for writing a whole struct into a buffer: ctypes takes ten times as long.
+BROYDEN, GCR = struct.Struct("6q3d10qq"), struct.Struct("8q3dq")
+assert (BROYDEN.size, GCR.size) == (ctypes.sizeof(Broyden), ctypes.sizeof(Gcr))
+
+
 class Functions:
     """The entry points for one dtype."""
 
@@ -61,7 +69,7 @@ class Functions:
             function.argtypes, function.restype = arguments, result
             return function
 
-        self.start = entry("broyden_start", [_P, _P])
+        self.start = entry("broyden_start", [_P, _P, _P])
         self.step = entry("broyden_step", [_P, _P, _P, _P, _I, _I], _I)
         self.transpose = entry("reuse_transpose", [_P, _P, _P])
         self.multisecant = entry("multisecant", [_P, _P, _I, _I, _D, _D])
@@ -107,26 +115,24 @@ def functions_of(dtype: torch.dtype) -> Functions | None:
     return None if loaded is None else loaded.get(dtype)
 
 
-class Rows:
-    """Attributes of a state that are made when somebody asks for them: a tensor costs more than the arithmetic on its row.
+class Parts:
+    """Attributes of a state that lie in its arena: a tensor of them is made when somebody asks, since it costs more than the
+    arithmetic on its row."""
 
-    `_ROWS` says which row of the buffer `small` an attribute is, and in which dtype (None: the buffer's). A row has room for one
-    element of the buffer's dtype for each sample.
-    """
-
-    _ROWS: ClassVar[dict[str, tuple[int, torch.dtype | None]]] = {}
-    small: torch.Tensor
+    arena: workspace.Arena
+    places: dict[str, workspace.Place]
 
     def __getattr__(self, name: str) -> torch.Tensor:
-        place = type(self)._ROWS.get(name)
+        place = self.__dict__.get("places", {}).get(name)
         if place is None:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        index, dtype = place
-        row = self.small[index]
-        if dtype is not None:
-            row = row.view(dtype)[: self.small.shape[1]]
-        setattr(self, name, row)
-        return row
+        found = self.shaped(name, self.arena.tensor(place))
+        setattr(self, name, found)
+        return found
+
+    def shaped(self, name: str, flat: torch.Tensor) -> torch.Tensor:
+        """The part in the shape that its attribute has."""
+        return flat
 
 
 def threads_for(elements: int) -> int:

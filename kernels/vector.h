@@ -67,7 +67,8 @@ static inline i64 chunks_of(i64 D) { return D > CHUNK ? (D + CHUNK - 1) / CHUNK 
 template <class T, int R, bool TWO>
 static inline void dots_rows(const T* S, i64 D, i64 len, const T* g, const T* s, T* a, T* r) {
   constexpr int N = Vec<T>::N;
-  typename Vec<T>::type A[R] = {}, Q[R] = {};
+  typename Vec<T>::type A[R], Q[R];
+  for (int i = 0; i < R; i++) A[i] = Q[i] = broadcast(T(0));  // braces would clear them by a string instruction, 30 cycles each
   i64 d = 0;
   for (; d + N <= len; d += N) {
     auto x = load(g + d);
@@ -99,20 +100,31 @@ static void dots(const T* S, i64 D, i64 len, i64 rows, const T* g, const T* s, T
   if (j < rows) dots_rows<T, 1, TWO>(S + j * D, D, len, g, s, a + j, r + j);
 }
 
-// The n x n algebra of one row: y[j] = C[j] . a for j < n, and t = sum_j r[j] C[j]. C has row stride ld, a multiple of the
-// vector's length, and zeros right of its diagonal; a is padded with zeros to ld, and y and t have room for ld.
-template <class T>
-static void algebra(const T* C, i64 ld, i64 n, const T* a, const T* r, T* y, T* t) {
+// What `algebra` does for U vectors of columns from v on, whose sums stay in registers.
+template <class T, int U>
+static inline void algebra_columns(const T* C, i64 ld, i64 n, const T* a, const T* r, T* t, T* part, i64 v) {
   constexpr int N = Vec<T>::N;
-  for (i64 v = 0; v < ld; v += N) store(t + v, typename Vec<T>::type{});
-  for (i64 j = 0; j < n; j++) {
-    typename Vec<T>::type acc = {};
-    auto rj = broadcast(r[j]);
-    for (i64 v = 0; v <= j; v += N) {
-      auto c = load(C + j * ld + v);
-      acc += c * load(a + v);
-      store(t + v, load(t + v) + rj * c);
+  typename Vec<T>::type A[U], S[U];
+  for (int u = 0; u < U; u++) A[u] = load(a + v + u * N), S[u] = broadcast(T(0));
+  for (i64 j = v; j < n; j++) {  // the rows above are zero here
+    auto rj = broadcast(r[j]), p = v ? load(part + j * N) : broadcast(T(0));
+    for (int u = 0; u < U; u++) {
+      auto c = load(C + j * ld + v + u * N);
+      S[u] += rj * c;
+      p += c * A[u];
     }
-    y[j] = sum<T>(acc);
+    store(part + j * N, p);
   }
+  for (int u = 0; u < U; u++) store(t + v + u * N, S[u]);
+}
+
+// The n x n algebra of one row: y[j] = C[j] . a for j < n, and t = sum_j r[j] C[j]. C has row stride ld, a multiple of the
+// vector's length, and zeros right of its diagonal; a is padded with zeros to ld, y and t have room for ld, part for n vectors.
+template <class T>
+static void algebra(const T* C, i64 ld, i64 n, const T* a, const T* r, T* y, T* t, T* part) {
+  constexpr int N = Vec<T>::N;
+  i64 v = 0;
+  for (; v + 2 * N <= ld; v += 2 * N) algebra_columns<T, 2>(C, ld, n, a, r, t, part, v);
+  if (v < ld) algebra_columns<T, 1>(C, ld, n, a, r, t, part, v);
+  for (i64 j = 0; j < n; j++) y[j] = sum<T>(load(part + j * N));
 }

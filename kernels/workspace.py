@@ -23,6 +23,9 @@ LIMIT = 64 << 20
 # Below this the C library does not give memory back, and a block is cheaper than the question for one.
 SMALL = 64 << 10
 ALIGNMENT = 64  # of torch's own CPU tensors
+# Between large parts of a block: rows of several tensors that are read together must not have one address modulo a page, or they
+# share the same few sets of the first-level cache, and a load waits for a store to another tensor.
+STAGGER = 9 * ALIGNMENT
 
 _Free = collections.OrderedDict[int, list[Tensor]]  # by size, least recently used first
 _free: _Free = collections.OrderedDict()
@@ -31,22 +34,46 @@ _free: _Free = collections.OrderedDict()
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised contiguous CPU tensor; its memory returns to the pool when its last view is gone."""
     count = math.prod(shape)
-    if not SMALL <= count * dtype.itemsize <= LIMIT:
+    size = count * dtype.itemsize
+    if not SMALL <= size <= LIMIT:
         return torch.empty(tuple(shape), dtype=dtype)
-    found = torch.frombuffer(_lease(count * dtype.itemsize), dtype=dtype)
+    found = torch.frombuffer(_lease(size), dtype=dtype)
     return found if len(shape) == 1 else found.view(tuple(shape))
 
 
-def empty_pair(first: tuple[int, torch.dtype], second: tuple[int, torch.dtype]) -> tuple[Tensor, Tensor]:
-    """Two flat tensors (elements, dtype) as of :func:`empty`, from one block where both are small enough for that."""
-    (m, one), (n, two) = first, second
-    size = m * one.itemsize
-    start = (size + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
-    total = start + n * two.itemsize
-    if not SMALL <= total <= LIMIT or not m or not n:
-        return torch.empty(m, dtype=one), torch.empty(n, dtype=two)
-    lease = _lease(total)
-    return torch.frombuffer(lease, dtype=one, count=m), torch.frombuffer(lease, dtype=two, count=n, offset=start)
+Place = tuple[torch.dtype, int, int]  # dtype, elements, offset in bytes
+
+
+def plan(parts: Sequence[tuple[str, torch.dtype, int]]) -> tuple[dict[str, Place], int]:
+    """Where parts (name, dtype, elements) lie in one block, each aligned; and the block's size in bytes."""
+    places, end = {}, 0
+    for name, dtype, count in parts:
+        places[name] = dtype, count, end
+        end += (count * dtype.itemsize + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+        if count * dtype.itemsize >= 4096:
+            end += STAGGER
+    return places, max(end, 1)
+
+
+class Arena:
+    """One uninitialised block for all that one solve needs: a block costs far less than a dozen tensors. Each tensor that is
+    made of a part has a storage of its own and holds the block."""
+
+    def __init__(self, size: int) -> None:
+        if SMALL <= size <= LIMIT:
+            self.lease = _lease(size)
+        else:
+            block = torch.empty(size, dtype=torch.uint8)
+            self.lease = _held_type(size).from_address(block.data_ptr())
+            self.lease.block = block
+        self.address = ctypes.addressof(self.lease)
+
+    def tensor(self, place: Place) -> Tensor:
+        """A flat tensor over a part."""
+        dtype, count, offset = place
+        if not count:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self.lease, dtype=dtype, count=count, offset=offset)
 
 
 def _lease(wanted: int) -> Any:
@@ -60,6 +87,16 @@ def _lease(wanted: int) -> Any:
     lease = _lease_type(wanted).from_address(block.data_ptr())
     lease.block = block
     return lease
+
+
+@functools.lru_cache(maxsize=256)
+def _held_type(size: int) -> Any:
+    """A buffer of so many bytes in a block that is no matter of the pool."""
+
+    class Held(ctypes.c_char * size):  # type: ignore[misc]
+        block: Tensor
+
+    return Held
 
 
 @functools.lru_cache(maxsize=256)

@@ -143,12 +143,13 @@ def solve(
         raise ValueError(f"expected max_iter >= 1, got {max_iter}")
     floor = FLOOR_EPS * (torch.finfo(z0.dtype).eps if body_eps is None else body_eps)
     relative = stop_mode == "rel"
-    z = z0.clone(memory_format=torch.contiguous_format)
     if solver == "picard":
+        z = z0.clone(memory_format=torch.contiguous_format)
         progress = new_progress(z0, tol=tol, relative=relative, floor=floor)
         _iterate(f, z, progress, max_iter, _picard_step, stop)
         return Solution.of(progress, None)
     if solver == "anderson":
+        z = z0.clone(memory_format=torch.contiguous_format)
         window = anderson.new_state(z0, anderson_memory, anderson_damping, tol=tol, relative=relative, floor=floor)
         _iterate(f, z, window, max_iter, anderson.step, stop)
         return Solution.of(window, None)
@@ -156,7 +157,7 @@ def solve(
     state = new_state(z0, memory, factor_dtype, eta, S, C, tol=tol, relative=relative, floor=floor)
     if not watched:
         state.unwatched()
-    _iterate(f, z, state, max_iter, step, stop)
+    _iterate(f, state.iterate(z0), state, max_iter, step, stop)
     return Solution.of(state, state)
 
 

@@ -14,6 +14,7 @@ Everything a backward needs is an output or an input: forward, forward, backward
 
 from __future__ import annotations
 
+import array
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq_compile.kernels import workspace
 from deq_compile.kernels.broyden import coefficient_width
 from deq_compile.kernels.device import on_gpu
 
@@ -75,37 +75,31 @@ def _rows(state0: Sequence[Tensor]) -> Any:
     return state0[0].shape[0] if state0[0].dim() else 1
 
 
-def _empty_factors(region: str, state0: Sequence[Tensor], real: bool) -> tuple[Tensor, Tensor]:
+def _empty_factors(region: str, state0: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     spec, (steps, coefficients) = find_site(region).spec, _factor_sizes(region, state0)
     first = state0[0]
-    if real and first.device.type == "cpu":
-        return workspace.empty_pair((steps, spec.factor_dtype), (coefficients, spec.compute_dtype))
     return first.new_empty((steps,), dtype=spec.factor_dtype), first.new_empty((coefficients,), dtype=spec.compute_dtype)
 
 
 def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> list[Tensor]:
-    S, C = _empty_factors(region, state0, real=True)
-    done = run.run_forward(find_site(region), state0, operands, sizes, S, C)
-    n, about = done.n, done.about
+    done = run.run_forward(find_site(region), state0, operands, sizes, lambda: _empty_factors(region, state0))
+    n, about, factors = done.n, done.about, done.factors
     samples, rows = _samples(region, state0), _rows(state0)
+    if factors is None:
+        factors = _empty_factors(region, state0)
     if n.shape[0] != samples:  # one coupled system fills the first of the slots that were announced
         n = torch.cat([n, n.new_zeros(samples - n.shape[0])])
-    ticket = _ticket(done.kept, done.rows).clone()
-    if done.serial:
-        ticket[2] = done.serial
+        announced = _factor_sizes(region, state0)[1]
+        if factors[1].shape[0] != announced:
+            factors = factors[0], torch.cat([factors[1], factors[1].new_zeros(announced - factors[1].shape[0])])
+    ticket = torch.frombuffer(array.array("q", (done.kept, done.rows, done.serial)), dtype=torch.int64)
     if done.linear is not None:
         # As long as the ticket lives, which autograd saves for the backward. Where a copy of it arrives there, nothing is lost
         # but time: the body is linearised again.
         ticket.linearised = done.linear  # type: ignore[attr-defined]
     if about.shape[0] != rows:
         about = about[:1].repeat(rows, 1)
-    return [*done.states, S, C, n, ticket, about]
-
-
-@functools.cache
-def _ticket(kept: bool, rows: bool) -> Tensor:
-    """What a ticket is copied from, which is faster than to build it from numbers."""
-    return torch.tensor([kept, rows, 0], dtype=torch.int64, device="cpu")
+    return [*done.states, *factors, n, ticket, about]
 
 
 def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:
@@ -114,7 +108,7 @@ def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], 
         torch.empty_permuted(s.shape, order, dtype=dtype, device=s.device)
         for s, order, dtype in zip(state0, spec.orders, spec.dtypes, strict=True)
     ]
-    S, C = _empty_factors(region, state0, real=False)
+    S, C = _empty_factors(region, state0)
     n = state0[0].new_empty((_samples(region, state0),), dtype=torch.int32)
     about = state0[0].new_empty((_rows(state0), 2), dtype=torch.float32)
     return [*states, S, C, n, torch.empty(3, dtype=torch.int64, device="cpu"), about]

@@ -32,7 +32,8 @@ log = logging.getLogger("deq_compile.region")
 class Forward:
     """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows.
     `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept. `linear` is
-    the body linearised at the fixed point, where the last evaluation gave that too."""
+    the body linearised at the fixed point, where the last evaluation gave that too. `factors` are S and C, flat, of the batch as
+    it was solved; None where there are none."""
 
     states: list[Tensor]
     n: Tensor
@@ -40,22 +41,28 @@ class Forward:
     rows: bool
     serial: int
     about: Tensor
+    factors: tuple[Tensor, Tensor] | None = None
     linear: Linearised | None = None
 
 
 def run_forward(
-    site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int], S: Tensor, C: Tensor
+    site: Site,
+    state0: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    sizes: Sequence[int],
+    buffers: Callable[[], tuple[Tensor, Tensor]],
 ) -> Forward:
-    """Solve a region, or run its loop. `S` and `C` are flat buffers for the factors, empty where none are kept."""
+    """Solve a region, or run its loop. `buffers` makes flat S and C for a solve on a GPU."""
     spec, config = site.spec, site.spec.config
     inside = engine.under_capture(site, state0)
     watch = Stopwatch() if records.wants_timing() else None
     if not inside:
         settle(site)
     rows = decide_rows(site, state0, operands, sizes)
-    layout = spec.layout([s.shape for s in state0], rows)
-    z0 = layout.matrix(state0).detach()
-    runner = runner_for(spec.body, layout, operands, sizes)
+    layout, runner = _prepared(site, state0, rows, operands, sizes)
+    z0 = layout.matrix(state0)
+    if z0.requires_grad:
+        z0 = z0.detach()
     # The last evaluation is at the fixed point: with what it saves the backward need not evaluate once more.
     saves = spec.grad and config.solver == "broyden" and config.backward != "unroll" and not spec.stop and not on_gpu(z0.device)
     evaluations = runner.evaluations(operands, spec.needs if saves else None)
@@ -94,15 +101,17 @@ def run_forward(
     if watch is not None:
         body, solved = watch.timed("body", body), watch.timed("solver", solved)
     due = site.due() and not inside
-    solution, everywhere = None, False
+    solution, everywhere, factors = None, False, None
     if due or site.verdict == "solve":
-        steps, coefficients = (S, C) if spec.stores_steps else (None, None)
+        given: tuple[Tensor | None, Tensor | None] = (None, None)
+        if spec.stores_steps and on_gpu(z0.device):
+            factors = buffers()
+            given = shaped_buffers(*factors, layout.batch, layout.width, config.memory)
         captured = None if inside else _captured(site, runner, z0, operands, sizes)
         if captured is not None:
-            shaped = _shaped(S, C, layout, config.memory) if spec.stores_steps else (None, None)
-            solution = captured.solve(z0, operands, *shaped)
+            solution = captured.solve(z0, operands, *given)
         if solution is None:
-            solution = solved(z0, site.tol, steps, coefficients)
+            solution = solved(z0, site.tol, *given)
         everywhere = layout.batch > 0 and not on_gpu(z0.device) and solution.all_converged()
         if spec.iterations is None and not inside and not everywhere and solution.missed():
             own = spec.own_cap or config.max_iter
@@ -130,18 +139,32 @@ def run_forward(
     else:
         assert solution is not None
         z = solution.z
-    serial = 0 if inside else record_forward(site, solution, z, evaluations.count, S, C)
     if solution is not None and solution.state is not None:
         n = solution.state.n
+        if spec.stores_steps and factors is None:
+            factors = solution.state.flat()
     else:
         n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
+    serial = 0 if inside else record_forward(site, solution, z, evaluations.count, *(factors or ()))
     if solution is None or first is None or solution.z is not first.z:
         linear = None
     about = n.new_full((n.shape[0], 2), -1.0, dtype=torch.float32) if solution is None else solution.about()
-    done = Forward(layout.outputs(z), n, kept, rows, serial, about, linear)
+    done = Forward(layout.outputs(z), n, kept, rows, serial, about, factors, linear)
     if watch is not None:
         records.add_seconds(serial, watch.read())
     return done
+
+
+def _prepared(
+    site: Site, state0: Sequence[Tensor], rows: bool, operands: Sequence[Tensor], sizes: Sequence[int]
+) -> tuple[Layout, Runner]:
+    """Layout and runner for these shapes; those of the last call mostly are, and that is seen without hashing them."""
+    metas = [(o.shape, o.stride(), o.dtype, o.device) for o in operands]
+    facts = [s.shape for s in state0], rows, metas, list(sizes)
+    if site.prepared is None or site.prepared[0] != facts:
+        layout = site.spec.layout(facts[0], rows)
+        site.prepared = facts, layout, runner_for(site.spec.body, layout, operands, sizes)
+    return site.prepared[1], site.prepared[2]
 
 
 def run_backward(
@@ -225,7 +248,7 @@ def _adjoint(
     state: Factors | None = None
     if spec.stores_steps and (site.reuses or due or not asks):
         S, C, n = factors
-        S, C = _shaped(S, C, layout, config.memory)
+        S, C = shaped_buffers(S, C, layout.batch, layout.width, config.memory)
         n = n[: layout.batch]
         # On a GPU nothing is asked: the kernels look at each sample's own n.
         state = Factors(S=S, C=C, n=n, high=S.shape[1]) if on_gpu(z.device) else factors_of(S, C, n)
@@ -269,18 +292,14 @@ def _captured(
     return found
 
 
-def _shaped(S: Tensor, C: Tensor, layout: Layout, memory: int) -> tuple[Tensor, Tensor]:
-    return shaped_buffers(S, C, layout.batch, layout.width, memory)
-
-
 def record_forward(
-    site: Site, solution: Solution | None, z: Tensor, evaluations: int, S: Tensor, C: Tensor
+    site: Site, solution: Solution | None, z: Tensor, evaluations: int, *factors: Tensor
 ) -> int:
     if not records.recording():
         return 0
     record = records.SolveRecord(site.key, "kept" if solution is None else "solve", evaluations=evaluations)
     record.z = z.detach().clone() if records.wants_tensors() else None
-    record.bytes = S.numel() * S.element_size() + C.numel() * C.element_size()
+    record.bytes = sum(t.numel() * t.element_size() for t in factors)
     if solution is None:
         record.iterations = record.iterations_max = site.spec.iterations or 0
     elif z.numel():

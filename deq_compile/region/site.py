@@ -13,12 +13,13 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from deq_compile.config import Config
 
-from .body import BodySpec
+from .body import BodySpec, Runner
 from .forward import Solution
 from .layout import Layout, flat_dtype, layout_of
 from .stop import StopTest
@@ -102,6 +103,7 @@ class Site:
     reuses    whether the adjoint makes use of the forward's factors
     backwards adjoint solves so far
     pending   the last captured solve, whose outcome nobody has asked for yet
+    prepared  shapes of the last forward, its layout and its runner
     engine    what the iterations ran on at the last call, and why on nothing better
     on_change called with the site when a verdict, distance or engine changes (the report listens)
     """
@@ -122,6 +124,7 @@ class Site:
         self.reuses, self.backwards = True, 0
         self.warned = self.warned_of_gradient = False
         self.pending: Solution | None = None
+        self.prepared: tuple[Any, Layout, Runner] | None = None
         self.engine, self.engine_reason = "loop", ""
         self.on_change: Callable[[Site], None] = lambda site: None
 

@@ -38,7 +38,8 @@ static inline void over_chunks(i64 D, i64 threads, bool split, F work) {
 template <class T>
 static inline void residual(const T* f, const T* z, T* g, i64 len, T& gg, T& ff) {
   constexpr int N = Vec<T>::N;
-  typename Vec<T>::type G[2] = {}, F[2] = {};
+  typename Vec<T>::type G[2], F[2];
+  for (int u = 0; u < 2; u++) G[u] = F[u] = broadcast(T(0));
   i64 d = 0;
   for (; d + 2 * N <= len; d += 2 * N)
     for (int u = 0; u < 2; u++) {
@@ -108,9 +109,12 @@ static void update(const T* S, i64 D, i64 rows, const T* c, T scale, T* g, T* z,
 // Scratch of one thread: vectors of coefficients, partial dot products, and a row for the residual of a full sample.
 template <class T>
 struct Scratch {
-  std::vector<T> a, r, y, t, parts, row;
+  std::vector<T> a, r, y, t, vectors, parts, row;
   void fit(i64 ld, i64 chunks) {
-    if (i64(a.size()) < ld + 16) a.resize(ld + 16), r.resize(ld + 16), y.resize(ld + 16), t.resize(ld + 16);
+    if (i64(a.size()) < ld + 16) {
+      for (auto* v : {&a, &r, &y, &t}) v->resize(ld + 16);
+      vectors.resize((ld + 16) * Vec<T>::N);
+    }
     if (i64(parts.size()) < chunks * 2 * (ld + 16)) parts.resize(chunks * 2 * (ld + 16));
   }
 };
@@ -151,7 +155,7 @@ static void advance(const Broyden<T>& s, Scratch<T>& w, i64 b, T* z, T* g, bool 
     T sigma = r[n - 1], minus_tau = a[n - 1];
     rows = n - 1;
     for (i64 i = rows; i < ld; i++) a[i] = 0;
-    algebra<T>(C, ld, rows, a, r + 1, y, t);  // y = C a = -c, t = r^T C
+    algebra<T>(C, ld, rows, a, r + 1, y, t, w.vectors.data());  // y = C a = -c, t = r^T C
     for (i64 j = 0; j < rows; j++) minus_tau += y[j] * r[j + 1];
     // Powell's guard: see _guard in aten.py
     T gamma = 1 - minus_tau / sigma, kappa = 1 / sigma;
@@ -259,9 +263,11 @@ static i64 step(Broyden<T>* s, T* z, const T* f, const T* norms, i64 evaluation,
   return active;
 }
 
+// Nothing is known of any sample yet; where z0 is given, it is the best iterate so far, and z, the one to begin with.
 template <class T>
-static void start(const Broyden<T>* s, const T* z0) {
+static void start(const Broyden<T>* s, const T* z0, T* z) {
   if (z0) std::memcpy(s->z_best, z0, sizeof(T) * s->B * s->D);
+  if (z0) std::memcpy(z, z0, sizeof(T) * s->B * s->D);
   for (i64 b = 0; b < s->B; b++) {
     s->n[b] = s->iterations[b] = s->stall[b] = 0;
     s->done[b] = RUNNING;
@@ -270,8 +276,8 @@ static void start(const Broyden<T>* s, const T* z0) {
 }
 
 extern "C" {
-void broyden_start_f32(const Broyden<float>* s, const float* z0) { start(s, z0); }
-void broyden_start_f64(const Broyden<double>* s, const double* z0) { start(s, z0); }
+void broyden_start_f32(const Broyden<float>* s, const float* z0, float* z) { start(s, z0, z); }
+void broyden_start_f64(const Broyden<double>* s, const double* z0, double* z) { start(s, z0, z); }
 int64_t broyden_step_f32(Broyden<float>* s, float* z, const float* f, const float* norms, int64_t evaluation,
                          int64_t flags) {
   return step(s, z, f, norms, evaluation, flags);

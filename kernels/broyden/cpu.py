@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-from typing import ClassVar
+import functools
 
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import native, workspace
 from .state import BroydenState, Factors, coefficient_width, shaped_buffers
 
 _LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN = 1, 2, 4
@@ -26,48 +25,77 @@ def describe(factors: Factors) -> native.Broyden:
     return factors.native
 
 
-class CpuState(native.Rows, BroydenState):
+@functools.lru_cache(maxsize=256)
+def _plan(B: int, D: int, memory: int, dtype: torch.dtype, S: bool, C: bool) -> tuple[dict[str, workspace.Place], int]:
+    """Where the parts of a state lie. S and C: whether the factors are among them."""
+    parts = [
+        ("struct", torch.uint8, native.BROYDEN.size), ("best", dtype, B), ("mark", dtype, B),
+        ("iterations", torch.int32, B), ("stall", torch.int32, B), ("done", torch.int8, B), ("z", dtype, B * D),
+    ]  # fmt: skip
+    if C:
+        parts.append(("C", dtype, B * memory * coefficient_width(memory)))
+    if S:
+        parts.append(("S", dtype, B * (memory + 1) * D))  # last: most of it is never written, and costs no memory then
+    return workspace.plan(parts)
+
+
+class CpuState(native.Parts, BroydenState):
     """A Broyden state that C++ works on. `count`, `high` and `guarded` of the lockstep implementation are not used."""
 
-    _ROWS: ClassVar = {
-        "best": (0, None), "mark": (1, None), "iterations": (2, torch.int32), "stall": (3, torch.int32), "done": (4, torch.int8)
-    }  # fmt: skip
-
     def __init__(
-        self, z0: Tensor, S: Tensor, C: Tensor, memory: int, *, eta: float, tol: float, relative: bool, floor: float,
-        functions: native.Functions,
+        self, z0: Tensor, S: Tensor | None, C: Tensor | None, memory: int, *, eta: float, tol: float, relative: bool,
+        floor: float, functions: native.Functions,
     ) -> None:  # fmt: skip
-        """No step stored yet. S and C may be flat; all tensors but z0 are uninitialised before, and filled by C++."""
+        """No step stored yet. S and C may be flat; all is uninitialised before, and filled by C++."""
         B, D = z0.shape
         z0 = z0.contiguous()
-        self.small = torch.empty((len(self._ROWS), B), dtype=z0.dtype)
-        self.n, self.reports = torch.empty(B, dtype=torch.int32), torch.empty((B, 2))
+        self.places, size = _plan(B, D, memory, z0.dtype, S is None, C is None)
+        self.arena = workspace.Arena(size)
         self.z_best = torch.empty_like(z0)
-        self.buffers, self.shape = (S, C), (B, memory, D)
+        self.n, self.reports = torch.empty(B, dtype=torch.int32), torch.empty((B, 2))
+        self.given, self.shape = (S, C), (B, memory, D)
         self.eta, self.tol, self.relative, self.floor, self.active = eta, tol, relative, floor, B
         self.settled = False  # whether C++ has stopped every sample
         self.functions = functions
-        at, row = self.small.data_ptr(), B * z0.element_size()
-        self.struct = native.Broyden(
-            B, D, memory, coefficient_width(memory), native.threads_for(B * D), relative, tol, floor, eta,
-            S.data_ptr(), C.data_ptr(), at, at + row, self.z_best.data_ptr(), self.n.data_ptr(), at + 2 * row, at + 3 * row,
-            at + 4 * row, self.reports.data_ptr(), 0,
+        self.address = at = self.arena.address  # the struct is the first part
+
+        def part(name: str) -> int:
+            return at + self.places[name][2]
+
+        native.BROYDEN.pack_into(
+            self.arena.lease, 0, B, D, memory, coefficient_width(memory), native.threads_for(B * D), relative, tol, floor, eta,
+            part("S") if S is None else S.data_ptr(), part("C") if C is None else C.data_ptr(), part("best"), part("mark"),
+            self.z_best.data_ptr(), self.n.data_ptr(), part("iterations"), part("stall"), part("done"), self.reports.data_ptr(), 0,
         )  # fmt: skip
-        self.address = ctypes.addressof(self.struct)
-        functions.start(self.address, z0.data_ptr())
+        functions.start(at, z0.data_ptr(), part("z"))
+
+    @property
+    def struct(self) -> native.Broyden:
+        return native.Broyden.from_address(self.address)
 
     def __getattr__(self, name: str) -> Tensor:
-        if name not in ("S", "C"):
-            return super().__getattr__(name)
-        B, memory, D = self.shape
-        self.S, self.C = shaped_buffers(*self.buffers, B, D, memory)
-        return self.S if name == "S" else self.C
+        if name in ("S", "C"):
+            B, memory, D = self.shape
+            self.S, self.C = shaped_buffers(*self.flat(), B, D, memory)
+            return self.S if name == "S" else self.C
+        return super().__getattr__(name)
+
+    def shaped(self, name: str, flat: Tensor) -> Tensor:
+        return flat.view(self.z_best.shape) if name == "z" else flat
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        S, C = self.given
+        return self.arena.tensor(self.places["S"]) if S is None else S, self.arena.tensor(self.places["C"]) if C is None else C
+
+    def iterate(self, z0: Tensor) -> Tensor:
+        return self.z
 
     def about(self) -> Tensor:
         return self.reports if self.settled else super().about()
 
     def all_converged(self) -> bool:
-        return self.struct.converged == self.struct.B if self.settled else super().all_converged()
+        struct = self.struct
+        return struct.converged == struct.B if self.settled else super().all_converged()
 
     def _call(self, z: Tensor, f: Tensor, norms: Tensor | None, flags: int) -> None:
         if f.dtype != z.dtype or not f.is_contiguous():

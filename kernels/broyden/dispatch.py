@@ -10,7 +10,7 @@ from ..device import on_gpu, triton_kernels
 from . import aten
 from .cpu import CpuState
 from .gpu import TritonState
-from .state import BroydenState, check_start, given_or_new, new_aten_state, shaped_buffers
+from .state import BroydenState, check_given, check_start, given_or_new, new_aten_state, shaped_buffers
 
 
 def new_state(
@@ -44,8 +44,9 @@ def new_state(
     if factor_dtype == z0.dtype and contiguous and z0.device.type == "cpu" and not on_gpu(z0.device):
         functions = native.functions_of(z0.dtype)
         if functions is not None:
-            S, C = given_or_new(z0, memory, factor_dtype, S, C)
+            check_given(z0, memory, factor_dtype, S, C)
             return CpuState(z0, S, C, memory, eta=eta, tol=tol, relative=relative, floor=floor, functions=functions)
+    check_given(z0, memory, factor_dtype, S, C)
     S, C = given_or_new(z0, memory, factor_dtype, S, C)
     S, C = shaped_buffers(S, C, z0.shape[0], z0.shape[1], memory)
     if on_gpu(z0.device) and (kernels := triton_kernels("broyden")) is not None:

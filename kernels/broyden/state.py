@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import workspace
 from ..device import on_gpu
 
 # The codes in Progress.done. Those above RUNNING are final.
@@ -54,6 +55,10 @@ class Factors:
     def memory(self) -> int:
         """M, the number of updates that fit before a restart."""
         return self.C.shape[1]
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """S and C as flat tensors, over the same memory where their rows are not padded."""
+        return self.S.reshape(-1), self.C.reshape(-1)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -131,6 +136,10 @@ class BroydenState(Progress, Factors):
     def unwatched(self) -> None:
         """Do not ask a device how far it is: the iteration goes on to its cap, as somebody else's capture needs."""
 
+    def iterate(self, z0: Tensor) -> Tensor:
+        """The iterate to begin with: (B, D), contiguous, equal to the ``z0`` of this state and no other's."""
+        return z0.clone(memory_format=torch.contiguous_format)
+
 
 def factors_of(S: Tensor, C: Tensor, n: Tensor) -> Factors:
     """Factors from the tensors that a finished solve left (S, C and n as in :class:`Factors`). Synchronises once."""
@@ -169,28 +178,35 @@ def check_start(
     return factor_dtype
 
 
-def given_or_new(
-    z0: Tensor, memory: int, factor_dtype: torch.dtype, S: Tensor | None, C: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """S and C, uninitialised, shaped or flat; those that are given are checked."""
-    (B, D), device, width = z0.shape, z0.device, row_width(z0.shape[1], z0.device)
-    if S is None:
-        S = torch.empty((B, memory + 1, width), dtype=factor_dtype, device=device)[:, :, :D]
-    elif S.dim() == 1:
-        _check("S", S, (B * (memory + 1) * width,), factor_dtype, device)
-    else:
+def check_given(z0: Tensor, memory: int, factor_dtype: torch.dtype, S: Tensor | None, C: Tensor | None) -> None:
+    """ValueError for buffers that are not as :func:`~.dispatch.new_state` wants them, shaped or flat."""
+    (B, D), device = z0.shape, z0.device
+    if S is not None and S.dim() == 1:
+        _check("S", S, (B * (memory + 1) * row_width(D, device),), factor_dtype, device)
+    elif S is not None:
         dense = S.stride(2) == 1 and S.stride(0) == (memory + 1) * S.stride(1) if S.dim() == 3 and S.numel() else True
         if S.shape != (B, memory + 1, D) or S.dtype != factor_dtype or S.device != device or not dense:
             raise ValueError(
                 f"expected S of shape {(B, memory + 1, D)} in {factor_dtype} on {device}, rows dense and evenly spaced, got "
                 f"{tuple(S.shape)} in {S.dtype} on {S.device} with strides {S.stride()}"
             )
-    shape = (B, memory, coefficient_width(memory))
-    if C is None:
-        C = torch.empty(shape, dtype=z0.dtype, device=device)
-    else:
+    if C is not None:
+        shape = (B, memory, coefficient_width(memory))
         _check("C", C, (math.prod(shape),) if C.dim() == 1 else shape, z0.dtype, device)
-    return S, C
+
+
+def given_or_new(
+    z0: Tensor, memory: int, factor_dtype: torch.dtype, S: Tensor | None, C: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """S and C, uninitialised; those that are not given are flat."""
+    (B, D), device = z0.shape, z0.device
+    sizes = B * (memory + 1) * row_width(D, device), B * memory * coefficient_width(memory)
+    found = []
+    for given, size, dtype in ((S, sizes[0], factor_dtype), (C, sizes[1], z0.dtype)):
+        if given is None:
+            given = workspace.empty((size,), dtype) if device.type == "cpu" else torch.empty(size, dtype=dtype, device=device)
+        found.append(given)
+    return found[0], found[1]
 
 
 def shaped_buffers(S: Tensor, C: Tensor, B: int, D: int, memory: int) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,8 @@ static inline i64 next_pair(const Broyden<T>& s, i64 b) {
 template <class T>
 static void norms_of(const T* q, const T* jw, const T* w, i64 lo, i64 hi, T* t) {
   constexpr int N = Vec<T>::N;
-  typename Vec<T>::type a[2] = {}, b[2] = {};
+  typename Vec<T>::type a[2], b[2];
+  for (int u = 0; u < 2; u++) a[u] = b[u] = broadcast(T(0));
   i64 d = lo;
   for (; d + 2 * N <= hi; d += 2 * N)
     for (int u = 0; u < 2; u++) {
@@ -83,7 +84,8 @@ static inline void orthogonal_columns(const T* images, i64 D, i64 k, const T* c,
 template <class T>
 static void orthogonalise(const T* images, i64 D, i64 k, const T* c, T* y, const T* r, i64 lo, i64 hi, T* t) {
   constexpr int N = Vec<T>::N;
-  typename Vec<T>::type acc[2] = {};
+  typename Vec<T>::type acc[2];
+  acc[0] = acc[1] = broadcast(T(0));
   i64 d = lo;
   for (; d + 8 * N <= hi; d += 8 * N) orthogonal_columns<T, 8>(images, D, k, c, y, r, d, acc);
   for (; d + N <= hi; d += N) orthogonal_columns<T, 1>(images, D, k, c, y, r, d, acc);
@@ -140,7 +142,7 @@ static void take(const T* directions, i64 D, i64 k, const T* h, T scale, T alpha
 template <class T>
 static void gcr_start(const Gcr<T>* g) {
   const Broyden<T>* s = g->s;
-  start<T>(s, nullptr);
+  start<T>(s, nullptr, nullptr);
   i64 D = s->D;
   over_samples<T>(s->B, D, s->ld, s->threads, [&](Scratch<T>& scratch, i64 b, bool split) {
     std::memcpy(g->w + b * D, g->q + b * D, sizeof(T) * D);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import ClassVar
+import functools
 
 import torch
 from torch import Tensor
@@ -18,53 +18,63 @@ from .state import DEPENDENT_EPS, GcrState
 PAIRS = 8
 
 
-class CpuGcr(native.Rows, GcrState):
-    """A state that C++ works on. `count` of the lockstep implementation is not used; x and r are set by the first move."""
+@functools.lru_cache(maxsize=256)
+def _plan(B: int, D: int, pairs: int, dtype: torch.dtype) -> tuple[dict[str, workspace.Place], int]:
+    """Where the parts of a state lie; `basis` for so many pairs."""
+    rows = ((name, dtype, B) for name in ("best", "mark", "norms", "residuals"))
+    counts = ((name, torch.int32, B) for name in ("n", "iterations", "stall"))
+    blocks = ((name, dtype, B * D) for name in ("z_best", "x", "r", "w"))
+    structs = ("struct", torch.uint8, native.GCR.size), ("progress", torch.uint8, native.BROYDEN.size)
+    return workspace.plan([*structs, *rows, *counts, ("done", torch.int8, B), *blocks, ("basis", dtype, 2 * pairs * B * D)])
 
-    _ROWS: ClassVar = {
-        "best": (0, None), "mark": (1, None), "norms": (2, None), "residuals": (3, None), "n": (4, torch.int32),
-        "iterations": (5, torch.int32), "stall": (6, torch.int32), "done": (7, torch.int8),
-    }  # fmt: skip
-    _BLOCKS: ClassVar = {"z_best": 0, "x": 1, "r": 2, "w": 3}
+
+class CpuGcr(native.Parts, GcrState):
+    """A state that C++ works on. `count` of the lockstep implementation is not used; x and r are set by the first move."""
 
     def __init__(
         self, q: Tensor, operator: Multisecant | None, memory: int, tol: float, floor: float, functions: native.Functions
     ) -> None:
-        """All tensors are uninitialised before, and filled by C++."""
+        """All is uninitialised before, and filled by C++."""
         B, D = q.shape
+        self.pairs = pairs = min(memory, PAIRS)
         self.most = memory  # pairs to which the basis may grow
-        pairs = min(memory, PAIRS)
-        self.small = torch.empty((len(self._ROWS), B), dtype=q.dtype)
-        self.room = workspace.empty((len(self._BLOCKS) + 2 * pairs, B, D), q.dtype)
-        self.grown: Tensor | None = None  # the basis, once it has outgrown the room
+        self.places, size = _plan(B, D, pairs, q.dtype)
+        self.arena = workspace.Arena(size)
         self.q, self.operator, self.functions = q, operator, functions
         self.tol, self.floor, self.relative, self.active = tol, floor, True, B
-        at, row = self.small.data_ptr(), B * q.element_size()
-        big, block = self.room.data_ptr(), row * D
+        self.address = at = self.arena.address  # the struct is the first part
         ld = coefficient_width(memory)
-        self.progress = native.Broyden(
+
+        def part(name: str) -> int:
+            return at + self.places[name][2]
+
+        native.BROYDEN.pack_into(
+            self.arena.lease, self.places["progress"][2],
             B, D, pairs, ld if operator is None else max(ld, operator.V.shape[2]), native.threads_for(B * D), 1,
             tol, floor, 0.0,
-            big + 4 * block, None, at, at + row, big, at + 4 * row, at + 5 * row, at + 6 * row, at + 7 * row, None, 0,
+            part("basis"), 0, part("best"), part("mark"), part("z_best"), part("n"), part("iterations"), part("stall"),
+            part("done"), 0, 0,
         )  # fmt: skip
-        self.struct = native.Gcr(
-            ctypes.addressof(native_operator(operator)), ctypes.addressof(self.progress), q.data_ptr(),
-            big + block, big + 2 * block, big + 3 * block, at + 2 * row, at + 3 * row,
+        native.GCR.pack_into(
+            self.arena.lease, 0,
+            ctypes.addressof(native_operator(operator)), part("progress"), q.data_ptr(),
+            part("x"), part("r"), part("w"), part("norms"), part("residuals"),
             tol, DEPENDENT_EPS * torch.finfo(q.dtype).eps, 0.0, 0,
         )  # fmt: skip
-        self.address = ctypes.addressof(self.struct)
-        functions.gcr_start(self.address)
-        self.w = self.room[self._BLOCKS["w"]]
+        functions.gcr_start(at)
 
-    def __getattr__(self, name: str) -> Tensor:
+    @property
+    def struct(self) -> native.Gcr:
+        return native.Gcr.from_address(self.address)
+
+    @property
+    def progress(self) -> native.Broyden:
+        return native.Broyden.from_address(self.address + self.places["progress"][2])
+
+    def shaped(self, name: str, flat: Tensor) -> Tensor:
         if name == "basis":
-            (B, D), pairs = self.q.shape, self.progress.M
-            return self.room[len(self._BLOCKS) :].view(B, 2, pairs, D) if self.grown is None else self.grown
-        if name not in self._BLOCKS:
-            return super().__getattr__(name)
-        block = self.room[self._BLOCKS[name]]
-        setattr(self, name, block)
-        return block
+            return flat.view(self.q.shape[0], 2, self.pairs, self.q.shape[1])
+        return flat.view(self.q.shape) if name in ("z_best", "x", "r", "w") else flat
 
     @property
     def batch_norm(self) -> float:  # type: ignore[override]
@@ -74,7 +84,7 @@ class CpuGcr(native.Rows, GcrState):
         self.evaluations += 1
         if not jw.is_contiguous():
             jw = jw.contiguous()
-        if self.evaluations > self.progress.M < self.most:
+        if self.evaluations > self.pairs < self.most:
             self._grow()
         self.batch = self.functions.gcr_step(self.address, jw.data_ptr(), self.evaluations, last)
         self.converged = self.batch <= self.tol
@@ -88,4 +98,6 @@ class CpuGcr(native.Rows, GcrState):
         more = min(2 * pairs, self.most)
         basis = workspace.empty((B, 2, more, D), self.q.dtype)
         basis[:, :, :pairs] = before
-        self.grown, self.progress.S, self.progress.M = basis, basis.data_ptr(), more
+        progress = self.progress
+        self.basis, self.pairs = basis, more
+        progress.S, progress.M = basis.data_ptr(), more

@@ -22,7 +22,8 @@ template <class T, int U>
 static inline void combine_columns(const T* c, i64 stride, i64 count, const T* rows, i64 ld, const T* init, T sign, T scale,
                                    T* out) {
   constexpr int N = Vec<T>::N;
-  typename Vec<T>::type A[U] = {}, B[U] = {};
+  typename Vec<T>::type A[U], B[U];
+  for (int u = 0; u < U; u++) A[u] = B[u] = broadcast(T(0));
   i64 j = 0;
   for (; j + 2 <= count; j += 2) {
     auto x = broadcast(c[j * stride]), y = broadcast(c[(j + 1) * stride]);
