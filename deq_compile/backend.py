@@ -20,7 +20,7 @@ from .passes.ambient import ambient_at
 from .passes.base import ExitTest, Loop, Pass, PassContext, describe, is_tensor, marked, value_of
 from .passes.declared import FindDeclared
 from .passes.exits import Exits, drop_assertions, drop_consumed
-from .passes.extract import Extract, body_hash, dim_order
+from .passes.extract import Extract, body_hash, dim_order, target_name
 from .passes.find_loops import FindLoops, deduplicate_constants
 from .passes.functionalise import Functionalise
 from .passes.hoist import Hoist
@@ -243,7 +243,18 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
         stop=stop,
         own_cap=int(loop.hints.get("max_iter", OWN_CAP)) if loop.tests and loop.count > 1 else None,
         needs=needs,
+        channels_last=config.inner == "inductor" and all(v.device.type == "cpu" for v in outputs) and _convolves(loop.body),
     )
+
+
+def _convolves(body: fx.GraphModule) -> bool:
+    """Whether Inductor would bring the images of a body into channels-last order, on a CPU."""
+    from torch._inductor import config
+
+    if not config.layout_optimization or not torch.backends.mkldnn.is_available():
+        return False
+    names = (target_name(n.target) for n in body.graph.nodes if n.op == "call_function")
+    return any("conv2d" in name or "conv_transpose2d" in name for name in names)
 
 
 def _stop_test(test: ExitTest) -> GraphTest:

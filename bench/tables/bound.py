@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,10 +55,14 @@ class Bound(Step):
             return (found,)
 
         order = tuple(range(x.dim()))
-        self.layout = Layout((tuple(x.shape),), (x.dtype,), (order,), rows=True)
+        self.images = any(isinstance(m, nn.Conv2d) for m in case.loop.modules())  # channels last, as in the product
+        self.layout = Layout((tuple(x.shape),), (x.dtype,), (order,), rows=True, channels_last=self.images)
         spec = BodySpec(call, f"bench-{case.name}", Ambient.now(), inner)
-        operands = [u, *(p.detach() for p in self.parameters)]
-        self.runner = runner_for(spec, self.layout, operands, ())
+        self.runner = runner_for(spec, self.layout, self.arranged([u, *(p.detach() for p in self.parameters)]), ())
+
+    def arranged(self, operands: Sequence[Tensor]) -> list[Tensor]:
+        last = torch.channels_last
+        return [o.contiguous(memory_format=last) if self.images and o.dim() == 4 else o for o in operands]
 
     def forward(self) -> Tensor:
         assert self.case.loop is not None
@@ -72,10 +77,10 @@ class Bound(Step):
 class _Region(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, bound: Bound, z0: Tensor, *operands: Tensor) -> Tensor:
-        z = bound.layout.flatten([z0])
+        z, own = bound.layout.flatten([z0]), bound.arranged(operands)
         for _ in range(bound.applies):
-            z = bound.runner.apply(z, operands)
-        ctx.linear = bound.runner.linearise(z, operands, (True,) * len(operands))
+            z = bound.runner.apply(z, own)
+        ctx.linear = bound.runner.linearise(z, own, (True,) * len(own))
         ctx.bound = bound
         return bound.layout.outputs(z)[0]
 

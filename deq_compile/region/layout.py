@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+CHANNELS_LAST = (0, 2, 3, 1)
+
 
 def flat_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     """The solver's precision: fp64 if any state has it, else fp32 (bf16 and fp16 states are iterated on in fp32)."""
@@ -18,10 +20,11 @@ def flat_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 @functools.lru_cache(maxsize=256)
 def layout_of(
-    shapes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...], orders: tuple[tuple[int, ...], ...], rows: bool
-) -> Layout:
+    shapes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...], orders: tuple[tuple[int, ...], ...], rows: bool,
+    channels_last: bool,
+) -> Layout:  # fmt: skip
     """A `Layout`, the same object for the same facts."""
-    return Layout(shapes, dtypes, orders, rows)
+    return Layout(shapes, dtypes, orders, rows, channels_last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,19 +36,21 @@ class Layout:
     orders  dimensions of each from slowest to fastest in memory (channels_last: 0, 2, 3, 1)
     rows    True: dimension 0 is a batch of independent samples, flat state (B, D).
             False: all is one coupled system, flat state (1, D).
+    channels_last  whether images (four dimensions) lie in the flat state with their channels fastest, whatever `orders` says
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dtypes: tuple[torch.dtype, ...]
     orders: tuple[tuple[int, ...], ...]
     rows: bool
+    channels_last: bool = False
 
     def __hash__(self) -> int:  # layouts are looked up in every call
         return self._hash
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.shapes, self.dtypes, self.orders, self.rows))
+        return hash((self.shapes, self.dtypes, self.orders, self.rows, self.channels_last))
 
     @functools.cached_property
     def batch(self) -> int:
@@ -66,12 +71,15 @@ class Layout:
     @functools.cached_property
     def _inner_orders(self) -> list[tuple[int, ...]]:
         """Orders with which a flat row is read: a batch dimension has to be the slowest one."""
+        if self.channels_last:
+            return [CHANNELS_LAST if len(o) == 4 else tuple(range(len(o))) for o in self.orders]
         return [o if not self.rows or o[:1] == (0,) else tuple(range(len(o))) for o in self.orders]
 
     @functools.cached_property
     def _contiguous(self) -> bool:
         """One state in the solver's dtype whose dimensions lie in order: it and its matrix are views of each other."""
-        return self.dtypes == (self.dtype,) and self.orders[0] == tuple(range(len(self.shapes[0])))
+        in_order = tuple(range(len(self.shapes[0])))
+        return self.dtypes == (self.dtype,) and self.orders[0] == in_order == self._inner_orders[0]
 
     @functools.cached_property
     def _strides(self) -> tuple[int, ...]:

@@ -58,6 +58,7 @@ def run_forward(
     watch = Stopwatch() if records.wants_timing() else None
     if not inside:
         settle(site)
+    operands = spec.arranged(operands)
     rows = decide_rows(site, state0, operands, sizes)
     layout, runner = _prepared(site, state0, rows, operands, sizes)
     z0 = layout.matrix(state0)
@@ -197,6 +198,7 @@ def _gradients(
     spec, (kept, rows, serial) = site.spec, forward
     layout = spec.layout([s.shape for s in states], rows)
     q = layout.matrix([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
+    operands = spec.arranged(operands)
     runner = (linear.runner if linear is not None else None) or runner_for(spec.body, layout, operands, sizes)
     if kept or spec.config.backward == "unroll":
         return loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)

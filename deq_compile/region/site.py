@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deq_compile.config import Config
 
@@ -46,6 +47,7 @@ class RegionSpec:
     stop        the user's own tests, any of which ends the solve in place of `config.tol`
     where       the user's file and line, for messages
     needs       which operands want a gradient, as far as the graph tells; None: not known
+    channels_last  whether images are iterated on, and given to the body, with their channels fastest in memory
     own_cap     the most iterations that the user's own loop makes, where a test ends it; None where there is no such loop
     """
 
@@ -59,6 +61,7 @@ class RegionSpec:
     needs: tuple[bool, ...] | None = None
     stop: tuple[StopTest, ...] = ()
     own_cap: int | None = None
+    channels_last: bool = False
 
     @functools.cached_property
     def stores_steps(self) -> bool:
@@ -85,11 +88,20 @@ class RegionSpec:
     def fingerprint(self) -> str:
         """The same for equal regions, in every process: body, modes, dtypes, memory orders, count and options."""
         tests = [test.key for test in self.stop]
-        facts = (OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key(), tests)
+        facts = (
+            OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key(), tests,
+            self.channels_last,
+        )  # fmt: skip
         return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
     def layout(self, shapes: Sequence[Sequence[int]], rows: bool) -> Layout:
-        return layout_of(tuple(tuple(s) for s in shapes), self.dtypes, self.orders, rows)
+        return layout_of(tuple(tuple(s) for s in shapes), self.dtypes, self.orders, rows, self.channels_last)
+
+    def arranged(self, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Operands in the memory order in which the body is fastest, so that it need not bring them there in every call."""
+        if not self.channels_last:
+            return operands
+        return [o.contiguous(memory_format=torch.channels_last) if o.dim() == 4 else o for o in operands]
 
 
 class Site:

@@ -65,7 +65,8 @@ class CpuState(native.Parts, BroydenState):
         native.BROYDEN.pack_into(
             self.arena.lease, 0, B, D, memory, coefficient_width(memory), native.threads_for(B * D), relative, tol, floor, eta,
             part("S") if S is None else S.data_ptr(), part("C") if C is None else C.data_ptr(), part("best"), part("mark"),
-            self.z_best.data_ptr(), self.n.data_ptr(), part("iterations"), part("stall"), part("done"), self.reports.data_ptr(), 0,
+            self.z_best.data_ptr(), self.n.data_ptr(), part("iterations"), part("stall"), part("done"), self.reports.data_ptr(),
+            0,
         )  # fmt: skip
         functions.start(at, z0.data_ptr(), part("z"))
 
