@@ -12,6 +12,8 @@ from .cpu import CpuState
 from .gpu import TritonState
 from .state import BroydenState, check_given, check_start, given_or_new, new_aten_state, shaped_buffers
 
+_OWN = (CpuState, TritonState)  # they step by themselves
+
 
 def new_state(
     z0: Tensor,
@@ -64,7 +66,7 @@ def step(state: BroydenState, z: Tensor, f: Tensor, *, stop_norm: Tensor | None 
         stop_norm: (B,) relative residual to stop on, where |f - z| is not the one that counts.
         last: no evaluation will follow: samples that would go on get MAX_ITER, and nothing is updated.
     """
-    if isinstance(state, CpuState | TritonState):
+    if isinstance(state, _OWN):
         state.step(z, f, stop_norm=stop_norm, last=last)
     else:
         aten.step(state, z, f, stop_norm=stop_norm, last=last)
@@ -72,7 +74,7 @@ def step(state: BroydenState, z: Tensor, f: Tensor, *, stop_norm: Tensor | None 
 
 def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, *, last: bool = False) -> None:
     """:func:`step` where the residual ``g`` (B, D) itself is known: f = z + g would cost its last digits."""
-    if isinstance(state, CpuState | TritonState):
+    if isinstance(state, _OWN):
         state.step_residual(z, g, stop_norm, last=last)
     else:
         aten.step_residual(state, z, g, stop_norm, last=last)
@@ -80,7 +82,7 @@ def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, 
 
 def advance(state: BroydenState, z: Tensor, g: Tensor) -> None:
     """One Broyden step from ``z`` with residual ``g`` (both (B, D)), for the samples that still run; nothing is observed."""
-    if isinstance(state, CpuState | TritonState):
+    if isinstance(state, _OWN):
         state.advance(z, g)
     else:
         aten.advance(state, z, g)
