@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -95,3 +98,62 @@ def test_switched_off_or_broken_means_aten(monkeypatch: pytest.MonkeyPatch) -> N
     assert native._load() is None
     assert not isinstance(new_state(torch.zeros(2, 3), 4), CpuState)
     native._load.cache_clear()
+
+
+def test_what_cpp_reports_is_what_the_tensors_say() -> None:
+    """A sample that converges, one that is not finite, and one that is cut off; then three that converge."""
+    z0 = torch.zeros(3, 4)
+    slow = torch.tensor([0.5, 0.5, 2.0])[:, None]
+
+    def report(f: Callable[[Tensor], Tensor], most: int) -> CpuState:
+        state = new_state(z0, 5, tol=1e-4)
+        assert isinstance(state, CpuState)
+        z = state.iterate(z0)
+        while state.running:
+            step(state, z, f(z), last=state.evaluations + 1 == most)
+        assert torch.equal(state.about(), BroydenState.about(state))
+        assert state.all_converged() == BroydenState.all_converged(state)
+        return state
+
+    mixed = report(lambda z: torch.tensor([[1.0], [math.nan], [1.0]]) + torch.sin(slow * z), 3)
+    assert not mixed.all_converged()
+    assert mixed.done.tolist() != [1, 1, 1]
+    assert report(lambda z: 1 + 0.5 * torch.sin(z), 30).all_converged()
+
+
+def test_flat_buffers_serve_as_shaped_ones_do() -> None:
+    torch.manual_seed(0)
+    z0, b = torch.zeros(3, 7), torch.randn(3, 7)
+    results = []
+    for S, C in ((None, None), (torch.empty(3 * 5 * 7 + 2), torch.empty(3 * 4 * 16)), (torch.empty(3, 5, 7), None)):
+        state, z = new_state(z0, 4, S=S, C=C), z0.clone()
+        for _ in range(4):
+            step(state, z, torch.tanh(0.7 * z.flip(1) + b))
+        assert (state.S.shape, state.C.shape) == ((3, 5, 7), (3, 4, 16))
+        if S is not None:
+            assert state.S.data_ptr() == S.data_ptr()
+        results.append((z, state.S[:, :4].clone(), state.C[:, :3].clone()))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    with pytest.raises(ValueError, match="expected S contiguous"):
+        new_state(z0, 4, S=torch.empty(3 * 5 * 7 - 1))
+
+
+@pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 33, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_steps_equal_aten(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The small algebra over one, two and three blocks of columns."""
+    torch.manual_seed(0)
+    W, b = torch.randn(60, 60, dtype=dtype) / 60**0.5 * 0.6, torch.randn(2, 60, dtype=dtype)
+    found = []
+    for load in (native._load, lambda: None):
+        monkeypatch.setattr(native, "_load", load)
+        z = torch.zeros(2, 60, dtype=dtype)
+        state = new_state(z, 40, tol=-1.0)
+        for _ in range(n):
+            step(state, z, torch.tanh(z @ W + b))
+        found.append((state.C[:, : n - 1], z))
+    (C, z), (expected, at) = found
+    torch.testing.assert_close(z, at, rtol=0, atol=1e-5 if dtype == torch.float32 else 1e-12)
+    if n <= 17 and dtype == torch.float64:  # later steps are products of rounding errors
+        torch.testing.assert_close(C, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()) if n > 1 else 0)

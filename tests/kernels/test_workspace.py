@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -68,3 +69,32 @@ def test_small_tensors_are_ordinary() -> None:
     tensor = workspace.empty((3, 0, 5), torch.float32)
     assert tensor.shape == (3, 0, 5)
     assert tensor.untyped_storage().resizable()
+
+
+def test_parts_of_an_arena_lie_apart_and_hold_it() -> None:
+    parts = [("a", torch.float32, 5), ("none", torch.int8, 0), ("b", torch.int32, 50_000), ("c", torch.float64, 3)]
+    places, size = workspace.plan(parts)
+    ends = [(offset, offset + count * dtype.itemsize) for dtype, count, offset in places.values()]
+    assert all(start % workspace.ALIGNMENT == 0 and end <= size for start, end in ends)
+    assert all(one[1] <= two[0] for one, two in itertools.pairwise(ends))
+    arena = workspace.Arena(size)
+    tensors = {name: arena.tensor(place) for name, place in places.items()}
+    assert {name: (t.dtype, t.numel()) for name, t in tensors.items()} == {name: (dtype, n) for name, dtype, n in parts}
+    for i, tensor in enumerate(tensors.values()):
+        tensor.fill_(i)
+    assert [t.unique().tolist() for t in tensors.values()] == [[0], [], [2], [3]]
+    b = tensors["b"]
+    del arena, tensors, tensor
+    assert workspace.kept() == 0
+    assert bool((b == 2).all())
+    del b
+    assert workspace.kept() >= size
+
+
+def test_a_small_arena_is_no_matter_of_the_pool() -> None:
+    arena = workspace.Arena(100)
+    last = arena.tensor((torch.int8, 1, 99)).fill_(7)
+    del arena
+    gc.collect()
+    assert workspace.kept() == 0
+    assert last.tolist() == [7]
