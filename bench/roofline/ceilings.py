@@ -1,12 +1,15 @@
-"""What the machine can do, on one thread: bandwidth of reading and copying by the size of the set, and multiply-adds."""
+"""What the machine can do, on one thread: bandwidth by the size of the set, and multiply-adds.
+
+Several streams at a time, as the kernels have them: out of a cache eight carry 1.6 times what one does.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -18,41 +21,43 @@ from .counts import Count, Stream
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 MEMORY, UNKNOWN = "memory", "unknown"
 SMALLEST, LARGEST = 1 << 14, 1 << 28  # bytes; sets of other sizes are taken for these
-# Bytes that a timed call moves at least. With one pass over 1 MiB after another its set was not yet where it stays (26 GB/s, then 64).
+# Bytes that a timed call moves at least. A single pass over 1 MiB after another one was too early: 26 GB/s, then 64.
 _ENOUGH = 1 << 23
 
-# The loads of the kernels and nothing else: eight accumulators hide the latency of an addition. Each pass is as if memory had
-# changed, so that none is left out.
+# The loads and stores of the kernels and nothing else, over streams of `len` numbers that lie one after the other. Eight
+# accumulators hide the latency of an addition; each pass is as if memory had changed, so that none is left out.
 _SOURCE = """
 #define AGAIN asm volatile("" ::: "memory")
+constexpr int N = Vec<float>::N;
 extern "C" {
-float read_set(const float* a, int64_t len, int64_t passes) {
-  constexpr int N = Vec<float>::N;
+float read_set(const float* a, int64_t len, int64_t passes) {  // eight streams
   typename Vec<float>::type A[8] = {};
   for (int64_t pass = 0; pass < passes; pass++) {
     AGAIN;
-    for (int64_t d = 0; d + 8 * N <= len; d += 8 * N)
+    for (int64_t d = 0; d < len; d += N)
 #pragma GCC unroll 8
-      for (int u = 0; u < 8; u++) A[u] += load(a + d + u * N);
+      for (int u = 0; u < 8; u++) A[u] += load(a + u * len + d);
   }
   for (int u = 1; u < 8; u++) A[0] += A[u];
   return sum<float>(A[0]);
 }
-void copy_set(float* a, int64_t len, int64_t passes) {  // the second half becomes twice the first
-  constexpr int N = Vec<float>::N;
-  float* to = a + len / 2;
+void copy_set(float* a, int64_t len, int64_t passes) {  // four streams into four others
   for (int64_t pass = 0; pass < passes; pass++) {
     AGAIN;
-    for (int64_t d = 0; d + 4 * N <= len / 2; d += 4 * N)
+    for (int64_t d = 0; d < len; d += N)
 #pragma GCC unroll 4
-      for (int u = 0; u < 4; u++) {
-        auto x = load(a + d + u * N);
-        store(to + d + u * N, x + x);
-      }
+      for (int u = 0; u < 4; u++) store(a + (u + 4) * len + d, -load(a + u * len + d));
+  }
+}
+void update_set(float* a, int64_t len, int64_t passes) {  // eight streams, each where it is
+  for (int64_t pass = 0; pass < passes; pass++) {
+    AGAIN;
+    for (int64_t d = 0; d < len; d += N)
+#pragma GCC unroll 8
+      for (int u = 0; u < 8; u++) store(a + u * len + d, -load(a + u * len + d));
   }
 }
 float multiply_add(int64_t count) {  // 2 * 10 * N flops each
-  constexpr int N = Vec<float>::N;
   typename Vec<float>::type A[10], c = broadcast(0.5f), d = broadcast(1.0f);
   for (int u = 0; u < 10; u++) A[u] = broadcast(u + 0.5f);  // 2 would stay 2, and be left out
   for (int64_t i = 0; i < count; i++) {
@@ -66,6 +71,22 @@ float multiply_add(int64_t count) {  // 2 * 10 * N flops each
 int64_t lanes() { return Vec<float>::N; }
 }
 """
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """GB/s of reading, of copying, and of updating in place; all bytes that are loaded or stored count."""
+
+    read: float
+    copy: float
+    update: float
+
+
+KINDS = ("read", "copy", "update")
+
+
+def median(speeds: Sequence[Speeds]) -> Speeds:
+    return Speeds(*(statistics.median(getattr(s, kind) for s in speeds) for kind in KINDS))
 
 
 @dataclass(frozen=True)
@@ -88,7 +109,7 @@ class Loops:
         library = getattr(loaded, "lib", loaded)
         P, I = ctypes.c_void_p, ctypes.c_int64
         for name, arguments, result in (
-            ("read_set", [P, I, I], ctypes.c_float), ("copy_set", [P, I, I], None),
+            ("read_set", [P, I, I], ctypes.c_float), ("copy_set", [P, I, I], None), ("update_set", [P, I, I], None),
             ("multiply_add", [I], ctypes.c_float), ("lanes", [], I),
         ):  # fmt: skip
             function = getattr(library, name)
@@ -97,16 +118,23 @@ class Loops:
         return Loops(library, torch.ones(largest // 4), clock)
 
     def gbs(self, kind: str, set_bytes: float) -> float:
-        """GB/s of "read" or "copy" over a set that was touched before; a copy's set is both of its halves."""
-        size = self.rounded(set_bytes)
+        """GB/s of one of `KINDS` over a set that was touched before; a copy's set is what it reads and what it writes."""
+        length = self.stream(set_bytes)
+        size = 32 * length
         passes = max(1, _ENOUGH // size)
         function, at = getattr(self.library, f"{kind}_set"), self.buffer.data_ptr()
-        function(at, size // 4, min(passes, 2))
-        return size * passes / (taken_ns(lambda: function(at, size // 4, passes)) - self.clock_ns)
+        function(at, length, min(passes, 2))
+        moved = size * passes * (2 if kind == "update" else 1)
+        return moved / (taken_ns(lambda: function(at, length, passes)) - self.clock_ns)
 
-    def rounded(self, set_bytes: float) -> int:
-        """A size that the loops divide evenly, within the buffer."""
-        return int(min(max(set_bytes, SMALLEST), 4 * self.buffer.numel())) // 1024 * 1024
+    def speeds(self, set_bytes: float) -> Speeds:
+        return Speeds(*(self.gbs(kind, set_bytes) for kind in KINDS))
+
+    def stream(self, set_bytes: float) -> int:
+        """Numbers in each of the eight streams that make a set, within the buffer: an odd multiple of 80, so that all vectors
+        divide it and the streams do not meet in the same lines of a cache."""
+        numbers = min(max(set_bytes, SMALLEST) / 32, self.buffer.numel() // 8 - 80)
+        return int(numbers) // 160 * 160 + 80
 
     def gflops(self) -> float:
         count = 30_000
@@ -142,29 +170,28 @@ def curve(loops: Loops, repeats: int) -> list[dict[str, float]]:
     """Bandwidth in GB/s over sets from 16 KiB on, doubled each time; medians of timings in turns."""
     rows, size = [], SMALLEST
     while size <= 4 * loops.buffer.numel():
-        pairs = [(loops.gbs("read", size), loops.gbs("copy", size)) for _ in range(repeats)]
-        read, copy = (statistics.median(values) for values in zip(*pairs, strict=True))
-        rows.append({"bytes": size, "read": read, "copy": copy})
+        rows.append({"bytes": size, **asdict(median([loops.speeds(size) for _ in range(repeats)]))})
         size *= 2
     return rows
 
 
 @dataclass(frozen=True)
 class Rates:
-    """GB/s of reading and copying from where a stream's first uses lie and from where it is used again; Gflop/s."""
+    """Bandwidth where a stream's first uses come from and where it is used again; Gflop/s."""
 
-    first: tuple[float, float]
-    again: tuple[float, float]
+    first: Speeds
+    again: Speeds
     gflops: float
 
 
-def seconds(stream: Stream, read: float, copy: float) -> float:
-    """At the bandwidth of copying for each byte written and as many read, of reading for the rest."""
-    copied = min(stream.moved, 2 * stream.written)
-    return 1e-9 * ((stream.moved - copied) / read + copied / copy)
+def seconds(stream: Stream, speeds: Speeds) -> float:
+    """What is made goes at the speed of copying, along with as many bytes that are read; the rest at its own."""
+    copied = 2 * min(stream.read, stream.new) + max(0.0, stream.new - stream.read)
+    read = max(0.0, stream.read - stream.new)
+    return 1e-9 * (read / speeds.read + copied / speeds.copy + stream.updated / speeds.update)
 
 
 def floor(count: Count, rates: Rates) -> float:
     """The least seconds a call can take: its transfers or its arithmetic, whichever is more; one hides behind the other."""
-    transfers = seconds(count.first, *rates.first) + seconds(count.again, *rates.again)
+    transfers = seconds(count.first, rates.first) + seconds(count.again, rates.again)
     return max(transfers, 1e-9 * count.flops / rates.gflops)

@@ -1,10 +1,10 @@
 """``python -m bench roofline``: bytes that the CPU kernels move, and how long that takes against what the machine can do.
 
-First the machine: GB/s of reading (a sum in C++, vectors as wide as the kernels') and of copying, by the size of the set, and
-Gflop/s of multiply-adds in registers. Then the Broyden step, the adjoint's move, and making and applying M, over B, D and n:
-the bytes and flops of bench/roofline/counts.py, a call's time hot and cold, and its floor: those bytes at the bandwidths of
-their sets, or those flops, whichever takes longer, from rates taken in turns with the calls. fp32, one thread, process CPU
-time, medians.
+First the machine: GB/s of reading, copying and updating in place by the size of the set (C++ loops over eight streams, vectors
+as wide as the kernels'), and Gflop/s of multiply-adds in registers. Then the Broyden step, the adjoint's move, and making and
+applying M, over B, D and n: the bytes and flops of bench/roofline/counts.py, a call's time hot and cold, and its floor: those
+bytes at the bandwidths of their sets, or those flops, whichever takes longer, from rates taken in turns with the calls. fp32,
+one thread, process CPU time, medians.
 
 The floor of a call that does less than a call costs says nothing; such rows are told apart ("call").
 """

@@ -13,12 +13,14 @@ import torch
 
 from bench import machine
 
-from .ceilings import Loops, Rates, floor, level_of, taken_ns
+from .ceilings import Loops, Rates, Speeds, floor, level_of, median, taken_ns
 from .subjects import Shape, Subject, subjects
 
 CLEARED = 4 << 20  # bytes read and written between two cold calls
+FAR = 1 << 27  # bytes; sets that are larger are taken for these: several times any cache
 _BLOCK_NS = 3e6  # of hot calls, in each round
 _MOST = 50  # calls of a block
+_LONG_NS = 5e7  # calls that are longer: three rounds
 
 Row = dict[str, Any]
 
@@ -45,15 +47,15 @@ def measure(subject: Subject, loops: Loops, rounds: int) -> Row:
     """
     clear, count = Clearing(), subject.count
     where = {"hot": count.working_set, "cold": count.working_set + CLEARED, "again": count.again.set_bytes}
-    speeds: dict[int, list[tuple[float, float]]] = {loops.rounded(size): [] for size in where.values()}
+    speeds: dict[int, list[Speeds]] = {loops.stream(min(size, FAR)): [] for size in where.values()}
     gflops, hot, cold, faulted = [], [], [], 0
     subject.reset()
     once = taken_ns(subject.call)
     calls = int(min(max(_BLOCK_NS / max(once, 1), 1), _MOST))
-    for _ in range(rounds):
+    for _ in range(min(rounds, 3) if once > _LONG_NS else rounds):
         gflops.append(loops.gflops())
-        for size, found in speeds.items():
-            found.append((loops.gbs("read", size), loops.gbs("copy", size)))
+        for length, found in speeds.items():
+            found.append(loops.speeds(32 * length))
         subject.reset()
         subject.call()
         for _ in range(calls):
@@ -66,21 +68,18 @@ def measure(subject: Subject, loops: Loops, rounds: int) -> Row:
             clear()
             cold.append(taken_ns(subject.call) - loops.clock_ns)
 
-    def rates(name: str) -> tuple[float, float]:
-        reads, copies = zip(*speeds[loops.rounded(where[name])], strict=True)
-        return statistics.median(reads), statistics.median(copies)
-
-    found_rates = {name: Rates(rates(name), rates("again"), statistics.median(gflops)) for name in ("hot", "cold")}
+    at = {name: median(speeds[loops.stream(min(size, FAR))]) for name, size in where.items()}
+    rates = {name: Rates(at[name], at["again"], statistics.median(gflops)) for name in ("hot", "cold")}
     low, high = machine.quartiles(hot)
     return {
         "hot_us": 1e-3 * statistics.median(hot),
         "hot_quartiles_us": [1e-3 * low, 1e-3 * high],
         "cold_us": 1e-3 * statistics.median(cold),
-        "hot_floor_us": 1e6 * floor(count, found_rates["hot"]),
-        "cold_floor_us": 1e6 * floor(count, found_rates["cold"]),
-        "arithmetic_us": 1e-3 * count.flops / found_rates["hot"].gflops,
+        "hot_floor_us": 1e6 * floor(count, rates["hot"]),
+        "cold_floor_us": 1e6 * floor(count, rates["cold"]),
+        "arithmetic_us": 1e-3 * count.flops / rates["hot"].gflops,
         "faults": faulted / len(hot),
-        "rates": asdict(found_rates["hot"]),
+        "rates": asdict(rates["hot"]),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from .ceilings import MEMORY, level_of
+from .ceilings import KINDS, MEMORY, level_of
 from .measure import CLEARED
 
 Row = dict[str, Any]
@@ -36,10 +36,9 @@ def curve_table(curve: list[dict[str, float]], caches: dict[str, int], brief: bo
     if brief and caches:
         halves = {count // 2 for count in caches.values()} | {curve[-1]["bytes"]}
         curve = [point for point in curve if point["bytes"] in halves]
-    lines = [[size(p["bytes"]), level_of(p["bytes"], caches), f"{p['read']:.1f}", f"{p['copy']:.1f}"] for p in curve]
-    return f"{levels}; GB/s on one thread, a copy's set being both halves\n\n" + table(
-        lines, ("set", "fits into", "read", "copy"), markdown
-    )
+    lines = [[size(p["bytes"]), level_of(p["bytes"], caches), *(f"{p[kind]:.1f}" for kind in KINDS)] for p in curve]
+    title = f"{levels}; GB/s on one thread, several streams; loads and stores both count"
+    return f"{title}\n\n{table(lines, ('set', 'fits into', *KINDS), markdown)}"
 
 
 def kernel_table(rows: list[Row], markdown: bool) -> str:
@@ -105,14 +104,14 @@ def _medians(rows: list[Row], microseconds: bool) -> str:
 
 
 def plot(stored: dict[str, Any], path: Path) -> None:
-    """GB/s of reading and copying, and of the kernels' hot calls, against the size of the set."""
+    """GB/s of the machine and of the kernels' hot calls, against the size of the set."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, style in (("read", "k-"), ("copy", "k--")):
+    for name, style in zip(KINDS, ("k-", "k--", "k:"), strict=True):
         ax.plot([p["bytes"] for p in stored["curve"]], [p[name] for p in stored["curve"]], style, label=name)
     for index, (kernel, label) in enumerate(LABELS.items()):
         for marker, some in (("o", lambda row: row["B"] <= 4), ("x", lambda row: row["B"] > 4)):
