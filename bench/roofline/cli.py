@@ -45,8 +45,13 @@ def write(path: Path | None, stored: dict[str, Any]) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({name: value for name, value in stored.items() if name != "rows"}, indent=1)
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in stored["rows"])
+    lines = ",\n".join(f"  {json.dumps(short(row))}" for row in stored["rows"])
     path.write_text(f'{head[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
+
+
+def short(row: dict[str, Any]) -> Any:
+    """With six digits of each number."""
+    return json.loads(json.dumps(row), parse_float=lambda text: float(f"{float(text):.6g}"))
 
 
 def collect(args: argparse.Namespace, stored: dict[str, Any], loops: ceilings.Loops, kernels: list[str]) -> bool:

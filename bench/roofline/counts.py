@@ -108,8 +108,8 @@ def make(B: int, D: int, n: int) -> Count:
         Gram matrix    row i with rows 0..i, chunk by chunk              n (n + 1) / 2
         algebra        R, Q: n^3 each, K: 2 n^3, its factor and two substitutions: n^3 each, V: 2 n^3, as rows of full width
 
-    First: n rows, C's diagonal, V. Again: the rest, from a chunk of n rows. The algebra's own loads, about one a multiplication, are not
-    counted: its matrices are n x n.
+    First: n rows, C's diagonal, V. Again: the rest, from a chunk of n rows. The algebra's own loads, about one a multiplication,
+    are not counted: its matrices are n x n.
     """
     V = n * coefficient_width(n + 1)
     found = _count(B, D, (n, 0, 0), (n * (n + 1) // 2 - n, 0, 0), (n, 0), n * (n + 1), (n - 1, V), 9 * n**3)

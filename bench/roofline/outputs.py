@@ -16,6 +16,7 @@ Row = dict[str, Any]
 MISSING = "–"
 LABELS = {"step": "Broyden step", "move": "adjoint's move", "make": "making M", "apply": "applying M"}
 BRIEF_STEPS = 15  # of the table with one line a shape
+SHORT = 32  # elements of a sample that count as few
 
 
 def size(count: float) -> str:
@@ -30,15 +31,20 @@ def table(lines: list[list[Any]], headers: Sequence[str], markdown: bool) -> str
     return tabulate(lines, headers=headers, tablefmt="github" if markdown else "simple", disable_numparse=True, stralign="right")
 
 
-def curve_table(curve: list[dict[str, float]], caches: dict[str, int], brief: bool, markdown: bool) -> str:
-    """GB/s by the size of the set; `brief`: only half of each cache, and the largest set."""
+def curve_table(curve: list[dict[str, float]], caches: dict[str, int], markdown: bool) -> str:
+    """GB/s by the size of the set."""
     levels = " ".join(f"{name} {size(count)}" for name, count in caches.items()) or "caches unknown"
-    if brief and caches:
-        halves = {count // 2 for count in caches.values()} | {curve[-1]["bytes"]}
-        curve = [point for point in curve if point["bytes"] in halves]
     lines = [[size(p["bytes"]), level_of(p["bytes"], caches), *(f"{p[kind]:.1f}" for kind in KINDS)] for p in curve]
     title = f"{levels}; GB/s on one thread, several streams; loads and stores both count"
     return f"{title}\n\n{table(lines, ('set', 'fits into', *KINDS), markdown)}"
+
+
+def curve_line(curve: list[dict[str, float]], caches: dict[str, int]) -> str:
+    """Half of each cache, and the largest set."""
+    halves = {count // 2 for count in caches.values()} | {curve[-1]["bytes"]}
+    points = [p for p in curve if p["bytes"] in halves]
+    speeds = [f"{size(p['bytes'])}: {', '.join(f'{p[kind]:.0f}' for kind in KINDS)}" for p in points]
+    return f"GB/s of reading, copying, updating; {'; '.join(speeds)}"
 
 
 def kernel_table(rows: list[Row], markdown: bool) -> str:
@@ -75,20 +81,21 @@ def brief_table(rows: list[Row], markdown: bool) -> str:
         ]
         step = found.get("step") or next(iter(found.values()))
         lines.append([f"{B} x {D}", size(step["set_bytes"]), step["level"], *cells])
-    title = f"n = {BRIEF_STEPS}; us hot: times the floor hot, cold"
+    title = f"{BRIEF_STEPS} steps stored; us of a hot call: times its floor hot, cold ({size(CLEARED)} read and written before)"
     return f"{title}\n\n{table(lines, ('B x D', 'set', 'fits into', *LABELS.values()), markdown)}"
 
 
 def summary(rows: list[Row], markdown: bool) -> str:
     """Median ratios hot and cold, and how many rows, by what the floor comes from."""
+    groups: dict[str, list[Row]] = {}
     order = ("call", "arithmetic", "L1", "L2", "L3", "L4", MEMORY)
-    lines = []
-    for limit in sorted({row["limit"] for row in rows}, key=lambda name: order.index(name) if name in order else len(order)):
-        line = [limit]
-        for kernel in LABELS:
-            some = [row for row in rows if (row["limit"], row["kernel"]) == (limit, kernel)]
-            line.append(_medians(some, limit == "call"))
-        lines.append(line)
+    for row in sorted(rows, key=lambda row: (order.index(row["limit"]) if row["limit"] in order else len(order), row["D"] > SHORT)):
+        length = "" if row["limit"] == "call" else f", D {'>' if row['D'] > SHORT else '<='} {SHORT}"
+        groups.setdefault(row["limit"] + length, []).append(row)
+    lines = [
+        [name, *(_medians([row for row in some if row["kernel"] == kernel], name == "call") for kernel in LABELS)]
+        for name, some in groups.items()
+    ]
     title = "median of time over floor, hot and cold (rows), by what the floor comes from; of calls their microseconds"
     return f"{title}\n\n{table(lines, ('floor from', *LABELS.values()), markdown)}"
 
@@ -116,7 +123,7 @@ def plot(stored: dict[str, Any], path: Path) -> None:
     for index, (kernel, label) in enumerate(LABELS.items()):
         for marker, some in (("o", lambda row: row["B"] <= 4), ("x", lambda row: row["B"] > 4)):
             rows = [row for row in stored["rows"] if row["kernel"] == kernel and some(row)]
-            name = label + (", few large samples" if marker == "o" else ", many of 32 elements")
+            name = label + (", few large samples" if marker == "o" else f", many of {SHORT} elements")
             speeds = [1e-3 * row["bytes"] / row["hot_us"] for row in rows]
             ax.plot([row["set_bytes"] for row in rows], speeds, marker, color=f"C{index}", markersize=4, label=name)
     for name, count in stored["caches"].items():
@@ -130,10 +137,11 @@ def plot(stored: dict[str, Any], path: Path) -> None:
 
 
 def text(stored: dict[str, Any], brief: bool, markdown: bool) -> str:
-    caches, rows = stored["caches"], stored["rows"]
-    parts = [curve_table(stored["curve"], caches, brief, markdown), f"{stored['gflops']:.0f} Gflop/s of multiply-adds"]
+    curve, caches, rows = stored["curve"], stored["caches"], stored["rows"]
+    peak = f"{stored['gflops']:.0f} Gflop/s of multiply-adds"
+    if brief:
+        return f"{curve_line(curve, caches)}; {peak}.\n{brief_table(rows, markdown)}"
+    parts = [curve_table(curve, caches, markdown), peak]
     if rows:
-        parts.append(brief_table(rows, markdown) if brief else kernel_table(rows, markdown))
-        parts.append(summary(rows, markdown))
-    parts.append(f"cold: {size(CLEARED)} read and written before each call")
-    return "\n\n".join(parts)
+        parts += [kernel_table(rows, markdown), summary(rows, markdown)]
+    return "\n\n".join([*parts, f"cold: {size(CLEARED)} read and written before each call"])
