@@ -89,7 +89,7 @@ def summary(rows: list[Row], markdown: bool) -> str:
     """Median ratios hot and cold, and how many rows, by what the floor comes from."""
     groups: dict[str, list[Row]] = {}
     order = ("call", "arithmetic", "L1", "L2", "L3", "L4", MEMORY)
-    for row in sorted(rows, key=lambda row: (order.index(row["limit"]) if row["limit"] in order else len(order), row["D"] > SHORT)):
+    for row in sorted(rows, key=lambda row: ((*order, row["limit"]).index(row["limit"]), row["D"] > SHORT)):
         length = "" if row["limit"] == "call" else f", D {'>' if row['D'] > SHORT else '<='} {SHORT}"
         groups.setdefault(row["limit"] + length, []).append(row)
     lines = [
