@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.roofline import ceilings, cli, counts, measure, subjects
+from bench.roofline import ceilings, cli, counts, measure, outputs, subjects
 from bench.roofline.ceilings import Loops, Rates, Speeds, cache_sizes, floor, level_of
 from bench.roofline.counts import Count, Stream
 from bench.roofline.subjects import Shape
@@ -130,6 +130,9 @@ def test_an_interrupted_run_keeps_its_rows(
     assert cli.main(arguments("--show", str(stored), "--markdown", "--plot", str(picture))) == 0
     assert "2 x 33 |" in capsys.readouterr().out
     assert picture.stat().st_size > 1000
+    monkeypatch.setattr(outputs, "BRIEF_STEPS", 3)
+    assert cli.main(arguments("--show", str(stored), "--brief")) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:3] == ["2", "x", "33"]  # 1 x 1 was not measured at 3 steps
 
 
 def test_an_unknown_kernel_is_refused() -> None:

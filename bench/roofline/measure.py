@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import resource
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -36,6 +35,11 @@ class Clearing:
 
 
 def faults() -> int:
+    """Page faults of this process so far; 0 on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
