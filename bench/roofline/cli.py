@@ -56,9 +56,11 @@ def short(row: dict[str, Any]) -> Any:
 
 def collect(args: argparse.Namespace, stored: dict[str, Any], loops: ceilings.Loops, kernels: list[str]) -> bool:
     """Adds the rows to `stored`, and the file is written after each; whether somebody interrupted."""
+    load = machine.OtherLoad()
     try:
         for row in measure.rows(shapes(args.quick), loops, stored["caches"], args.repeats, kernels):
             stored["rows"].append(row)
+            stored["other_cores"] = load.mean_cores()
             write(args.out, stored)
             print(f"{row['kernel']} {row['B']} x {row['D']}, n = {row['n']}: {row['hot_us']:.1f} us", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
@@ -86,7 +88,6 @@ def main(args: argparse.Namespace) -> int:
     args.threads = 1
     torch.set_num_threads(args.threads)
     loops = ceilings.Loops.load(1 << 26 if args.quick else ceilings.LARGEST)
-    load = machine.OtherLoad()
     gc.disable()
     try:
         stored = header(args) | {
@@ -99,7 +100,6 @@ def main(args: argparse.Namespace) -> int:
         interrupted = collect(args, stored, loops, kernels)
     finally:
         gc.enable()
-    stored["other_cores"] = load.mean_cores()
     write(args.out, stored)
     present(args, stored)
     return 130 if interrupted else 0
