@@ -9,6 +9,7 @@ from bench import demo, kernels, overhead, step
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
 from bench.gradients import cli as gradients
+from bench.roofline import cli as roofline
 from bench.scaling import cli as scaling
 from bench.tables import cli as tables
 from bench.tables import compile_time
@@ -22,6 +23,7 @@ COMMANDS = {
     "gradients": gradients,
     "kernels": kernels,
     "overhead": overhead,
+    "roofline": roofline,
     "scaling": scaling,
     "step": step,
     "tables": tables,
