@@ -28,7 +28,7 @@ def test_bytes_and_flops_by_hand() -> None:
     # words an element, flops an element, words and flops a sample
     expected = {
         counts.step: (3 + (3 + 1) + (2 + 5), 5 + 4 * 3 + 2 * 2 + 2, 3 + 16, 2 * 9),  # C: rows of 1 and 2, one row of 16 written
-        counts.move: (8 + 2 * (3 + 1) + 2 * (3 + 3) + (3 + 11), 10 + 2 * (2 * 3 + 2 * 3 + 4) + 2 * 3 + 7, 0, 0),
+        counts.move: (3 + 7 + 2 * (3 + 1) + 2 * (3 + 3) + (3 + 11), 6 + 8 + 2 * (2 * 3 + 2 * 3 + 4) + 2 * 3 + 7, 0, 0),
         counts.make: (1 + 2 + 3, 2 * 6, 2 + 3 * 16, 9 * 27),
         counts.apply: (2 + (3 + 1) + (3 + 2), 2 * 3 + 2 * 3 + 1, 9, 2 * 9),
     }

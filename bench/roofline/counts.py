@@ -87,19 +87,20 @@ def step(B: int, D: int, n: int) -> Count:
 
 
 def move(B: int, D: int, k: int) -> Count:
-    """The adjoint's move without operator, k pairs in the basis: 5k + 27 words an element, 10k + 25 flops.
+    """The adjoint's move without operator, k pairs in the basis: 5k + 29 words an element, 10k + 29 flops.
 
-        judge          reads q, jw, w, r, x, makes rt, y, z; all samples, before anything else    8
-        dots           reads k images and y; twice                                                2 (k + 1)
-        orthogonalise  reads k images and r, updates y; twice                                     2 (k + 3)
-        take           reads k directions, updates z, y, x, r, w, makes z_best                    k + 11
+        norms          reads q, jw, w; all samples, before anything else          3
+        new pair       reads q, jw, w, r, x, makes y, z                           7
+        dots           reads k images and y; twice                                2 (k + 1)
+        orthogonalise  reads k images and r, updates y; twice                     2 (k + 3)
+        take           reads k directions, updates z, y, x, r, w, makes z_best    k + 11
 
-    (The source says "about 5k + 24".) First: judge's, then images, directions, y, r, z, x and w, since all samples were judged in
-    between, and z_best. Again, within a sample: images three times more, and what is left of y and r.
+    First: those of the norms, then q, jw, images, directions, x, r, w (updated), y, z and z_best. Again, within a sample: images
+    three times more, and what is left of y, z, x, r and w. In the first move x = 0 and r = q: 18 words, 19 flops.
     """
     if k == 0:
-        return _count(B, D, (5, 4, 10), (0, 0, 0), (9, 9), 17)
-    return _count(B, D, (2 * k + 7, 4, 6), (3 * k + 2, 0, 8), (2 * k + 9, k + 2), 10 * k + 25)
+        return _count(B, D, (5, 5, 2), (2, 0, 4), (8, 8), 19)
+    return _count(B, D, (2 * k + 5, 3, 6), (3 * k + 7, 0, 8), (2 * k + 8, k + 2), 10 * k + 29)
 
 
 def make(B: int, D: int, n: int) -> Count:

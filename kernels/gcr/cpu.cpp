@@ -2,8 +2,8 @@
 // its own basis. Progress (best, done, ...) lies in a Broyden struct, whose S holds the basis: (B, 2, M, D), images first.
 //
 // A move is two sweeps over the samples, because the batch as a whole may be good enough: the first makes norms only, the second
-// all the rest. With k pairs in the basis they read and write 2k + 16 words a state element where a sample's rows fit into a
-// cache (3k more for Gram-Schmidt where they do not), and 2n + 2 more for an operator of n steps.
+// all the rest. With k pairs in the basis they read and write 5k + 29 words a state element, of which 2k + 14 are first uses (the
+// others come from the cache that a sample's rows fit into), and 2n + 2 more for an operator of n steps.
 
 template <class T>
 struct Gcr {
