@@ -57,6 +57,37 @@ static inline T sum(typename Vec<T>::type v) {
   return s;
 }
 
+// The sums of the lanes of four vectors, out[i] = sum(v[i]) to the last bit, in a few shuffles of whole vectors: one at a time they
+// cost more than the products they sum, and scalar stores would hold up the vector loads that follow.
+static inline void sum_four(const Vec<float>::type* v, float* out) {
+#if defined(__clang__) || __GNUC__ >= 12
+  typedef float quarter __attribute__((vector_size(16)));
+  constexpr int Q = DEQ_VECTOR_BYTES / 16;
+  quarter b[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    quarter q[Q];
+    std::memcpy(q, v + i, sizeof q);
+#pragma GCC unroll 4
+    for (int half = Q / 2; half > 0; half /= 2)
+      for (int j = 0; j < half; j++) q[j] += q[j + half];
+    b[i] = q[0];
+  }
+  auto pairs = [](quarter x, quarter y) -> quarter {  // x0 + x2, y0 + y2, x1 + x3, y1 + y3
+    return __builtin_shufflevector(x, y, 0, 4, 1, 5) + __builtin_shufflevector(x, y, 2, 6, 3, 7);
+  };
+  quarter low = pairs(b[0], b[1]), high = pairs(b[2], b[3]);
+  low = __builtin_shufflevector(low, high, 0, 1, 4, 5) + __builtin_shufflevector(low, high, 2, 3, 6, 7);
+  std::memcpy(out, &low, sizeof low);
+#else
+  for (int i = 0; i < 4; i++) out[i] = sum<float>(v[i]);
+#endif
+}
+
+static inline void sum_four(const Vec<double>::type* v, double* out) {
+  for (int i = 0; i < 4; i++) out[i] = sum<double>(v[i]);
+}
+
 // Elements of a row that are worked on at a time: a chunk of every operand stays in the second-level cache. Sums run over
 // chunks in order, so that splitting a row over threads changes no bit.
 static constexpr i64 CHUNK = 8192;
@@ -79,6 +110,14 @@ static inline void dots_rows(const T* S, i64 D, i64 len, const T* g, const T* s,
       A[i] += v * x;
       if (TWO) Q[i] += v * y;
     }
+  }
+  if (d == len && R % 4 == 0) {
+#pragma GCC unroll 2
+    for (int i = 0; i + 4 <= R; i += 4) {
+      sum_four(A + i, a + i);
+      if (TWO) sum_four(Q + i, r + i);
+    }
+    return;
   }
   for (int i = 0; i < R; i++) {
     T t = sum<T>(A[i]), u = TWO ? sum<T>(Q[i]) : T(0);
@@ -126,5 +165,11 @@ static void algebra(const T* C, i64 ld, i64 n, const T* a, const T* r, T* y, T* 
   i64 v = 0;
   for (; v + 2 * N <= ld; v += 2 * N) algebra_columns<T, 2>(C, ld, n, a, r, t, part, v);
   if (v < ld) algebra_columns<T, 1>(C, ld, n, a, r, t, part, v);
-  for (i64 j = 0; j < n; j++) y[j] = sum<T>(load(part + j * N));
+  i64 j = 0;
+  for (; j + 4 <= n; j += 4) {
+    typename Vec<T>::type sums[4];
+    std::memcpy(sums, part + j * N, sizeof sums);
+    sum_four(sums, y + j);
+  }
+  for (; j < n; j++) y[j] = sum<T>(load(part + j * N));
 }
