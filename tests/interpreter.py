@@ -3,7 +3,7 @@
 At every call of a device function it looks through all of triton.language for builtins to patch, though what it patched when the
 kernel was launched is still in place. And it computes sums and products of integers a second time in 64 bits, to assert that
 none overflows; without its debug option, which nothing here sets, the assertion is left out after that work.
-Each is a quarter of the time of the interpreted tests.
+Together they were more than a quarter of the CPU time of the interpreted tests.
 """
 
 from __future__ import annotations
