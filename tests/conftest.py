@@ -8,13 +8,15 @@ number, and fails above the budget.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
-import torch._inductor.compile_fx as compile_fx
+
+# No torch at the top: where pytest-xdist shares the tests out, the process that does so would import it first, for nothing, while
+# those that run tests wait for it.
 
 INDUCTOR_BUDGET = 40  # graphs a session; about 5 s each with an empty cache
 
@@ -31,6 +33,8 @@ class InductorCounter:
         self._original: Any = None
 
     def install(self) -> None:
+        import torch._inductor.compile_fx as compile_fx
+
         self._original = original = compile_fx._compile_fx_inner
 
         @functools.wraps(original)
@@ -41,17 +45,28 @@ class InductorCounter:
         compile_fx._compile_fx_inner = counted
 
     def remove(self) -> None:
-        compile_fx._compile_fx_inner = self._original
+        if self._original is not None:
+            import torch._inductor.compile_fx as compile_fx
+
+            compile_fx._compile_fx_inner = self._original
 
 
 COUNTER = InductorCounter()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return  # the tests run in other processes
+    import torch
+
     # One thread: the tensors of the tests are too small to share out, and the order of a reduction (hence a bitwise
     # comparison) must not depend on the machine. Tests of threading set their own number.
     torch.set_num_threads(1)
     COUNTER.install()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.interpreter import quicken
+
+        quicken()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -90,6 +105,8 @@ def inductor() -> InductorCounter:
 @pytest.fixture(autouse=True)
 def clean_torch() -> Iterator[None]:
     """Fix the seed, and drop what the test compiled (cheap where it compiled nothing: 20 µs)."""
+    import torch
+
     torch.manual_seed(0)
     threads, default_dtype = torch.get_num_threads(), torch.get_default_dtype()
     yield

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import logging
+import math
 import os
 import pickle
 import subprocess
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import deq_compile as dq
 from deq_compile import Reason, deq_compile, explain, record_solves
 from deq_compile.backend import has_cpp_compiler
+from deq_compile.config import Options
 from tests.helpers import TIGHT, largest_error, reference, value_and_grads
 from tests.models.loops import CASES, Linear, Loop, contract
 
@@ -206,15 +208,6 @@ def test_explain_names_graph_breaks() -> None:
     assert "graph break " in str(report)
 
 
-def test_rewritten_graph_is_in_the_structured_trace(tmp_path: Path) -> None:
-    done = python(SCRIPT % "eager", TORCH_TRACE=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    (log,) = tmp_path.iterdir()
-    text = log.read_text()
-    assert "deq_rewritten_graph" in text
-    assert "torch.ops.deq.solve.default" in text
-
-
 def test_explain_a_decorated_model_with_its_own_options() -> None:
     model = Decorated()
     report = explain(model)(torch.randn(3, 16))
@@ -275,6 +268,23 @@ def loop(x):
 x = torch.randn(2, 4)
 torch.testing.assert_close(torch.compile(loop, backend="deq", options={"inner": "%s"})(x), loop(x), rtol=1e-3, atol=1e-4)
 """
+# TORCH_LOGS imports what it names; a trace must not.
+UNIMPORTED = """
+import sys, torch
+assert not any(name.split(".")[0] == "deq_compile" for name in sys.modules)
+"""
+KEYS = """
+import torch, deq_compile
+f = torch.nn.Linear(4, 4)
+def loop(x):
+    z = torch.zeros_like(x)
+    for _ in range(20):
+        z = torch.tanh(0.1 * f(z) + x)
+    return z
+print([r.key for r in deq_compile.explain(loop, inner="eager")(torch.ones(2, 4)).regions])
+from deq_compile.config import Options
+print(Options(factor_dtype="bfloat16", inductor={"b": 1, "a": [2]}, backward_tol=float("inf")).resolve().key())
+"""
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -283,37 +293,26 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_backend_is_found_without_import() -> None:
-    """Through the entry point of the installed package."""
-    done = python(SCRIPT % "eager")
-    assert done.returncode == 0, done.stderr
+# A process costs seconds before its first line, so each of these serves several tests.
 
 
-def test_torch_logs() -> None:
-    done = python(SCRIPT % "eager", TORCH_LOGS="+deq_compile")
-    assert done.returncode == 0, done.stderr
-    assert "find_loops" in done.stderr
+@pytest.fixture(scope="module")
+def by_name(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """torch.compile by name where nothing has imported the package, and the folder of the structured trace."""
+    traces = tmp_path_factory.mktemp("traces")
+    return python(UNIMPORTED + SCRIPT % "eager", TORCH_TRACE=str(traces)), traces
 
 
-def test_without_a_compiler(tmp_path: Path) -> None:
-    """One warning, then aot_eager."""
-    code = "import deq_compile\n" + SCRIPT % "inductor"
-    done = python(code, CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("no C++ compiler was found") == 1
-    assert "inner='aot_eager'" in done.stderr
+@pytest.fixture(scope="module")
+def no_compiler(tmp_path_factory: pytest.TempPathFactory) -> subprocess.CompletedProcess[str]:
+    code = "import deq_compile\n" + SCRIPT % "inductor" + KEYS
+    cache = str(tmp_path_factory.mktemp("inductor"))
+    return python(code, CXX="no-such-compiler", TORCHINDUCTOR_CACHE_DIR=cache, PYTHONHASHSEED="1")
 
 
-def test_this_machine_has_a_compiler() -> None:
-    assert has_cpp_compiler()
-
-
-def test_version() -> None:
-    assert dq.__version__ in (ROOT / "pyproject.toml").read_text()
-
-
-def test_backend_is_registered_on_import_of_a_plain_checkout() -> None:
-    """No distribution metadata, hence no entry point: the import registers the backend."""
+@pytest.fixture(scope="module")
+def plain_checkout() -> subprocess.CompletedProcess[str]:
+    """No distribution metadata, hence no entry point."""
     hide = """
 import importlib.metadata as metadata
 real = metadata.entry_points
@@ -325,21 +324,60 @@ def without(**query):
 metadata.entry_points = without
 import deq_compile
 """
-    done = python(hide + SCRIPT % "eager", PYTHONPATH=str(ROOT))
+    return python(hide + SCRIPT % "eager" + KEYS, PYTHONPATH=str(ROOT), PYTHONHASHSEED="2")
+
+
+def test_backend_is_found_without_import(by_name: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    """Through the entry point of the installed package."""
+    done, _ = by_name
     assert done.returncode == 0, done.stderr
 
 
-def test_keys_are_the_same_in_every_process() -> None:
-    code = """
-import torch, deq_compile
-f = torch.nn.Linear(4, 4)
-def loop(x):
-    z = torch.zeros_like(x)
-    for _ in range(20):
-        z = torch.tanh(0.1 * f(z) + x)
-    return z
-print([r.key for r in deq_compile.explain(loop, inner="eager")(torch.ones(2, 4)).regions])
-"""
-    first, second = (python(code, PYTHONHASHSEED=seed).stdout for seed in ("1", "2"))
+def test_torch_logs() -> None:
+    done = python(SCRIPT % "eager", TORCH_LOGS="+deq_compile")
+    assert done.returncode == 0, done.stderr
+    assert "find_loops" in done.stderr
+
+
+def test_rewritten_graph_is_in_the_structured_trace(by_name: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    done, traces = by_name
+    assert done.returncode == 0, done.stderr
+    (log,) = traces.iterdir()
+    text = log.read_text()
+    assert "deq_rewritten_graph" in text
+    assert "torch.ops.deq.solve.default" in text
+
+
+def test_without_a_compiler(no_compiler: subprocess.CompletedProcess[str]) -> None:
+    """One warning, then aot_eager."""
+    assert no_compiler.returncode == 0, no_compiler.stderr
+    assert no_compiler.stderr.count("no C++ compiler was found") == 1
+    assert "inner='aot_eager'" in no_compiler.stderr
+
+
+def test_backend_is_registered_on_import_of_a_plain_checkout(plain_checkout: subprocess.CompletedProcess[str]) -> None:
+    """No distribution metadata, hence no entry point: the import registers the backend."""
+    assert plain_checkout.returncode == 0, plain_checkout.stderr
+
+
+def test_keys_are_the_same_in_every_process(
+    no_compiler: subprocess.CompletedProcess[str], plain_checkout: subprocess.CompletedProcess[str]
+) -> None:
+    """Whatever the seed of Python's hashes."""
+    first, second = no_compiler.stdout, plain_checkout.stdout
     assert first == second
     assert "-0']" in first
+
+
+def test_this_machine_has_a_compiler() -> None:
+    assert has_cpp_compiler()
+
+
+def test_version() -> None:
+    assert dq.__version__ in (ROOT / "pyproject.toml").read_text()
+
+
+def test_key_of_options_is_the_same_in_another_process(no_compiler: subprocess.CompletedProcess[str]) -> None:
+    here = Options(factor_dtype=torch.bfloat16, inductor={"a": [2], "b": 1}, backward_tol=math.inf).resolve().key()
+    assert no_compiler.stdout.splitlines()[-1] == here
+    assert len(here) == 16

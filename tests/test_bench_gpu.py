@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -33,12 +34,15 @@ def test_a_dry_run(tmp_path: Path) -> None:
     assert all(row["ok"] for row in checked)
 
 
-def test_without_a_device_it_says_so() -> None:
+def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `python -m bench gpu`, in this process: a SystemExit with a text goes to stderr, and its status is 1."""
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = subprocess.run([sys.executable, "-m", "bench", "gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "expected a CUDA device, found none. Fix: run it where there is one, or add --dry-run" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["bench", "gpu"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("bench", run_name="__main__", alter_sys=True)
+    assert isinstance(stopped.value.code, str)
+    assert "expected a CUDA device, found none. Fix: run it where there is one, or add --dry-run" in stopped.value.code
 
 
 def test_what_is_wrong_comes_first_and_decides() -> None:
