@@ -51,10 +51,11 @@ class BodySpec:
 class Linearised(abc.ABC):
     """A body linearised at one state: `vjp(w)` = J^T w, and `vjp_full(w)` = (J^T w, gradients of the operands asked for).
 
-    w, J^T w: (B, D). An operand that the body does not depend on has gradient None. `runner` is the body's, where it is known.
+    w, J^T w: (B, D). An operand that the body does not depend on has gradient None. `source` is what was linearised, where that
+    is known: the runner, and the operands as it was given them.
     """
 
-    runner: Runner | None = None
+    source: tuple[Runner, Sequence[Tensor]] | None = None
 
     @abc.abstractmethod
     def vjp(self, w: Tensor) -> Tensor: ...

@@ -150,12 +150,12 @@ class LinearisingEvaluations(Evaluations):
     def linear(self) -> Linearised | None:
         if self.calls is None or not self.last:
             return None
-        return CompiledLinearised(self.runner, self.last[1:], self.calls[1], self.calls[2])
+        return CompiledLinearised((self.runner, self.operands), self.last[1:], self.calls[1], self.calls[2])
 
 
 class CompiledLinearised(Linearised):
-    def __init__(self, runner: Runner, saved: Sequence[Any], state: Call, full: Call) -> None:
-        self.runner, self.saved, self.state, self.full = runner, saved, state, full
+    def __init__(self, source: tuple[Runner, Sequence[Tensor]], saved: Sequence[Any], state: Call, full: Call) -> None:
+        self.source, self.saved, self.state, self.full = source, saved, state, full
 
     def vjp(self, w: Tensor) -> Tensor:
         if torch.is_grad_enabled():

@@ -198,8 +198,11 @@ def _gradients(
     spec, (kept, rows, serial) = site.spec, forward
     layout = spec.layout([s.shape for s in states], rows)
     q = layout.matrix([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
-    operands = spec.arranged(operands)
-    runner = (linear.runner if linear is not None else None) or runner_for(spec.body, layout, operands, sizes)
+    if linear is not None and linear.source is not None:
+        runner, operands = linear.source
+    else:
+        operands = spec.arranged(operands)
+        runner = runner_for(spec.body, layout, operands, sizes)
     if kept or spec.config.backward == "unroll":
         return loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
     z = layout.matrix(states)
