@@ -243,18 +243,19 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
         stop=stop,
         own_cap=int(loop.hints.get("max_iter", OWN_CAP)) if loop.tests and loop.count > 1 else None,
         needs=needs,
-        channels_last=config.inner == "inductor" and all(v.device.type == "cpu" for v in outputs) and _convolves(loop.body),
+        channels_last=all(v.device.type == "cpu" for v in outputs) and _turns_images(loop.body, config),
     )
 
 
-def _convolves(body: fx.GraphModule) -> bool:
+def _turns_images(body: fx.GraphModule, config: Config) -> bool:
     """Whether Inductor would bring the images of a body into channels-last order, on a CPU."""
-    from torch._inductor import config
+    from torch._inductor import config as inductor
 
-    if not config.layout_optimization or not torch.backends.mkldnn.is_available():
+    if config.inner != "inductor" or not torch.backends.mkldnn.is_available():
         return False
     names = (target_name(n.target) for n in body.graph.nodes if n.op == "call_function")
-    return any("conv2d" in name or "conv_transpose2d" in name for name in names)
+    wanted = config.inductor.get("layout_optimization", inductor.layout_optimization)
+    return bool(wanted) and any("conv2d" in name or "conv_transpose2d" in name for name in names)
 
 
 def _stop_test(test: ExitTest) -> GraphTest:

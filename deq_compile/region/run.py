@@ -162,10 +162,11 @@ def _prepared(
     """Layout and runner for these shapes; those of the last call mostly are, and that is seen without hashing them."""
     metas = [(o.shape, o.stride(), o.dtype, o.device) for o in operands]
     facts = [s.shape for s in state0], rows, metas, list(sizes)
-    if site.prepared is None or site.prepared[0] != facts:
+    prepared = site.prepared
+    if prepared is None or prepared[0] != facts:
         layout = site.spec.layout(facts[0], rows)
-        site.prepared = facts, layout, runner_for(site.spec.body, layout, operands, sizes)
-    return site.prepared[1], site.prepared[2]
+        prepared = site.prepared = facts, layout, runner_for(site.spec.body, layout, operands, sizes)
+    return prepared[1], prepared[2]
 
 
 def run_backward(
