@@ -60,12 +60,7 @@ class Arena:
     made of a part has a storage of its own and holds the block."""
 
     def __init__(self, size: int) -> None:
-        if SMALL <= size <= LIMIT:
-            self.lease = _lease(size)
-        else:
-            block = torch.empty(size, dtype=torch.uint8)
-            self.lease = _held_type(size).from_address(block.data_ptr())
-            self.lease.block = block
+        self.lease = _lease(size)
         self.address = ctypes.addressof(self.lease)
 
     def tensor(self, place: Place) -> Tensor:
@@ -87,16 +82,6 @@ def _lease(wanted: int) -> Any:
     lease = _lease_type(wanted).from_address(block.data_ptr())
     lease.block = block
     return lease
-
-
-@functools.lru_cache(maxsize=256)
-def _held_type(size: int) -> Any:
-    """A buffer of so many bytes in a block that is no matter of the pool."""
-
-    class Held(ctypes.c_char * size):  # type: ignore[misc]
-        block: Tensor
-
-    return Held
 
 
 @functools.lru_cache(maxsize=256)
@@ -130,6 +115,8 @@ def _rounded(size: int) -> int:
 
 def _give_back(block: Tensor) -> None:
     # Runs wherever the last reference dies, in any thread: each line is one operation on a dict or a list.
+    if not SMALL <= block.numel() <= LIMIT:
+        return
     _free.setdefault(block.numel(), []).append(block)
     while kept() > LIMIT:
         size, blocks = next(iter(_free.items()), (0, None))

@@ -60,9 +60,10 @@ class Bound(Step):
         spec = BodySpec(call, f"bench-{case.name}", Ambient.now(), inner)
         self.runner = runner_for(spec, self.layout, self.arranged([u, *(p.detach() for p in self.parameters)]), ())
 
-    def arranged(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        last = torch.channels_last
-        return [o.contiguous(memory_format=last) if self.images and o.dim() == 4 else o for o in operands]
+    def arranged(self, operands: Sequence[Tensor]) -> Sequence[Tensor]:
+        from deq_compile.region.layout import channels_last
+
+        return channels_last(operands) if self.images else operands
 
     def forward(self) -> Tensor:
         assert self.case.loop is not None

@@ -14,6 +14,7 @@ from deq_compile.kernels.broyden import (
     RUNNING,
     Factors,
     Progress,
+    about_of,
     new_progress,
     new_state,
     observe,
@@ -21,7 +22,7 @@ from deq_compile.kernels.broyden import (
 )
 
 from .modes import without_grad
-from .status import Status, converged
+from .status import converged
 from .stop import accept
 
 # Multiples of the body's eps below which stagnation is the precision's doing.
@@ -75,15 +76,11 @@ class Solution:
 
     def about(self) -> Tensor:
         """(B, 2) float32: the stopping residual and the iterations of each sample."""
-        if self.progress is not None:
-            return self.progress.about()
-        return torch.stack([self.residual.float(), self.iterations], dim=1)  # the counts become float32 on the way
+        return about_of(self.residual, self.iterations) if self.progress is None else self.progress.about()
 
     def all_converged(self) -> bool:
-        """Whether every sample has reached the tolerance itself. Waits for the device."""
-        if self.progress is not None:
-            return self.progress.all_converged()
-        return bool((self.status == Status.CONVERGED).all())
+        """Whether every sample is known to have reached the tolerance itself; asks no device of a captured solve."""
+        return self.progress is not None and self.progress.all_converged()
 
     def missed(self) -> bool:
         """Whether a sample stopped short of its tolerance. Waits for the device."""

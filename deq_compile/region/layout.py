@@ -18,6 +18,11 @@ def flat_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
+def channels_last(operands: Sequence[Tensor]) -> list[Tensor]:
+    """Operands of a body that works on images in this order, so that it need not bring them there in every call."""
+    return [o.contiguous(memory_format=torch.channels_last) if o.dim() == 4 else o for o in operands]
+
+
 @functools.lru_cache(maxsize=256)
 def layout_of(
     shapes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...], orders: tuple[tuple[int, ...], ...], rows: bool,

@@ -22,7 +22,7 @@ from deq_compile.config import Config
 
 from .body import BodySpec, Runner
 from .forward import Solution
-from .layout import Layout, flat_dtype, layout_of
+from .layout import Layout, channels_last, flat_dtype, layout_of
 from .stop import StopTest
 
 log = logging.getLogger("deq_compile.region")
@@ -98,10 +98,8 @@ class RegionSpec:
         return layout_of(tuple(tuple(s) for s in shapes), self.dtypes, self.orders, rows, self.channels_last)
 
     def arranged(self, operands: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Operands in the memory order in which the body is fastest, so that it need not bring them there in every call."""
-        if not self.channels_last:
-            return operands
-        return [o.contiguous(memory_format=torch.channels_last) if o.dim() == 4 else o for o in operands]
+        """Operands in the memory order that the body works in."""
+        return channels_last(operands) if self.channels_last else operands
 
 
 class Site:

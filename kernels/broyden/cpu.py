@@ -111,10 +111,6 @@ class CpuState(native.Parts, BroydenState):
 
     def step(self, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
         self.evaluations += 1
-        if stop_norm is None and f.dtype is z.dtype and f.is_contiguous() and z.is_contiguous():  # the usual case, in short
-            self.active = self.functions.step(self.address, z.data_ptr(), f.data_ptr(), None, self.evaluations, last)
-            self.settled = not self.active
-            return
         self._call(z, f, stop_norm, _LAST if last else 0)
 
     def step_residual(self, z: Tensor, g: Tensor, stop_norm: Tensor, *, last: bool = False) -> None:

@@ -61,6 +61,11 @@ class Factors:
         return self.S.reshape(-1), self.C.reshape(-1)
 
 
+def about_of(residual: Tensor, iterations: Tensor) -> Tensor:
+    """(B, 2) float32 of two tensors (B,)."""
+    return torch.stack([residual.float(), iterations], dim=1)  # the counts become float32 on the way
+
+
 @dataclass(kw_only=True, eq=False)
 class Progress:
     """Where each sample of a batched fixed-point iteration stands.
@@ -105,7 +110,7 @@ class Progress:
 
     def about(self) -> Tensor:
         """(B, 2) float32: the smallest stopping residual of each sample, and the evaluations at which it stopped."""
-        return torch.stack([self.best.float(), self.iterations], dim=1)  # the counts become float32 on the way
+        return about_of(self.best, self.iterations)
 
     def all_converged(self) -> bool:
         """Whether every sample has reached the tolerance itself. Synchronises."""

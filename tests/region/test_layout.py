@@ -15,6 +15,7 @@ from deq_compile.region.layout import Layout
 from deq_compile.region.modes import Ambient
 from deq_compile.region.op import solve_op
 from deq_compile.region.site import RegionSpec, register, site
+from tests.models.loops import Loop
 
 
 @pytest.fixture(autouse=True)
@@ -86,16 +87,13 @@ def test_the_order_in_memory_changes_no_result(inner: str, iterations: int | Non
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-class Net(nn.Module):
+class Cell(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for _ in range(6):
-            z = torch.tanh(0.1 * self.layer(z) + x)
-        return z
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(0.1 * self.layer(z) + x)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +108,6 @@ def test_who_is_asked_for_channels_last(layer: nn.Module, inner: str, expected: 
 
     monkeypatch.setattr(backend, "compile_rest", lambda gm, inputs, config, mode: lambda *args: [inputs[-1]])
     torch._dynamo.reset()
-    report = explain(Net(layer), inner=inner)(torch.randn(2, 3, 4, 4))
+    report = explain(Loop(Cell(layer)), inner=inner)(torch.randn(2, 3, 4, 4))
     (region,) = report.regions
     assert site(region.key).spec.channels_last is expected
