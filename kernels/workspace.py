@@ -2,8 +2,8 @@
 
 A step of a region needs buffers of some megabytes twice, for the steps of the forward and for the basis of the adjoint. The C
 library gives such blocks back to the system as soon as they are free, and then every page is faulted in and cleared again in the
-next step: up to 4 us a page, which is more than all of the solver's arithmetic. So the last blocks are kept here, up to `LIMIT`
-bytes of them; larger ones are ordinary tensors.
+next step: up to 4 us a page, which is more than all of the solver's arithmetic and can be a third of the whole step. So the last
+blocks are kept here, up to `LIMIT` bytes of them; larger ones are ordinary tensors.
 """
 
 from __future__ import annotations
@@ -12,14 +12,24 @@ import collections
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Bytes that may be kept while nobody uses them. Blocks that are larger are not worth it: their solves take far longer.
-LIMIT = 64 << 20
+
+def _physical_memory() -> int:
+    """Bytes of this machine; 1 GiB where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 30
+
+
+# Bytes that may be kept while nobody uses them.
+LIMIT = _physical_memory() // 16
 # Below this the C library does not give memory back, and a block is cheaper than the question for one.
 SMALL = 64 << 10
 ALIGNMENT = 64  # of torch's own CPU tensors
@@ -74,14 +84,31 @@ class Arena:
 def _lease(wanted: int) -> Any:
     """A buffer of so many bytes in a block of the pool, or in a new one."""
     size = _rounded(wanted)
-    try:
-        block = _free[size].pop()
-        _free.move_to_end(size)
-    except (KeyError, IndexError):
+    block = _taken(size)
+    if block is None:
         block = torch.empty(size, dtype=torch.uint8)
     lease = _lease_type(wanted).from_address(block.data_ptr())
     lease.block = block
     return lease
+
+
+def _taken(size: int) -> Tensor | None:
+    """A free block of this size, or one that is not much too large, so that batches of many sizes do not each keep their own."""
+    found = _popped(size)
+    if found is None:
+        for other in sorted(other for other in list(_free) if size < other <= size + size // 2):
+            if (found := _popped(other)) is not None:
+                break
+    return found
+
+
+def _popped(size: int) -> Tensor | None:
+    try:
+        block = _free[size].pop()
+        _free.move_to_end(size)
+        return block
+    except (KeyError, IndexError):  # there is none, or another thread was quicker
+        return None
 
 
 @functools.lru_cache(maxsize=256)

@@ -110,8 +110,7 @@ def forward(setting: Setting, B: int, D: int, wanted: str) -> tuple[CapturedForw
     runner: Any = PlainRunner(body)
     own = Operands(operands, addresses(operands), frozenset({0, 1}))
     held = CapturedForward(captures.device_class(setting.device), runner, z0, own, settings, wanted)
-    S, C = held.state.buffers()
-    return held, lambda: held.solve(z0, operands, S, C), operands[0]
+    return held, lambda: held.solve(z0, operands, leaves=False), operands[0]
 
 
 def _build(setting: Setting, B: int, D: int, wanted: str) -> None:

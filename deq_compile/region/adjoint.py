@@ -89,7 +89,8 @@ def solve_adjoint(
         state: factors of the forward solve; None means none: w_0 = q.
         tol: relative adjoint residual to reach.
         max_iter: cap on VJPs, at least 1; returning another estimate than the last takes one more.
-        expected: the VJP at which the iteration is expected to end, where ``vjp_full`` is called outright; None: 1.
+        expected: the VJP at which the iteration is expected to end, where ``vjp_full`` is called outright, and that
+            memory is made for; None: 1, and not known.
         body_eps: eps of the precision that the VJPs compute in; None is that of ``q``'s dtype.
         skip: pairs of the factors that are left out, oldest first; see :func:`deq_compile.kernels.reuse.multisecant`.
         watched: whether a device may be asked how far it is. False: ``max_iter`` VJPs and one more, whatever they come to; the
@@ -104,7 +105,7 @@ def solve_adjoint(
         return _one_vjp(vjp_full, apply_transpose(state, q) if state is not None else q.clone(), q)
     floor = FLOOR_EPS * (torch.finfo(q.dtype).eps if body_eps is None else body_eps)
     operator = multisecant(state, skip) if state is not None else None
-    adjoint = new_state(q, operator, min(max_iter, MEMORY), tol=tol, floor=floor)
+    adjoint = new_state(q, operator, min(max_iter, MEMORY), tol=tol, floor=floor, room=expected)
     if not watched:
         return _unwatched(vjp, vjp_full, adjoint, max_iter)
     return _refine(vjp, vjp_full, adjoint, max_iter, 1 if expected is None else expected)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .layout import Layout
-from .modes import Ambient
+from .modes import Ambient, autograd_recording
 
 log = logging.getLogger("deq_compile.region")
 
@@ -103,7 +103,7 @@ class EagerRunner(Runner):
             return self.spec.flat(self.layout, z, operands, self.sizes)
 
     def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised:
-        with torch.enable_grad():
+        with autograd_recording():
             state = z.detach().requires_grad_()
             own = [o.detach().requires_grad_(need) for o, need in zip(operands, needs, strict=True)]
             out = self.spec.flat(self.layout, state, own, self.sizes)

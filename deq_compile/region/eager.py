@@ -19,12 +19,12 @@ from deq_compile.kernels.broyden import Factors
 from . import records
 from .adjoint import phantom, solve_adjoint
 from .body import BodySpec
-from .forward import Solution, better_of, solve
+from .forward import better_of
 from .layout import Layout
 from .modes import Ambient
 from .op import Once
 from .probe import rows_are_independent
-from .run import record_forward
+from .run import record_forward, solve_for
 from .site import RegionSpec, Site
 from .status import converged
 from .verdict import count_misses, declared_gradient_holds
@@ -57,13 +57,12 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
             return layout.flatten(f(layout.unflatten(z)))
 
     z0 = layout.flatten(state0).detach()
-    solution = _solve(flat, z0, site, config.solver)
+    solution = solve_for(site, flat, z0)
     if not bool(converged(solution.status).all()):
-        solution = better_of(solution, lambda: _solve(flat, z0, site, "picard"))
+        solution = better_of(solution, lambda: solve_for(site, flat, z0, solver="picard"))
     count_misses(site, solution)
     states = layout.outputs(solution.z)
-    kept = (solution.state.S, solution.state.C) if solution.state is not None else (z0.new_empty(0), z0.new_empty(0))
-    serial = record_forward(site, solution, solution.z, solution.evaluations, *kept)
+    serial = record_forward(site, solution, solution.z, solution.evaluations, solution.state)
     if not torch.is_grad_enabled():
         return states
     inputs = [s.detach().requires_grad_() for s in layout.unflatten(solution.z)]
@@ -74,23 +73,6 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
         z.register_post_accumulate_grad_hook(_forget)
     adjoint = _Adjoint(layout, inputs, images, solution.state, config, site, serial)
     return list(_Implicit.apply(adjoint, states, *images))
-
-
-def _solve(flat: Callable[[Tensor], Tensor], z0: Tensor, site: Site, solver: str) -> Solution:
-    config, spec = site.spec.config, site.spec
-    return solve(
-        flat,
-        z0,
-        solver=solver,
-        tol=config.tol,
-        stop_mode=config.stop_mode,
-        max_iter=config.max_iter,
-        memory=config.memory,
-        factor_dtype=spec.factor_dtype,
-        body_eps=spec.body_eps,
-        anderson_memory=config.anderson_memory,
-        anderson_damping=config.anderson_damping,
-    )
 
 
 def _site(key: Any, state0: Sequence[Tensor], config: Config, where: str) -> Site:

@@ -100,8 +100,7 @@ def solve(
     factor_dtype: torch.dtype | None = None,
     eta: float = 0.1,
     body_eps: float | None = None,
-    S: Tensor | None = None,
-    C: Tensor | None = None,
+    room: int | None = None,
     watched: bool = True,
     anderson_memory: int = 5,
     anderson_damping: float = 1.0,
@@ -121,10 +120,10 @@ def solve(
         stop_mode: "rel" or "abs".
         max_iter: cap on body evaluations, at least 1.
         memory: updates that Broyden stores before it restarts; None is ``max_iter``.
-        factor_dtype: dtype of the stored steps; None is that of ``z0``, or of ``S`` where that is given.
+        factor_dtype: dtype of the stored steps; None is that of ``z0``.
         eta: Powell's guard of Broyden's update.
         body_eps: eps of the precision that the body computes in; None is that of ``z0``'s dtype.
-        S, C: buffers for the factors, see :func:`deq_compile.kernels.broyden.new_state`.
+        room: updates to make room for at first, see :func:`deq_compile.kernels.broyden.new_state`.
         anderson_memory, anderson_damping: m and beta of "anderson".
         watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
         stop: (z, f(z)) -> whether the whole batch may stop here; ``tol`` and the floor stop single samples beside it.
@@ -151,7 +150,7 @@ def solve(
         _iterate(f, z, window, max_iter, anderson.step, stop)
         return Solution.of(window, None)
     memory = max_iter if memory is None else memory
-    state = new_state(z0, memory, factor_dtype, eta, S, C, tol=tol, relative=relative, floor=floor)
+    state = new_state(z0, memory, factor_dtype, eta, tol=tol, relative=relative, floor=floor, room=room)
     if not watched:
         state.unwatched()
     _iterate(f, state.iterate(z0), state, max_iter, step, stop)

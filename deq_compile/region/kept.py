@@ -11,6 +11,7 @@ from .body import Runner
 from .forward import solve
 from .layout import Layout
 from .site import Site
+from .stop import any_of
 
 
 def iterate(body: Callable[[Tensor], Tensor], z: Tensor, times: int) -> Tensor:
@@ -25,11 +26,7 @@ def own_iterations(
     site: Site, layout: Layout, runner: Runner, z0: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]
 ) -> int:
     """Iterations after which the user's own loop ends."""
-    spec, others = site.spec, (*operands, *sizes)
-
-    def stop(z: Tensor, f: Tensor) -> bool:
-        return any(test.holds(layout, z, f, others) for test in spec.stop)
-
+    spec = site.spec
     assert spec.own_cap is not None
     return solve(
         lambda z: runner.apply(z, operands),
@@ -39,7 +36,7 @@ def own_iterations(
         stop_mode=spec.config.stop_mode,
         max_iter=spec.own_cap,
         body_eps=spec.body_eps,
-        stop=stop if spec.stop else None,
+        stop=any_of(spec.stop, layout, (*operands, *sizes)),
     ).evaluations
 
 

@@ -1,30 +1,26 @@
 """The region as a pair of opaque operators, `deq::solve` and `deq::solve_backward`, in one whole graph.
 
-    solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region)
-        -> [state..., S, C, n, ticket, about]
+    solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> [state..., ticket, about]
 
 state  fresh tensors of the shapes of state0, in the memory orders of the region
-S, C   stored steps and coefficients, flat: B*(M+1)*D and B*M*ceil16(M) elements; empty where the backward does not reuse them
-n      (B,) int32, steps stored per sample
 ticket (3,) int64 on the CPU: kept, rows, serial number of the record
 about  (B, 2) float32, stopping residual and iterations of each sample; all rows are equal where the batch is one system
 
-Everything a backward needs is an output or an input: forward, forward, backward, backward and retain_graph are right.
+What a backward needs is an output or an input: forward, forward, backward, backward and retain_graph are right. The factors,
+whose size is known when the solve has ended, and the linearised body hang on the ticket (`run.Left`), which autograd saves for
+the backward, and die with it. Where a copy of the ticket arrives there (hooks on saved tensors), the adjoint is solved without
+factors, or, where the gradient is made of them (`backward_tol=inf`), the region is solved again.
 """
 
 from __future__ import annotations
 
 import array
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from deq_compile.kernels.broyden import coefficient_width
-from deq_compile.kernels.device import on_gpu
 
 from . import run
 from .site import site as find_site
@@ -38,36 +34,14 @@ _TAGS = tuple(
 _library = torch.library.Library("deq", "DEF")
 _library.define("solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> Tensor[]", tags=_TAGS)
 _library.define(
-    "solve_backward(Tensor?[] cotangents, Tensor[] state, Tensor S, Tensor C, Tensor n, Tensor ticket, Tensor[] state0, "
-    "Tensor[] operands, SymInt[] sizes, str region, bool[] needs_state0, bool[] needs_operands) -> Tensor[]",
+    "solve_backward(Tensor?[] cotangents, Tensor[] state, Tensor ticket, Tensor[] state0, Tensor[] operands, SymInt[] sizes, "
+    "str region, bool[] needs_state0, bool[] needs_operands) -> Tensor[]",
     tags=_TAGS,
 )
 
 _DENSE = {torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key]).raw_repr() for key in ("CPU", "CUDA")}
 Call = Callable[..., Sequence[Tensor]]
-EXTRAS = 5  # outputs after the state: S, C, n, ticket, about
-
-
-def _factor_sizes(region: str, state0: Sequence[Tensor]) -> tuple[Any, Any]:
-    """Elements of S and C; shapes may be symbolic."""
-    spec = find_site(region).spec
-    if not spec.stores_steps:
-        return 0, 0
-    memory = spec.config.memory
-    total, samples = sum(math.prod(s.shape) for s in state0), _samples(region, state0)
-    if on_gpu(state0[0].device):  # rows are padded to 16 elements, those of a batch or the one of a coupled system
-        total = (total + 15) // 16 * 16
-        if not any(s.dim() == 0 for s in state0):
-            row = sum(math.prod(s.shape[1:]) for s in state0)
-            total = torch.sym_max(total, samples * ((row + 15) // 16 * 16))
-    return total * (memory + 1), samples * memory * coefficient_width(memory)
-
-
-def _samples(region: str, state0: Sequence[Tensor]) -> Any:
-    """Upper bound of B: rows or whole may be decided at run time only."""
-    if find_site(region).spec.config.batch == "whole" or any(s.dim() == 0 for s in state0):
-        return 1
-    return state0[0].shape[0]
+EXTRAS = 2  # outputs after the state: ticket, about
 
 
 def _rows(state0: Sequence[Tensor]) -> Any:
@@ -75,31 +49,14 @@ def _rows(state0: Sequence[Tensor]) -> Any:
     return state0[0].shape[0] if state0[0].dim() else 1
 
 
-def _empty_factors(region: str, state0: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    spec, (steps, coefficients) = find_site(region).spec, _factor_sizes(region, state0)
-    first = state0[0]
-    return first.new_empty((steps,), dtype=spec.factor_dtype), first.new_empty((coefficients,), dtype=spec.compute_dtype)
-
-
 def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> list[Tensor]:
-    done = run.run_forward(find_site(region), state0, operands, sizes, lambda: _empty_factors(region, state0))
-    n, about, factors = done.n, done.about, done.factors
-    samples, rows = _samples(region, state0), _rows(state0)
-    if factors is None:
-        factors = _empty_factors(region, state0)
-    if n.shape[0] != samples:  # one coupled system fills the first of the slots that were announced
-        n = torch.cat([n, n.new_zeros(samples - n.shape[0])])
-        announced = _factor_sizes(region, state0)[1]
-        if factors[1].shape[0] != announced:
-            factors = factors[0], torch.cat([factors[1], factors[1].new_zeros(announced - factors[1].shape[0])])
+    done = run.run_forward(find_site(region), state0, operands, sizes)
+    about, rows = done.about, _rows(state0)
     ticket = torch.frombuffer(array.array("q", (done.kept, done.rows, done.serial)), dtype=torch.int64)
-    if done.linear is not None:
-        # As long as the ticket lives, which autograd saves for the backward. Where a copy of it arrives there, nothing is lost
-        # but time: the body is linearised again.
-        ticket.linearised = done.linear  # type: ignore[attr-defined]
+    ticket.left = done.left  # type: ignore[attr-defined]
     if about.shape[0] != rows:
         about = about[:1].repeat(rows, 1)
-    return [*done.states, *factors, n, ticket, about]
+    return [*done.states, ticket, about]
 
 
 def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:
@@ -108,18 +65,13 @@ def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], 
         torch.empty_permuted(s.shape, order, dtype=dtype, device=s.device)
         for s, order, dtype in zip(state0, spec.orders, spec.dtypes, strict=True)
     ]
-    S, C = _empty_factors(region, state0)
-    n = state0[0].new_empty((_samples(region, state0),), dtype=torch.int32)
     about = state0[0].new_empty((_rows(state0), 2), dtype=torch.float32)
-    return [*states, S, C, n, torch.empty(3, dtype=torch.int64, device="cpu"), about]
+    return [*states, torch.empty(3, dtype=torch.int64, device="cpu"), about]
 
 
 def _solve_backward(
     cotangents: list[Tensor | None],
     state: list[Tensor],
-    S: Tensor,
-    C: Tensor,
-    n: Tensor,
     ticket: Tensor,
     state0: list[Tensor],
     operands: list[Tensor],
@@ -136,10 +88,9 @@ def _solve_backward(
         state0,
         operands,
         sizes,
-        (S, C, n),
         (bool(kept), bool(rows), serial),
         tuple(needs_operands),
-        getattr(ticket, "linearised", None),
+        getattr(ticket, "left", None) or run.Left(),
     )
     wanted = [s for s, need in zip(state0, needs_state0, strict=True) if need]
     found: list[Tensor | None] = [None] * len(wanted)
@@ -172,7 +123,7 @@ def _strides_of_empty_like(grad: Tensor, tensor: Tensor) -> bool:
 
 
 def _solve_backward_fake(
-    cotangents: Any, state: Any, S: Any, C: Any, n: Any, ticket: Any, state0: list[Tensor], operands: list[Tensor],
+    cotangents: Any, state: Any, ticket: Any, state0: list[Tensor], operands: list[Tensor],
     sizes: Any, region: str, needs_state0: list[bool], needs_operands: list[bool],
 ) -> list[Tensor]:  # fmt: skip
     tensors, needs = [*state0, *operands], [*needs_state0, *needs_operands]
@@ -186,7 +137,7 @@ class _Solve(torch.autograd.Function):
     def forward(ctx: Any, call: Call, count: int, sizes: list[int], region: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
             found = call(list(tensors[:count]), list(tensors[count:]), sizes, region)
-        ctx.set_materialize_grads(False)  # or autograd allocates zeros of the size of S
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found[count:])
         ctx.save_for_backward(*found, *tensors)
         ctx.sizes, ctx.region, ctx.count = sizes, region, count
@@ -198,12 +149,12 @@ class _Solve(torch.autograd.Function):
         cotangents, needs = list(grads[:k]), ctx.needs_input_grad[4:]
         if all(c is None for c in cotangents):
             return (None,) * (4 + len(needs))
-        S, C, n, ticket, _ = saved[k : k + EXTRAS]
+        ticket, _ = saved[k : k + EXTRAS]
         tensors = saved[k + EXTRAS :]
         found = iter(
             torch.ops.deq.solve_backward.default(
-                cotangents, list(saved[:k]), S, C, n, ticket, list(tensors[:k]), list(tensors[k:]), ctx.sizes, ctx.region,
-                list(needs[:k]), list(needs[k:]),
+                cotangents, list(saved[:k]), ticket, list(tensors[:k]), list(tensors[k:]), ctx.sizes, ctx.region, list(needs[:k]),
+                list(needs[k:]),
             )
         )  # fmt: skip
         return (None, None, None, None, *(next(found) if need else None for need in needs))

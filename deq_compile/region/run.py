@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import Factors, factors_of, shaped_buffers
+from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.device import on_gpu
 
 from . import engine, records
@@ -21,6 +21,7 @@ from .kept import iterate, loop_gradient, own_iterations
 from .layout import Layout
 from .site import Site
 from .status import converged, message_of
+from .stop import any_of
 from .stopwatch import Stopwatch, TimedLinearised
 from .verdict import count_misses, decide_rows, declared_gradient_holds, gradient_is_the_loops, settle, verify
 from .worth import factors_pay
@@ -29,30 +30,32 @@ log = logging.getLogger("deq_compile.region")
 
 
 @dataclasses.dataclass
+class Left:
+    """What a forward leaves for its backward beside tensors. Where it does not arrive there, nothing is lost but time.
+
+    linear   the body linearised at the fixed point, where the last evaluation gave that too
+    factors  of the solve, where the adjoint makes use of them
+    """
+
+    linear: Linearised | None = None
+    factors: Factors | None = None
+
+
+@dataclasses.dataclass
 class Forward:
-    """What one forward leaves: fresh state tensors, steps per sample, and whether the loop was kept, over which rows.
-    `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept. `linear` is
-    the body linearised at the fixed point, where the last evaluation gave that too. `factors` are S and C, flat, of the batch as
-    it was solved; None where there are none."""
+    """What one forward gives: fresh state tensors, whether the loop was kept, over which rows, and what it leaves. `about` is
+    (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept."""
 
     states: list[Tensor]
-    n: Tensor
     kept: bool
     rows: bool
     serial: int
     about: Tensor
-    factors: tuple[Tensor, Tensor] | None = None
-    linear: Linearised | None = None
+    left: Left
 
 
-def run_forward(
-    site: Site,
-    state0: Sequence[Tensor],
-    operands: Sequence[Tensor],
-    sizes: Sequence[int],
-    buffers: Callable[[], tuple[Tensor, Tensor]],
-) -> Forward:
-    """Solve a region, or run its loop. `buffers` makes flat S and C for a solve on a GPU."""
+def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> Forward:
+    """Solve a region, or run its loop."""
     spec, config = site.spec, site.spec.config
     inside = engine.under_capture(site, state0)
     watch = Stopwatch() if records.wants_timing() else None
@@ -69,50 +72,21 @@ def run_forward(
     evaluations = runner.evaluations(operands, spec.needs if saves else None)
     body: Callable[[Tensor], Tensor] = evaluations
 
-    def stop(z: Tensor, f: Tensor) -> bool:
-        others = (*operands, *sizes)
-        return any(test.holds(layout, z, f, others) for test in spec.stop)
+    stop = any_of(spec.stop, layout, (*operands, *sizes))
 
-    def solved(
-        start: Tensor,
-        tol: float,
-        steps: Tensor | None = None,
-        coefficients: Tensor | None = None,
-        solver: str = config.solver,
-        max_iter: int = config.max_iter,
-    ) -> Solution:
-        return solve(
-            body,
-            start,
-            solver=solver,
-            tol=tol,
-            stop_mode=config.stop_mode,
-            max_iter=max_iter,
-            memory=config.memory,
-            factor_dtype=spec.factor_dtype,
-            body_eps=spec.body_eps,
-            S=steps,
-            C=coefficients,
-            watched=not inside,
-            anderson_memory=config.anderson_memory,
-            anderson_damping=config.anderson_damping,
-            stop=stop if spec.stop else None,
-        )
+    def solved(start: Tensor, tol: float, solver: str | None = None, max_iter: int | None = None) -> Solution:
+        return solve_for(site, body, start, tol=tol, solver=solver, max_iter=max_iter, watched=not inside, stop=stop)
 
     if watch is not None:
         body, solved = watch.timed("body", body), watch.timed("solver", solved)
     due = site.due() and not inside
-    solution, everywhere, factors = None, False, None
+    solution, everywhere = None, False
     if due or site.verdict == "solve":
-        given: tuple[Tensor | None, Tensor | None] = (None, None)
-        if spec.stores_steps and on_gpu(z0.device):
-            factors = buffers()
-            given = shaped_buffers(*factors, layout.batch, layout.width, config.memory)
         captured = None if inside else _captured(site, runner, z0, operands, sizes)
         if captured is not None:
-            solution = captured.solve(z0, operands, *given)
+            solution = captured.solve(z0, operands, leaves=spec.stores_steps)
         if solution is None:
-            solution = solved(z0, site.tol, *given)
+            solution = solved(z0, site.tol)
         everywhere = layout.batch > 0 and not on_gpu(z0.device) and solution.all_converged()
         if spec.iterations is None and not inside and not everywhere and solution.missed():
             own = spec.own_cap or config.max_iter
@@ -140,20 +114,51 @@ def run_forward(
     else:
         assert solution is not None
         z = solution.z
-    if solution is not None and solution.state is not None:
-        n = solution.state.n
-        if spec.stores_steps and factors is None:
-            factors = solution.state.flat()
-    else:
-        n = torch.zeros(layout.batch, dtype=torch.int32, device=z.device)
-    serial = 0 if inside else record_forward(site, solution, z, evaluations.count, *(factors or ()))
+    factors = None
+    if solution is not None and solution.state is not None and spec.stores_steps and (site.reuses or site.reuse_due()):
+        factors = solution.state.alone()
+    serial = 0 if inside else record_forward(site, solution, z, evaluations.count, factors)
     if solution is None or first is None or solution.z is not first.z:
         linear = None
-    about = n.new_full((n.shape[0], 2), -1.0, dtype=torch.float32) if solution is None else solution.about()
-    done = Forward(layout.outputs(z), n, kept, rows, serial, about, factors, linear)
+    about = z.new_full((layout.batch, 2), -1.0, dtype=torch.float32) if solution is None else solution.about()
+    done = Forward(layout.outputs(z), kept, rows, serial, about, Left(linear, factors))
     if watch is not None:
         records.add_seconds(serial, watch.read())
     return done
+
+
+def solve_for(
+    site: Site,
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    *,
+    tol: float | None = None,
+    solver: str | None = None,
+    max_iter: int | None = None,
+    watched: bool = True,
+    stop: Callable[[Tensor, Tensor], bool] | None = None,
+) -> Solution:
+    """:func:`~.forward.solve` with a region's settings, but for those that are given."""
+    config = site.spec.config
+    found = solve(
+        f,
+        z0,
+        solver=solver or config.solver,
+        tol=site.tol if tol is None else tol,
+        stop_mode=config.stop_mode,
+        max_iter=max_iter or config.max_iter,
+        memory=config.memory,
+        factor_dtype=site.spec.factor_dtype,
+        body_eps=site.spec.body_eps,
+        room=site.room,
+        watched=watched,
+        anderson_memory=config.anderson_memory,
+        anderson_damping=config.anderson_damping,
+        stop=stop,
+    )
+    if found.state is not None:
+        site.took(found.evaluations)
+    return found
 
 
 def _prepared(
@@ -176,16 +181,15 @@ def run_backward(
     state0: Sequence[Tensor],
     operands: Sequence[Tensor],
     sizes: Sequence[int],
-    factors: tuple[Tensor, Tensor, Tensor],
     forward: tuple[bool, bool, int],
     needs: tuple[bool, ...],
-    linear: Linearised | None = None,
+    left: Left,
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
-    """Gradients of the initial state (None: zero) and of the operands marked in `needs`; `linear` as in `Forward`."""
+    """Gradients of the initial state (None: zero) and of the operands marked in `needs`; `left` is empty where it got lost."""
     serial = forward[2]
     watch = Stopwatch() if serial and records.wants_timing() else None
     try:
-        return _gradients(site, cotangents, states, state0, operands, sizes, factors, forward, needs, linear, watch)
+        return _gradients(site, cotangents, states, state0, operands, sizes, forward, needs, left, watch)
     finally:
         if watch is not None:
             records.add_seconds(serial, watch.read())
@@ -193,10 +197,10 @@ def run_backward(
 
 def _gradients(
     site: Site, cotangents: Sequence[Tensor | None], states: Sequence[Tensor], state0: Sequence[Tensor],
-    operands: Sequence[Tensor], sizes: Sequence[int], factors: tuple[Tensor, Tensor, Tensor], forward: tuple[bool, bool, int],
-    needs: tuple[bool, ...], linear: Linearised | None, watch: Stopwatch | None,
+    operands: Sequence[Tensor], sizes: Sequence[int], forward: tuple[bool, bool, int], needs: tuple[bool, ...], left: Left,
+    watch: Stopwatch | None,
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:  # fmt: skip
-    spec, (kept, rows, serial) = site.spec, forward
+    spec, (kept, rows, serial), linear = site.spec, forward, left.linear
     layout = spec.layout([s.shape for s in states], rows)
     q = layout.matrix([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
     if linear is not None and linear.source is not None:
@@ -222,6 +226,9 @@ def _gradients(
         found = phantom(linear.vjp, linear.vjp_full, q, config.backward_steps, damping)
     else:
         adjoint = _adjoint if watch is None else watch.timed("solver", _adjoint)
+        factors = left.factors
+        if factors is None and spec.stores_steps and math.isinf(config.backward_tol):  # then the gradient is made of them
+            factors = _factors_again(site, layout, runner, state0, operands, sizes)
         found, linear = adjoint(site, layout, runner, z, q, operands, sizes, needs, factors, linear)
         site.expected_vjps = found.needed
     if serial:
@@ -241,7 +248,7 @@ def _gradients(
 
 def _adjoint(
     site: Site, layout: Layout, runner: Runner, z: Tensor, q: Tensor, operands: Sequence[Tensor], sizes: Sequence[int],
-    needs: tuple[bool, ...], factors: tuple[Tensor, Tensor, Tensor], linear: Linearised | None,
+    needs: tuple[bool, ...], state: Factors | None, linear: Linearised | None,
 ) -> tuple[AdjointSolution, Linearised]:  # fmt: skip
     """The adjoint solve with the forward's factors, captured where that is possible; and the body linearised at z."""
     spec, config = site.spec, site.spec.config
@@ -249,15 +256,10 @@ def _adjoint(
     skip = 2 if config.memory < config.max_iter else 0  # a restart may have left two pairs that are not exact
     inside = engine.capturing()
     # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
-    asks = spec.stores_steps and not inside and not math.isinf(config.backward_tol) and not on_gpu(z.device)
+    asks = state is not None and not inside and not math.isinf(config.backward_tol) and not on_gpu(z.device)
     due = asks and site.reuse_due()
-    state: Factors | None = None
-    if spec.stores_steps and (site.reuses or due or not asks):
-        S, C, n = factors
-        S, C = shaped_buffers(S, C, layout.batch, layout.width, config.memory)
-        n = n[: layout.batch]
-        # On a GPU nothing is asked: the kernels look at each sample's own n.
-        state = Factors(S=S, C=C, n=n, high=S.shape[1]) if on_gpu(z.device) else factors_of(S, C, n)
+    if asks and not (due or site.reuses):
+        state = None
     if on_gpu(z.device) and not math.isinf(config.backward_tol) and not inside:
         settings = engine.AdjointSettings(config.backward_tol, max_iter, spec.body_eps, skip)
         captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
@@ -281,6 +283,19 @@ def _adjoint(
     return found, linear
 
 
+def _factors_again(
+    site: Site, layout: Layout, runner: Runner, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]
+) -> Factors | None:
+    """The factors of a forward whose own did not arrive: the same solve once more."""
+
+    def body(z: Tensor) -> Tensor:
+        return runner.apply(z, operands)
+
+    z0, stop = layout.matrix(state0).detach(), any_of(site.spec.stop, layout, (*operands, *sizes))
+    state = solve_for(site, body, z0, watched=not engine.capturing(), stop=stop).state
+    return None if state is None else state.alone()
+
+
 def _captured(
     site: Site, runner: Runner, z0: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]
 ) -> engine.CapturedForward | None:
@@ -298,14 +313,13 @@ def _captured(
     return found
 
 
-def record_forward(
-    site: Site, solution: Solution | None, z: Tensor, evaluations: int, *factors: Tensor
-) -> int:
+def record_forward(site: Site, solution: Solution | None, z: Tensor, evaluations: int, factors: Factors | None) -> int:
     if not records.recording():
         return 0
     record = records.SolveRecord(site.key, "kept" if solution is None else "solve", evaluations=evaluations)
     record.z = z.detach().clone() if records.wants_tensors() else None
-    record.bytes = sum(t.numel() * t.element_size() for t in factors)
+    if factors is not None:
+        record.bytes = sum(t.numel() * t.element_size() for t in (factors.S, factors.C))
     if solution is None:
         record.iterations = record.iterations_max = site.spec.iterations or 0
     elif z.numel():

@@ -30,7 +30,8 @@ log = logging.getLogger("deq_compile.region")
 VERIFY_EVERY = 200  # calls that record gradients
 # Part of every key. Inductor caches graphs on disk by the text of our node: code cached by an earlier version of this
 # package expects that version's outputs. To be raised with every change of the operators' outputs.
-OUTPUT_FORMAT = 3
+OUTPUT_FORMAT = 4
+FIRST_STEPS = 16  # that a first solve makes room for
 MISSES_BEFORE_KEPT = 3  # consecutive solves of a fixed-count loop that miss the tolerance
 
 
@@ -112,6 +113,7 @@ class Site:
     expected_vjps  what the last backward needed, for the next one to predict with
     reuses    whether the adjoint makes use of the forward's factors
     backwards adjoint solves so far
+    steps     evaluations that solves needed lately: what the next one makes room for
     pending   the last captured solve, whose outcome nobody has asked for yet
     prepared  shapes of the last forward, its layout and its runner
     engine    what the iterations ran on at the last call, and why on nothing better
@@ -132,6 +134,7 @@ class Site:
         self.verify_gradient = False  # the next backward looks at its gradient as the forward did at the value
         self.expected_vjps: int | None = None
         self.reuses, self.backwards = True, 0
+        self.steps = FIRST_STEPS
         self.warned = self.warned_of_gradient = False
         self.pending: Solution | None = None
         self.prepared: tuple[Any, Layout, Runner] | None = None
@@ -162,6 +165,15 @@ class Site:
             self.reuses = pays
             log.info("region %s at %s: the adjoint goes on %s factors", self.key, self.spec.where, "with" if pays else "without")
             self.on_change(self)
+
+    @property
+    def room(self) -> int:
+        """Updates that the next solve makes room for at first."""
+        return (self.steps + 7) // 8 * 8
+
+    def took(self, evaluations: int) -> None:
+        """Note how long a solve was. What is not needed any more is given up little by little."""
+        self.steps = max(evaluations, self.steps - 1)
 
     def use(self, engine: str, reason: str) -> None:
         """Note the engine of a call."""

@@ -65,6 +65,11 @@ class NormTest:
         return bool(norm <= self.tol * scale)
 
 
+def any_of(tests: Sequence[StopTest], layout: Layout, others: Sequence[Any]) -> Callable[[Tensor, Tensor], bool] | None:
+    """(z, f(z)) -> whether any of the tests ends a solve here; None where there are none."""
+    return (lambda z, f: any(test.holds(layout, z, f, others) for test in tests)) if tests else None
+
+
 def accept(progress: Progress, z: Tensor, f: Tensor) -> None:
     """End a solve at `z`, whose image is `f` (both (B, D)): every sample that still runs has converged."""
     progress.evaluations += 1

@@ -20,7 +20,6 @@ from .state import (
     factors_of,
     new_progress,
     row_width,
-    shaped_buffers,
 )
 
 __all__ = [
@@ -41,7 +40,6 @@ __all__ = [
     "new_state",
     "observe",
     "row_width",
-    "shaped_buffers",
     "step",
     "step_residual",
 ]

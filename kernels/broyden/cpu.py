@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import native, workspace
-from .state import BroydenState, Factors, coefficient_width, shaped_buffers
+from .state import BroydenState, Factors, coefficient_width, new_factors
 
 _LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN = 1, 2, 4
 
@@ -26,47 +26,54 @@ def describe(factors: Factors) -> native.Broyden:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(B: int, D: int, memory: int, dtype: torch.dtype, S: bool, C: bool) -> tuple[dict[str, workspace.Place], int]:
-    """Where the parts of a state lie. S and C: whether the factors are among them."""
-    parts = [
-        ("struct", torch.uint8, native.BROYDEN.size), ("best", dtype, B), ("mark", dtype, B),
-        ("iterations", torch.int32, B), ("stall", torch.int32, B), ("done", torch.int8, B), ("z", dtype, B * D),
-    ]  # fmt: skip
+def _plan(B: int, D: int, room: int, dtype: torch.dtype, S: bool, C: bool) -> tuple[dict[str, workspace.Place], int]:
+    """Where the parts of a state lie. S and C: whether the factors are among them, for `room` updates."""
+    rows = ((name, dtype, B) for name in ("best", "mark"))
+    counts = ((name, torch.int32, B) for name in ("n", "iterations", "stall"))
+    parts = [("struct", torch.uint8, native.BROYDEN.size), *rows, *counts, ("done", torch.int8, B), ("z", dtype, B * D)]
     if C:
-        parts.append(("C", dtype, B * memory * coefficient_width(memory)))
+        parts.append(("C", dtype, B * room * coefficient_width(room)))
     if S:
-        parts.append(("S", dtype, B * (memory + 1) * D))  # last: most of it is never written, and costs no memory then
+        parts.append(("S", dtype, B * (room + 1) * D))
     return workspace.plan(parts)
 
 
 class CpuState(native.Parts, BroydenState):
-    """A Broyden state that C++ works on. `count`, `high` and `guarded` of the lockstep implementation are not used."""
+    """A Broyden state that C++ works on. `count` and `guarded` of the lockstep implementation are not used.
+
+    room  updates that S and C have room for; grows up to `most`, where the solver restarts
+    """
 
     def __init__(
-        self, z0: Tensor, S: Tensor | None, C: Tensor | None, memory: int, *, eta: float, tol: float, relative: bool,
-        floor: float, functions: native.Functions,
+        self, z0: Tensor, S: Tensor | None, C: Tensor | None, memory: int, room: int | None, *, eta: float, tol: float,
+        relative: bool, floor: float, functions: native.Functions,
     ) -> None:  # fmt: skip
-        """No step stored yet. S and C may be flat; all is uninitialised before, and filled by C++."""
+        """No step stored yet. All is uninitialised before, and filled by C++."""
         B, D = z0.shape
         z0 = z0.contiguous()
-        self.places, size = _plan(B, D, memory, z0.dtype, S is None, C is None)
+        self.most = memory
+        self.room = room = memory if room is None or S is not None or C is not None else min(room, memory)
+        self.places, size = _plan(B, D, room, z0.dtype, S is None, C is None)
         self.arena = workspace.Arena(size)
-        self.z_best = torch.empty_like(z0)
-        self.n, self.reports = torch.empty(B, dtype=torch.int32), torch.empty((B, 2))
-        self.given, self.shape = (S, C), (B, memory, D)
+        self.z_best, self.reports = torch.empty_like(z0), torch.empty((B, 2))
         self.eta, self.tol, self.relative, self.floor, self.active = eta, tol, relative, floor, B
+        self.grown = False
+        self.moves = 0  # calls of C++: no sample has stored more steps
         self.settled = False  # whether C++ has stopped every sample
         self.functions = functions
         self.address = at = self.arena.address  # the struct is the first part
+        if S is not None:
+            self.S = S
+        if C is not None:
+            self.C = C
 
         def part(name: str) -> int:
             return at + self.places[name][2]
 
         native.BROYDEN.pack_into(
-            self.arena.lease, 0, B, D, memory, coefficient_width(memory), native.threads_for(B * D), relative, tol, floor, eta,
+            self.arena.lease, 0, B, D, room, coefficient_width(room), native.threads_for(B * D), relative, tol, floor, eta,
             part("S") if S is None else S.data_ptr(), part("C") if C is None else C.data_ptr(), part("best"), part("mark"),
-            self.z_best.data_ptr(), self.n.data_ptr(), part("iterations"), part("stall"), part("done"), self.reports.data_ptr(),
-            0,
+            self.z_best.data_ptr(), part("n"), part("iterations"), part("stall"), part("done"), self.reports.data_ptr(), 0,
         )  # fmt: skip
         functions.start(at, z0.data_ptr(), part("z"))
 
@@ -74,19 +81,35 @@ class CpuState(native.Parts, BroydenState):
     def struct(self) -> native.Broyden:
         return native.Broyden.from_address(self.address)
 
-    def __getattr__(self, name: str) -> Tensor:
-        if name in ("S", "C"):
-            B, memory, D = self.shape
-            self.S, self.C = shaped_buffers(*self.flat(), B, D, memory)
-            return self.S if name == "S" else self.C
-        return super().__getattr__(name)
+    @property
+    def high(self) -> int:  # type: ignore[override]
+        return min(self.moves, self.room + 1)
+
+    def alone(self) -> Factors:
+        if self.grown:  # the first block may go
+            return Factors(S=self.S, C=self.C, n=self.n.clone(), high=self.high)
+        struct = self.struct
+        struct.arena = self.arena  # or its memory would go where all tensors of it are empty
+        return Factors(S=self.S, C=self.C, n=self.n, high=self.high, native=struct)
 
     def shaped(self, name: str, flat: Tensor) -> Tensor:
-        return flat.view(self.z_best.shape) if name == "z" else flat
+        B, D = self.z_best.shape
+        if name == "S":
+            return flat.view(B, self.room + 1, D)
+        if name == "C":
+            return flat.view(B, self.room, coefficient_width(self.room))
+        return flat.view(B, D) if name == "z" else flat
 
-    def flat(self) -> tuple[Tensor, Tensor]:
-        S, C = self.given
-        return self.arena.tensor(self.places["S"]) if S is None else S, self.arena.tensor(self.places["C"]) if C is None else C
+    def _grow(self) -> None:
+        """Room for twice as many updates."""
+        S, C, self.grown = self.S, self.C, True
+        self.room = min(2 * self.room, self.most)
+        self.S, self.C = new_factors(self.z_best, self.room, S.dtype)
+        self.S[:, : S.shape[1]] = S
+        self.C[:, : C.shape[1], : C.shape[2]] = C
+        self.C[:, : C.shape[1], C.shape[2] :] = 0  # C++ reads whole rows
+        struct = self.struct
+        struct.S, struct.C, struct.M, struct.ld = self.S.data_ptr(), self.C.data_ptr(), self.room, self.C.shape[2]
 
     def iterate(self, z0: Tensor) -> Tensor:
         return self.z
@@ -105,6 +128,9 @@ class CpuState(native.Parts, BroydenState):
             raise ValueError(f"expected z contiguous, got strides {z.stride()} for shape {tuple(z.shape)}")
         if norms is not None:
             norms = norms.to(z.dtype).contiguous()
+        self.moves += 1
+        if self.moves > self.room + 1 and self.room < self.most:  # a step may lie in the last slot: the next needs another
+            self._grow()
         norms_at = None if norms is None else norms.data_ptr()
         self.active = self.functions.step(self.address, z.data_ptr(), f.data_ptr(), norms_at, self.evaluations, flags)
         self.settled = not self.active

@@ -10,7 +10,7 @@ from ..device import on_gpu, triton_kernels
 from . import aten
 from .cpu import CpuState
 from .gpu import TritonState
-from .state import BroydenState, check_given, check_start, given_or_new, new_aten_state, shaped_buffers
+from .state import BroydenState, check_given, check_start, new_aten_state, new_factors
 
 _OWN = (CpuState, TritonState)  # they step by themselves
 
@@ -26,6 +26,7 @@ def new_state(
     tol: float = 0.0,
     relative: bool = True,
     floor: float = 0.0,
+    room: int | None = None,
 ) -> BroydenState:
     """A Broyden state with no stored step, H = -I.
 
@@ -34,23 +35,25 @@ def new_state(
         memory: number of updates M that fit before a restart, at least 1.
         factor_dtype: dtype of S; None is that of ``z0``, or of ``S`` where that is given.
         eta: Powell's guard, 0 <= eta < 1.
-        S: (B, M+1, D) buffer to use, or a flat one with room for that (rows of `row_width`); its contents are never read.
-        C: (B, M, coefficient_width(M)) buffer to use, or a flat one, in the compute dtype; its contents are never read.
+        S: (B, M+1, D) buffer to use, rows dense and evenly spaced; its contents are never read.
+        C: (B, M, coefficient_width(M)) buffer to use, in the compute dtype; its contents are never read.
         tol: see :class:`~.state.Progress`; so are ``relative`` and ``floor``.
+        room: updates to make room for at first, at least 1; where more are stored the C++ step makes more room. None: all
+            ``memory``. Others than the C++ step always make room for all.
 
     Raises:
         ValueError: a shape, dtype or number that is not as above.
     """
     factor_dtype = check_start(z0, memory, factor_dtype, eta, S)
+    check_given(z0, memory, factor_dtype, S, C)
     contiguous = all(given is None or given.is_contiguous() for given in (S, C))
     if factor_dtype == z0.dtype and contiguous and z0.device.type == "cpu" and not on_gpu(z0.device):
         functions = native.functions_of(z0.dtype)
         if functions is not None:
-            check_given(z0, memory, factor_dtype, S, C)
-            return CpuState(z0, S, C, memory, eta=eta, tol=tol, relative=relative, floor=floor, functions=functions)
-    check_given(z0, memory, factor_dtype, S, C)
-    S, C = given_or_new(z0, memory, factor_dtype, S, C)
-    S, C = shaped_buffers(S, C, z0.shape[0], z0.shape[1], memory)
+            return CpuState(z0, S, C, memory, room, eta=eta, tol=tol, relative=relative, floor=floor, functions=functions)
+    if S is None or C is None:
+        own = new_factors(z0, memory, factor_dtype)
+        S, C = own[0] if S is None else S, own[1] if C is None else C
     if on_gpu(z0.device) and (kernels := triton_kernels("broyden")) is not None:
         return TritonState.create(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor, kernels=kernels)
     return new_aten_state(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..device import triton_kernels
 from ..tiles import Tiles, power_of_two, tiles
-from .state import RUNNING, BroydenState, coefficient_width, row_width
+from .state import RUNNING, BroydenState, Factors, coefficient_width, new_factors, row_width
 
 NEVER = 2**31 - 1
 
@@ -90,16 +90,16 @@ class TritonState(BroydenState):
         state.table = torch.zeros(2, dtype=torch.int64, device=z0.device)
         return state
 
+    def alone(self) -> Factors:
+        return Factors(S=self.S, C=self.C, n=self.n, high=self.S.shape[1])  # the kernels look at each sample's own n
+
     @property
     def memory(self) -> int:
         return self.sizes[0]
 
     def buffers(self) -> tuple[Tensor, Tensor]:
         """S and C of the sizes that the launches expect, uninitialised."""
-        M, LD, row = self.sizes
-        B, D = self.z_best.shape
-        S = torch.empty((B, M + 1, row), dtype=self.S.dtype, device=self.S.device)[:, :, :D]
-        return S, torch.empty((B, M, LD), dtype=self.C.dtype, device=self.C.device)
+        return new_factors(self.z_best, self.sizes[0], self.S.dtype)
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:

@@ -56,9 +56,10 @@ class Factors:
         """M, the number of updates that fit before a restart."""
         return self.C.shape[1]
 
-    def flat(self) -> tuple[Tensor, Tensor]:
-        """S and C as flat tensors, over the same memory where their rows are not padded."""
-        return self.S.reshape(-1), self.C.reshape(-1)
+    def alone(self) -> Factors:
+        """The factors without what an iteration keeps beside them, once that has ended. They hold no iterate: whoever computes
+        gradients may keep them with the graph that the iterate is a part of."""
+        return self
 
 
 def about_of(residual: Tensor, iterations: Tensor) -> Tensor:
@@ -141,6 +142,9 @@ class BroydenState(Progress, Factors):
     def unwatched(self) -> None:
         """Do not ask a device how far it is: the iteration goes on to its cap, as somebody else's capture needs."""
 
+    def alone(self) -> Factors:
+        return Factors(S=self.S, C=self.C, n=self.n, high=self.high)
+
     def iterate(self, z0: Tensor) -> Tensor:
         """The iterate to begin with: (B, D), contiguous, equal to the ``z0`` of this state and no other's."""
         return z0.clone(memory_format=torch.contiguous_format)
@@ -184,11 +188,9 @@ def check_start(
 
 
 def check_given(z0: Tensor, memory: int, factor_dtype: torch.dtype, S: Tensor | None, C: Tensor | None) -> None:
-    """ValueError for buffers that are not as :func:`~.dispatch.new_state` wants them, shaped or flat."""
+    """ValueError for buffers that are not as :func:`~.dispatch.new_state` wants them."""
     (B, D), device = z0.shape, z0.device
-    if S is not None and S.dim() == 1:
-        _check("S", S, (B * (memory + 1) * row_width(D, device),), factor_dtype, device)
-    elif S is not None:
+    if S is not None:
         dense = S.stride(2) == 1 and S.stride(0) == (memory + 1) * S.stride(1) if S.dim() == 3 and S.numel() else True
         if S.shape != (B, memory + 1, D) or S.dtype != factor_dtype or S.device != device or not dense:
             raise ValueError(
@@ -197,38 +199,23 @@ def check_given(z0: Tensor, memory: int, factor_dtype: torch.dtype, S: Tensor | 
             )
     if C is not None:
         shape = (B, memory, coefficient_width(memory))
-        _check("C", C, (math.prod(shape),) if C.dim() == 1 else shape, z0.dtype, device)
+        if C.shape != shape or C.dtype != z0.dtype or C.device != device or not C.is_contiguous():
+            raise ValueError(
+                f"expected C contiguous, {shape} in {z0.dtype} on {device}, got {tuple(C.shape)} in {C.dtype} on {C.device} "
+                f"with strides {C.stride()}"
+            )
 
 
-def given_or_new(
-    z0: Tensor, memory: int, factor_dtype: torch.dtype, S: Tensor | None, C: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """S and C, uninitialised; those that are not given are flat."""
+def new_factors(z0: Tensor, memory: int, factor_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """S and C for a batch like ``z0`` (B, D), uninitialised."""
     (B, D), device = z0.shape, z0.device
-    sizes = B * (memory + 1) * row_width(D, device), B * memory * coefficient_width(memory)
-    found = []
-    for given, size, dtype in ((S, sizes[0], factor_dtype), (C, sizes[1], z0.dtype)):
-        if given is None:
-            given = workspace.empty((size,), dtype) if device.type == "cpu" else torch.empty(size, dtype=dtype, device=device)
-        found.append(given)
-    return found[0], found[1]
-
-
-def shaped_buffers(S: Tensor, C: Tensor, B: int, D: int, memory: int) -> tuple[Tensor, Tensor]:
-    """Buffers in the shapes (B, M+1, D) and (B, M, coefficient_width(M)); flat ones may have room for more."""
-    if S.dim() == 1:
-        row = row_width(D, S.device)
-        S = _first(S, B * (memory + 1) * row).view(B, memory + 1, row)
-        if row != D:
-            S = S[:, :, :D]
-    if C.dim() == 1:
-        shape = (B, memory, coefficient_width(memory))
-        C = _first(C, math.prod(shape)).view(shape)
-    return S, C
-
-
-def _first(flat: Tensor, count: int) -> Tensor:
-    return flat if flat.shape[0] == count else flat[:count]
+    row = row_width(D, device)
+    shapes = ((B, memory + 1, row), factor_dtype), ((B, memory, coefficient_width(memory)), z0.dtype)
+    S, C = (
+        workspace.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+        for shape, dtype in shapes
+    )
+    return S if row == D else S[:, :, :D], C
 
 
 def new_aten_state(
@@ -260,11 +247,3 @@ def progress_fields(z0: Tensor, tol: float, relative: bool, floor: float) -> dic
         "active": B,
     }
 
-
-def _check(name: str, given: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    fits = given.shape == shape or (len(shape) == given.dim() == 1 and given.shape[0] >= shape[0])
-    if not fits or given.dtype != dtype or given.device != device or not given.is_contiguous():
-        raise ValueError(
-            f"expected {name} contiguous, {shape} in {dtype} on {device}, got {tuple(given.shape)} in {given.dtype} "
-            f"on {given.device} with strides {given.stride()}"
-        )

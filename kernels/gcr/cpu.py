@@ -14,7 +14,7 @@ from ..reuse.cpu import native_operator
 from ..reuse.multisecant import Multisecant
 from .state import DEPENDENT_EPS, GcrState
 
-# Pairs that the basis has room for at first. Few solves need more, and a buffer for all of `memory` is mostly never used.
+# Pairs that a first basis has room for. Few solves need more, and a buffer for all of `memory` is mostly never used.
 PAIRS = 8
 
 
@@ -32,11 +32,12 @@ class CpuGcr(native.Parts, GcrState):
     """A state that C++ works on. `count` of the lockstep implementation is not used; x and r are set by the first move."""
 
     def __init__(
-        self, q: Tensor, operator: Multisecant | None, memory: int, tol: float, floor: float, functions: native.Functions
-    ) -> None:
+        self, q: Tensor, operator: Multisecant | None, memory: int, tol: float, floor: float, room: int | None,
+        functions: native.Functions,
+    ) -> None:  # fmt: skip
         """All is uninitialised before, and filled by C++."""
         B, D = q.shape
-        self.pairs = pairs = min(memory, PAIRS)
+        self.pairs = pairs = min(memory, PAIRS if room is None else (room + 3) // 4 * 4)
         self.most = memory  # pairs to which the basis may grow
         self.places, size = _plan(B, D, pairs, q.dtype)
         self.arena = workspace.Arena(size)

@@ -12,7 +12,7 @@ from torch import Tensor
 from deq_compile.kernels import native
 from deq_compile.kernels.broyden import BroydenState, new_state, step
 from deq_compile.kernels.broyden.cpu import CpuState
-from deq_compile.kernels.reuse import apply_transpose
+from deq_compile.kernels.reuse import apply_multisecant, apply_transpose, multisecant
 
 # 8192 elements are a chunk: below, at, one above, several with a remainder
 WIDTHS = [1, 15, 16, 8191, 8192, 8193, 3 * 8192 + 5]
@@ -121,12 +121,12 @@ def test_what_cpp_reports_is_what_the_tensors_say() -> None:
     assert report(lambda z: 1 + 0.5 * torch.sin(z), 30).all_converged()
 
 
-def test_flat_buffers_serve_as_shaped_ones_do() -> None:
+def test_given_buffers_are_the_factors() -> None:
     torch.manual_seed(0)
     z0, b = torch.zeros(3, 7), torch.randn(3, 7)
     results = []
-    for S, C in ((None, None), (torch.empty(3 * 5 * 7 + 2), torch.empty(3 * 4 * 16)), (torch.empty(3, 5, 7), None)):
-        state, z = new_state(z0, 4, S=S, C=C), z0.clone()
+    for S, C in ((None, None), (torch.empty(3, 5, 7), torch.empty(3, 4, 16)), (torch.empty(3, 5, 7), None)):
+        state, z = new_state(z0, 4, S=S, C=C, room=1), z0.clone()
         for _ in range(4):
             step(state, z, torch.tanh(0.7 * z.flip(1) + b))
         assert (state.S.shape, state.C.shape) == ((3, 5, 7), (3, 4, 16))
@@ -135,8 +135,37 @@ def test_flat_buffers_serve_as_shaped_ones_do() -> None:
         results.append((z, state.S[:, :4].clone(), state.C[:, :3].clone()))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-    with pytest.raises(ValueError, match="expected S contiguous"):
-        new_state(z0, 4, S=torch.empty(3 * 5 * 7 - 1))
+    with pytest.raises(ValueError, match="expected S of shape"):
+        new_state(z0, 4, S=torch.empty(3 * 5 * 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("D", [5, 129, 8193])
+@pytest.mark.parametrize(("memory", "steps"), [(40, 38), (20, 19), (20, 21), (20, 22), (20, 34)])
+def test_room_that_grows_changes_no_bit(D: int, memory: int, steps: int, dtype: torch.dtype) -> None:
+    """Up to the last slot, one beyond, and through a restart; a sample that is not finite half way, and stays behind."""
+    results = []
+    for room in (None, 1, 16, 17, 100):
+        torch.manual_seed(0)
+        a, b = 0.9 * torch.rand(D, dtype=dtype), torch.randn(3, D, dtype=dtype)
+        z = torch.zeros(3, D, dtype=dtype)
+        state = new_state(z, memory, tol=-1.0, room=room)
+        assert isinstance(state, CpuState)
+        assert state.S.shape[1] == 1 + min(room or memory, memory)
+        for k in range(steps):
+            f = torch.tanh(a * z + 0.3 * z.flip(1) + b)
+            if k == 12:
+                f[1] = math.nan
+            step(state, z, f)
+        assert state.S.shape[1] <= 1 + max(min(room or memory, memory), min(2 * steps, memory))
+        lists = [(state.S[i, :n].clone(), state.C[i, : n - 1, : n - 1].clone()) for i, n in enumerate(state.n.tolist())]
+        x = torch.ones(3, D, dtype=dtype)
+        made = apply_multisecant(multisecant(state), x)
+        used = [t for pair in lists for t in pair]
+        results.append((z, state.best.clone(), state.n.clone(), apply_transpose(state, x), made, *used))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 33, 40])

@@ -65,6 +65,18 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert workspace.kept() == 512 << 10
 
 
+def test_a_block_that_is_somewhat_larger_serves() -> None:
+    blocks = [workspace.empty((rows, 1024), torch.float32) for rows in (64, 80, 88, 128)]
+    places = [b.data_ptr() for b in blocks]
+    blocks.clear()
+    assert workspace.empty((60, 1024), torch.float32).data_ptr() == places[0]
+    again = [workspace.empty((60, 1024), torch.float32) for _ in range(4)]
+    assert [a.data_ptr() for a in again[:3]] == places[:3]  # the last is more than half as large again
+    assert places[3] not in [a.data_ptr() for a in again]
+    del again
+    assert workspace.kept() == sum(workspace._rounded(rows * 4096) for rows in (60, 64, 80, 88, 128))
+
+
 def test_small_tensors_are_ordinary() -> None:
     tensor = workspace.empty((3, 0, 5), torch.float32)
     assert tensor.shape == (3, 0, 5)

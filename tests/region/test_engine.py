@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from bench.gpu.rehearse import rehearsed
 from deq_compile.backend import rewrite
 from deq_compile.config import Options
-from deq_compile.region import op
+from deq_compile.kernels.broyden.state import new_factors
 from deq_compile.region.engine import conditional
 from deq_compile.region.engine.device import Refused
 from deq_compile.region.engine.operands import Operands, addresses
+from deq_compile.region.layout import layout_of
 from deq_compile.report import Report
 
 
@@ -192,10 +193,10 @@ def test_bodies_are_no_graphs_of_inductors(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize(("shapes", "row"), [([(3, 17)], 32), ([(2, 4, 16)], 64), ([(5, 3), (5, 2, 7)], 32)])
-def test_factors_take_no_more_than_padded_rows(shapes: list[tuple[int, ...]], row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_take_no_more_than_padded_rows(shapes: list[tuple[int, ...]], row: int) -> None:
     """(M + 1) B D elements, D rounded up to 16."""
-    config = SimpleNamespace(memory=40, batch="auto")
-    monkeypatch.setattr(op, "find_site", lambda key: SimpleNamespace(spec=SimpleNamespace(stores_steps=True, config=config)))
+    layout = layout_of(tuple(shapes), (torch.float32,) * len(shapes), tuple(tuple(range(len(s))) for s in shapes), True, False)
     with rehearsed():
-        steps, _ = op._factor_sizes("key", [torch.empty(s) for s in shapes])
+        S, _ = new_factors(layout.flatten([torch.empty(s) for s in shapes]), 40, torch.float32)
+    steps = S.untyped_storage().nbytes() // 4
     assert steps == 41 * shapes[0][0] * row

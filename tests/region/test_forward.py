@@ -185,15 +185,13 @@ def test_a_low_precision_body_and_low_precision_factors() -> None:
     assert converged(found.status).all()
 
 
-def test_given_buffers_are_the_factors() -> None:
+@pytest.mark.parametrize("room", [1, 3, 12, 40])
+def test_room_for_the_factors_changes_no_bit(room: int) -> None:
     body = Body(4, 31, 0.7)
-    S, C = torch.full((4, 13, 31), math.nan), torch.full((4, 12, 16), math.nan)
-    found = solve(body, torch.zeros(4, 31), memory=12, S=S, C=C)
+    found = solve(body, torch.zeros(4, 31), memory=12, room=room)
     own = solve(body, torch.zeros(4, 31), memory=12)
     assert found.state is not None
     assert own.state is not None
-    assert found.state.S is S
-    assert found.state.C is C
     assert torch.equal(found.z, own.z)
     assert torch.equal(found.state.n, own.state.n)
     x = torch.randn(4, 31)

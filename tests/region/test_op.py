@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from deq_compile.config import Options
 from deq_compile.region.body import BodySpec
 from deq_compile.region.modes import Ambient
 from deq_compile.region.op import solve_op
-from deq_compile.region.site import RegionSpec, register
+from deq_compile.region.run import Left
+from deq_compile.region.site import RegionSpec, register, site
 
 TIGHT = {"tol": 1e-11, "backward_tol": 1e-11, "inner": "eager", "verify": "never", "max_iter": 60, "backward_max_iter": 60}
 
@@ -43,15 +46,21 @@ def inputs(batch: int = 3, d: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("iterations", [None, 4])
 def test_opcheck(call: Any, states: int, iterations: int | None) -> None:
     z, w, x = inputs()
-    # opcheck compares all outputs, so all of S has to be written: memory 1, or no S at all.
-    if iterations is None:
-        key = key_of(call, states, iterations, memory=1)
-    else:  # compared with 4 iterations of the body, the loop is kept
-        key = key_of(call, states, iterations, verify="first", backward="jfb")
+    # Compared with 4 iterations of the body, the loop is kept.
+    key = key_of(call, states, iterations, verify="never" if iterations is None else "first")
     start = [z.clone().requires_grad_() for _ in range(states)]
     args = (start, [w.requires_grad_(), x.requires_grad_()], [], key)
     torch.library.opcheck(solve_op, args)
     torch.library.opcheck(solve_op, ([z] * states, [w.detach(), x.detach()], [], key))
+
+
+def test_opcheck_of_the_backward() -> None:
+    z, w, x = inputs()
+    key = key_of(pair_body, 2)
+    *states, ticket, _ = solve_op([z, z], [w, x], [], key)
+    q = torch.randn_like(z)
+    args = ([q, None], states, ticket, [z, z], [w, x], [], key, [False, False], [True, True])
+    torch.library.opcheck(torch.ops.deq.solve_backward.default, args)
 
 
 @pytest.mark.parametrize(("call", "states"), [(body, 1), (pair_body, 2)])
@@ -107,22 +116,78 @@ def test_operands_that_alias() -> None:
     torch.autograd.gradcheck(run, (w.requires_grad_(), x.requires_grad_()))
 
 
-def test_factors_are_not_differentiable_and_sized_by_memory() -> None:
+def test_a_mode_that_watches_operators_changes_nothing() -> None:
+    """Dispatch modes send the operators around autograd's part, and a body that is run eagerly records its own graph there."""
+    z, w, x = inputs()
+    key = key_of(body, 1)
+    w.requires_grad_()
+    found = []
+    for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+        with mode:
+            found.append(torch.autograd.grad(solve_op([z], [w, x], [], key)[0].sum(), w)[0])
+    assert found[0].norm() > 0.1
+    torch.testing.assert_close(*found)
+
+
+def left_of(ticket: Tensor) -> Left:
+    found: Left = ticket.left  # type: ignore[attr-defined]
+    return found
+
+
+def test_what_hangs_on_the_ticket(implementation: str) -> None:
+    """Factors as large as the solve needed, up to `memory`; nothing that autograd would differentiate."""
     z, w, x = inputs(3, 5)
-    key = key_of(body, 1, memory=7)
-    state, S, C, n, ticket, _ = solve_op([z], [w.requires_grad_(), x], [], key)
+    state, ticket, about = solve_op([z], [w.requires_grad_(), x], [], key_of(body, 1, memory=7))
     assert state.requires_grad
-    assert not any(t.requires_grad for t in (S, C, n, ticket))
-    assert S.numel() == 3 * 8 * 5
-    assert C.numel() == 3 * 7 * 16  # rows of C are padded to whole vectors
-    assert n.dtype == torch.int32
+    assert not ticket.requires_grad
+    assert not about.requires_grad
+    factors = left_of(ticket).factors
+    assert factors is not None
+    assert not any(t.requires_grad for t in (factors.S, factors.C, factors.n))
+    assert factors.S.shape == (3, 8, 5)
+    assert factors.C.shape == (3, 7, 16)  # rows of C are padded to whole vectors
+    assert factors.n.dtype == torch.int32
+    z, w, x = inputs(3, 40)
+    key = key_of(body, 1)
+    for slots in (33, 25):  # a first solve makes room for 16 steps, then for twice as many; the second knows that 24 do
+        factors = left_of(solve_op([z], [1.8 * w, x], [], key)[1]).factors
+        assert factors is not None
+        assert 17 < int(factors.n.max()) <= 24
+        assert factors.S.shape[1] == (slots if implementation == "native" else 61)
 
 
 def test_no_factors_where_the_backward_reuses_none() -> None:
     z, w, x = inputs()
-    for options in ({"solver": "picard"}, {"backward": "jfb"}):
-        _, S, C, _, _, _ = solve_op([z], [w, x], [], key_of(body, 1, **options))
-        assert (S.numel(), C.numel()) == (0, 0)
+    for options in ({"solver": "picard"}, {"backward": "jfb"}, {"reuse": "never"}):
+        ticket = solve_op([z], [w, x], [], key_of(body, 1, **options))[1]
+        assert left_of(ticket).factors is None
+
+
+def test_factors_that_do_not_pay_end_with_the_solve() -> None:
+    z, w, x = inputs()
+    key = key_of(body, 1)
+    site(key).reuse(False)
+    site(key).backwards = 1  # the first is due to look again
+    assert left_of(solve_op([z], [w, x], [], key)[1]).factors is None
+    site(key).reuse(True)
+    assert left_of(solve_op([z], [w, x], [], key)[1]).factors is not None
+
+
+@pytest.mark.parametrize("backward_tol", [1e-11, float("inf")])
+def test_a_ticket_that_was_copied_costs_time_only(backward_tol: float) -> None:
+    """Hooks on saved tensors may move them, to a disk or another device: then what hung on the ticket is gone."""
+    z, w, x = inputs(4, 7)
+    w.requires_grad_()
+    grads = []
+    for pack in (lambda t: t, torch.clone):
+        key = key_of(body, 1, backward_tol=backward_tol)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = solve_op([z], [w, x], [], key)[0]
+        grads.append(torch.autograd.grad(out.square().sum(), w)[0])
+    if backward_tol < 1:
+        torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-10)
+    else:  # not the gradient, but what the factors make of it: the solve was repeated, and gave the same
+        assert torch.equal(*grads)
 
 
 def test_unused_cotangents_cost_nothing() -> None:

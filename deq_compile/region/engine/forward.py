@@ -58,17 +58,19 @@ class CapturedForward(Captured):
     def trip(self) -> None:
         self.state.step(self.z, self.runner.apply(self.z, self.operands.tensors))
 
-    def solve(self, z0: Tensor, operands: Sequence[Tensor], S: Tensor | None, C: Tensor | None) -> Solution | None:
-        """Solve from z0 (B, D) with factors in S and C, as `region.forward.solve`; None where it cannot serve now. The outcome
-        is not waited for, but where the engine has to."""
+    def solve(self, z0: Tensor, operands: Sequence[Tensor], leaves: bool) -> Solution | None:
+        """Solve from z0 (B, D) as `region.forward.solve`; None where it cannot serve now. The outcome is not waited for, but
+        where the engine has to. `leaves`: whether the factors are wanted afterwards, so that the next solve needs others."""
         if not self.enter(operands):
             return None
         assert self.engine is not None
         try:
-            if S is None or C is None:
-                self.own = self.own or self.state.buffers()
-                S, C = self.own
             state = self.state
+            if leaves:
+                S, C = state.buffers()
+            else:
+                self.own = self.own or state.buffers()
+                S, C = self.own
             state.restart(self.z, z0.contiguous(), S, C)
             self.engine.launch()
             # The buffers are used again by the next solve.
