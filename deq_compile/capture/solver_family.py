@@ -230,7 +230,7 @@ def _try_out(function: Callable[..., Any], facts: dict[str, Any], dims: int, pat
 
 
 def _is_z(value: Any, problem: _Problem) -> bool:
-    # _TIGHT leaves about 1e-7 of z where the map contracts by 0.9, a solver in fp32 about 1e-6; no other field of a result is near
+    # _TIGHT leaves about 1e-7 of z where the map contracts by 0.9, one in fp32 1e-6; no other field of a result is near
     return (
         isinstance(value, Tensor)
         and value.shape == problem.z.shape
