@@ -195,8 +195,9 @@ class Options:
     ``verify``                 "periodic"     when a loop is compared with the user's own: "periodic", "first",
                                               "never"
     ``verify_tol``             1e-3           largest relative difference of that comparison
-    ``loop_memory``            None           iterates held at a time by the backward of a kept loop; None: all N. With
-                                              m < N, segments of m are recomputed, at N more evaluations
+    ``loop_memory``            None           None: a kept loop saves for the backward what the user's own would. m: some
+                                              N/m + m iterates are held at a time, and nothing else, at 2 N more
+                                              evaluations (3 N where m < N)
     ``hooks``                  "take"         "take" recognised adjoint-solving hooks over, or "keep" them
     ``engine``                 "auto"         what the iterations run on, on a GPU: "while" (one CUDA graph with a WHILE node),
                                               "chunks" (a CUDA graph of some iterations), "loop"; "auto": the first that works

@@ -91,7 +91,13 @@ class Runner(abc.ABC):
     def apply(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor: ...
 
     @abc.abstractmethod
-    def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised: ...
+    def evaluate_and_linearise(
+        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Linearised]:
+        """f(z), and f linearised at z; with the gradients of the operands marked in `needs`. It may hold on to z and to f(z)."""
+
+    def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised:
+        return self.evaluate_and_linearise(z, operands, needs)[1]
 
 
 class EagerRunner(Runner):
@@ -102,12 +108,14 @@ class EagerRunner(Runner):
         with torch.no_grad():
             return self.spec.flat(self.layout, z, operands, self.sizes)
 
-    def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised:
+    def evaluate_and_linearise(
+        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Linearised]:
         with autograd_recording():
             state = z.detach().requires_grad_()
             own = [o.detach().requires_grad_(need) for o, need in zip(operands, needs, strict=True)]
             out = self.spec.flat(self.layout, state, own, self.sizes)
-        return EagerLinearised(out, state, [o for o, need in zip(own, needs, strict=True) if need])
+        return out.detach(), EagerLinearised(out, state, [o for o, need in zip(own, needs, strict=True) if need])
 
 
 class EagerLinearised(Linearised):

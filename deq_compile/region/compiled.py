@@ -48,12 +48,13 @@ class CompiledRunner(Runner):
     def evaluations(self, operands: Sequence[Tensor], needs: tuple[bool, ...] | None) -> Evaluations:
         return Evaluations(self, operands) if needs is None else LinearisingEvaluations(self, operands, needs)
 
-    def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised:
+    def evaluate_and_linearise(
+        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Linearised]:
         evaluations = LinearisingEvaluations(self, operands, needs)
-        evaluations(z)
-        linear = evaluations.linear()
+        value, linear = evaluations(z), evaluations.linear()
         assert linear is not None
-        return linear
+        return value, linear
 
     def joint(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Call, Call, Call]:
         """forward([z, *operands]) -> (f, *saved); from [*saved, w] the product of the state, and that with operands."""

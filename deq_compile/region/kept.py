@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor
 
 from . import records
-from .body import Runner
+from .body import Linearised, Runner
 from .forward import solve
 from .layout import Layout
 from .site import Site
@@ -20,6 +20,17 @@ def iterate(body: Callable[[Tensor], Tensor], z: Tensor, times: int) -> Tensor:
     for _ in range(times):
         z = body(z)
     return z
+
+
+def iterate_and_linearise(
+    runner: Runner, operands: Sequence[Tensor], needs: tuple[bool, ...], z: Tensor, times: int
+) -> tuple[Tensor, list[Linearised]]:
+    """As `iterate`, and the body linearised at each iterate but the last: what the loop itself would save."""
+    linears = []
+    for _ in range(times if z.numel() else 0):
+        z, linear = runner.evaluate_and_linearise(z, operands, needs)
+        linears.append(linear)
+    return z.clone(), linears  # a body may save its result, and nothing that is saved may be what is returned (run.Left)
 
 
 def own_iterations(
@@ -50,15 +61,26 @@ def loop_gradient(
     needs: tuple[bool, ...],
     serial: int,
     count: int | None = None,
+    linears: Sequence[Linearised] = (),
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The exact gradient of a loop: recompute its N iterates, then one VJP at each, last to first. Where a fixed point was
-    declared there is no N, and the loop is that of `count` plain iterations, by default `max_iter`."""
+    """The exact gradient of a loop: one VJP at each of its N iterates, last to first. `linears` is the body linearised at each;
+    where it is empty, they are computed again. Where a fixed point was declared there is no N, and the loop is that of `count`
+    plain iterations, by default `max_iter`."""
     count = count or site.spec.iterations or site.spec.config.max_iter
     total: list[Tensor | None] = [None] * sum(needs)
+    own = [False] * len(total)
     w = q
-    for iterate in iterates_backwards(runner, z0, operands, count, site.spec.config.loop_memory):
-        w, grads = runner.linearise(iterate, operands, needs).vjp_full(w)
-        total = [g if t is None else t if g is None else t + g for t, g in zip(total, grads, strict=True)]
+    backwards = reversed(linears) if linears else (
+        runner.linearise(z, operands, needs)
+        for z in iterates_backwards(runner, z0, operands, count, site.spec.config.loop_memory)
+    )  # fmt: skip
+    for linear in backwards:
+        w, grads = linear.vjp_full(w)
+        for i, (t, g) in enumerate(zip(total, grads, strict=True)):
+            if t is None:
+                total[i] = g
+            elif g is not None:
+                total[i], own[i] = t.add_(g) if own[i] else t + g, True  # the first may be a cotangent, or part of one
     if serial:
         records.complete(serial, cotangent=q, w=q, vjps=count, adjoint_message="the loop's own gradient")
     return layout.unflatten(w), total

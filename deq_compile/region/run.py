@@ -17,7 +17,7 @@ from . import engine, records
 from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
 from .body import Linearised, Runner, runner_for
 from .forward import Solution, better_of, solve
-from .kept import iterate, loop_gradient, own_iterations
+from .kept import iterate, iterate_and_linearise, loop_gradient, own_iterations
 from .layout import Layout
 from .site import Site
 from .status import converged, message_of
@@ -34,10 +34,12 @@ class Left:
     """What a forward leaves for its backward beside tensors. Where it does not arrive there, nothing is lost but time.
 
     linear   the body linearised at the fixed point, where the last evaluation gave that too
+    loop     the body linearised at every iterate of a loop that was kept
     factors  of the solve, where the adjoint makes use of them
     """
 
     linear: Linearised | None = None
+    loop: Sequence[Linearised] = ()
     factors: Factors | None = None
 
 
@@ -107,10 +109,18 @@ def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor]
         site.pending = dataclasses.replace(solution, z=solution.residual, state=None)
     site.calls += layout.batch > 0
     kept = site.verdict == "kept" and (loop is not None or solution is None)
+    linears: Sequence[Linearised] = ()
     if kept:
         assert spec.iterations is not None
-        z = loop if loop is not None else iterate(body, z0, spec.iterations)
         solution = None
+        if loop is not None:
+            z = loop
+        elif spec.grad and spec.needs is not None and config.loop_memory is None:
+            linearising = iterate_and_linearise if watch is None else watch.timed("body", iterate_and_linearise)
+            z, linears = linearising(runner, operands, spec.needs, z0, spec.iterations)
+            evaluations.count += len(linears)
+        else:
+            z = iterate(body, z0, spec.iterations)
     else:
         assert solution is not None
         z = solution.z
@@ -121,7 +131,7 @@ def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor]
     if solution is None or first is None or solution.z is not first.z:
         linear = None
     about = z.new_full((layout.batch, 2), -1.0, dtype=torch.float32) if solution is None else solution.about()
-    done = Forward(layout.outputs(z), kept, rows, serial, about, Left(linear, factors))
+    done = Forward(layout.outputs(z), kept, rows, serial, about, Left(linear, linears, factors))
     if watch is not None:
         records.add_seconds(serial, watch.read())
     return done
@@ -209,7 +219,8 @@ def _gradients(
         operands = spec.arranged(operands)
         runner = runner_for(spec.body, layout, operands, sizes)
     if kept or spec.config.backward == "unroll":
-        return loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial)
+        linears = left.loop if kept and needs == spec.needs else ()
+        return loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial, linears=linears)
     z = layout.matrix(states)
     config = spec.config
     if needs != spec.needs:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from deq_compile import record_solves
 from deq_compile.config import Options
-from deq_compile.region.body import BodySpec
+from deq_compile.region.body import BodySpec, Linearised
 from deq_compile.region.compiled import CompiledLinearised, CompiledRunner, LinearisingEvaluations
+from deq_compile.region.kept import iterate_and_linearise
 from deq_compile.region.modes import Ambient
 from deq_compile.region.op import solve_op
 from deq_compile.region.site import RegionSpec, register
@@ -105,6 +106,61 @@ def test_what_it_saved_goes_with_the_graph() -> None:
         del y
         gc.collect()
         assert sum(r() is not None for r in held) == 0
+
+
+KEPT = {"verify_tol": 1e-14, "tol": 1e-3}  # the solve is never as close to the loop
+
+
+def test_a_kept_loop_costs_what_the_users_does(calls: dict[str, int]) -> None:
+    """N evaluations and N products: nothing is computed again, but where a copy of the ticket arrives."""
+    model, x = Loop().double(), torch.randn(4, 12, dtype=torch.float64)
+    call = compiled(model, **KEPT)
+    expected = gradients(model, model(x))
+    for first in (True, False):
+        calls |= dict.fromkeys(calls, 0)
+        y = call(x)
+        for _ in range(2):  # retain_graph
+            for a, b in zip(gradients(model, y), expected, strict=True):
+                torch.testing.assert_close(a, b)
+        assert first or calls == {"apply": 0, "linearise": 0, "__call__": 60}
+    for lean in (compiled(model, loop_memory=8, **KEPT), compiled(model, inner="eager", **KEPT), call):
+        lean(x)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+            y = lean(x)
+        for a, b in zip(gradients(model, y), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+def test_what_a_kept_loop_saved_goes_with_the_graph(inner: str) -> None:
+    model, x = Loop(), torch.randn(4, 12)
+    call = compiled(model, inner=inner, **KEPT)
+    call(x).sum().backward()
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Linearised) for o in gc.get_objects())
+
+    before = alive()
+    y = call(x)
+    assert alive() == before + 60
+    del y
+    assert alive() == before
+
+
+def test_what_a_kept_loop_returns_is_not_what_it_saved() -> None:
+    """A body may save its result; the region's result holds what was saved, and may not hold itself."""
+    saved: list[Tensor] = []
+
+    class Doubling:
+        def evaluate_and_linearise(self, z: Tensor, operands: object, needs: object) -> tuple[Tensor, Tensor]:
+            saved.append(2 * z)
+            return saved[-1], saved[-1]
+
+    z, linears = iterate_and_linearise(Doubling(), [], (), torch.ones(2, 3), 4)  # type: ignore[arg-type]
+    assert [id(t) for t in linears] == [id(t) for t in saved]
+    assert torch.equal(z, saved[-1])
+    assert z.untyped_storage().data_ptr() not in [t.untyped_storage().data_ptr() for t in saved]
 
 
 def test_a_solve_that_misses_is_linearised_where_it_ends(calls: dict[str, int]) -> None:
