@@ -64,7 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     COUNTER.install()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from tests.interpreter import quicken
+        from bench.gpu.interpreter import quicken
 
         quicken()
 

@@ -39,8 +39,10 @@ def child(args: argparse.Namespace) -> int:
     if args.dry_run:
         import warnings
 
+        from .interpreter import quicken
         from .rehearse import rehearsed
 
+        quicken()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # numpy on the inf and NaN that are masked away
             with rehearsed():

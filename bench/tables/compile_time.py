@@ -40,6 +40,7 @@ ROWS: dict[str, tuple[str, Callable[[Case], Step]]] = {
     "deq": ("deq", Deq),
     # A fixed point to a tolerance of 1e-4 is never this close to the loop's result: the region is kept.
     "deq-kept": ("deq, loop kept", lambda case: Deq(case, verify_tol=1e-12)),
+    "deq-kept-lean": ("deq, loop kept, loop_memory=10", lambda case: Deq(case, verify_tol=1e-12, loop_memory=10)),
 }
 PARTS = {"dynamo_s": "Dynamo", "passes_s": "passes", "graph_s": "graph", "bodies_s": "bodies", "rest_s": "rest"}
 
