@@ -71,7 +71,8 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
         return states
     for z in inputs:  # the engine also brings J^T w here, where nobody wants it
         z.register_post_accumulate_grad_hook(_forget)
-    adjoint = _Adjoint(layout, inputs, images, solution.state, config, site, serial)
+    factors = None if solution.state is None else solution.state.alone()
+    adjoint = _Adjoint(layout, inputs, images, factors, config, site, serial)
     return list(_Implicit.apply(adjoint, states, *images))
 
 
