@@ -111,6 +111,13 @@ def test_what_it_saved_goes_with_the_graph() -> None:
 KEPT = {"verify_tol": 1e-14, "tol": 1e-3}  # the solve is never as close to the loop
 
 
+@pytest.fixture
+def once(implementation: str) -> None:
+    if implementation != "native":
+        pytest.skip("about the bodies")
+
+
+@pytest.mark.usefixtures("once")
 def test_a_kept_loop_costs_what_the_users_does(calls: dict[str, int]) -> None:
     """N evaluations and N products: nothing is computed again, but where a copy of the ticket arrives."""
     model, x = Loop().double(), torch.randn(4, 12, dtype=torch.float64)
@@ -131,6 +138,7 @@ def test_a_kept_loop_costs_what_the_users_does(calls: dict[str, int]) -> None:
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("once")
 @pytest.mark.parametrize("inner", ["aot_eager", "eager"])
 def test_what_a_kept_loop_saved_goes_with_the_graph(inner: str) -> None:
     model, x = Loop(), torch.randn(4, 12)
