@@ -210,14 +210,14 @@ def test_an_interrupted_problem_keeps_its_rows(monkeypatch: pytest.MonkeyPatch, 
     def run() -> Any:
         nonlocal calls
         calls += 1
-        if calls == 5:
+        if calls == 9:  # in the fifth turn
             raise KeyboardInterrupt
         return original()
 
     monkeypatch.setattr(step, "run", run)
     (found,) = measure.interleave({"eager": step}, {"eager": {"method": "eager"}}, 10, "tiny")
     assert found["repeats"] == 4
-    calls = 4  # interrupted at the first step: there is nothing worth keeping
+    calls = 8  # interrupted at the first step: there is nothing worth keeping
     with pytest.raises(KeyboardInterrupt):
         list(measure.interleave({"eager": step}, {"eager": {}}, 10, "tiny"))
 

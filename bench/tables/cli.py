@@ -1,9 +1,9 @@
 """``python -m bench tables``: every way to run one training step of a fixed-point model, beside the others.
 
-Rows of one problem are timed in turns in one process, so ratios are of the same moments; with one thread the clock of
-record is the process's CPU time, with more it is wall time, and both are in the JSON. Beside one thread each problem is
-timed again in a process with all threads (wall time). Memory and the first step (cold
-Inductor cache) come from a process for each row. Finished rows lie in build/tables and survive an interruption;
+Rows of one problem are timed in turns in one process, so ratios are of the same moments; a turn is two steps of a row, of
+which the second is timed. With one thread the clock of record is the process's CPU time, with more it is wall time, and both
+are in the JSON. Beside one thread each problem is timed again in a process with all threads (wall time). Memory and the first
+step (cold Inductor cache) come from a process for each row. Finished rows lie in build/tables and survive an interruption;
 ``--resume`` takes them up again. Gradients (all parameters and x) are compared with float64.
 """
 

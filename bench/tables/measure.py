@@ -86,7 +86,11 @@ def errors(step: Step, truth: Reference) -> Row:
 
 
 def interleave(steps: dict[str, Step], rows: dict[str, Row], repeats: int, what: str) -> Iterator[Row]:
-    """Run all steps in turns, so that a slow moment of the machine falls on all; then the finished rows."""
+    """Run all steps in turns, so that a slow moment of the machine falls on all; then the finished rows.
+
+    A turn is two steps, of which the second is timed: in training a step follows one of its own kind, and finds its code and
+    its weights where that left them.
+    """
     samples: dict[str, list[tuple[Reading, Reading, Reading]]] = {key: [] for key in steps}
     load_of_others = machine.OtherLoad()
     gc.collect()
@@ -95,6 +99,7 @@ def interleave(steps: dict[str, Step], rows: dict[str, Row], repeats: int, what:
         with _no_collection():
             for _ in tqdm(range(repeats if steps else 0), desc=what, unit="round", dynamic_ncols=True):
                 for key, step in steps.items():
+                    step.run()
                     samples[key].append(step.run())
                 gc.collect()
     except KeyboardInterrupt:
