@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import workspace
 from ..broyden.state import Factors, coefficient_width
 
 RIDGE = 0.03
@@ -51,8 +52,9 @@ class Multisecant:
 
 def empty_weights(factors: Factors) -> Tensor:
     """The uninitialised V for some factors."""
-    slots = factors.S.shape[1]
-    return factors.C.new_empty((factors.C.shape[0], slots, coefficient_width(slots)))
+    slots, C = factors.S.shape[1], factors.C
+    shape = C.shape[0], slots, coefficient_width(slots)
+    return workspace.empty(shape, C.dtype) if C.device.type == "cpu" else C.new_empty(shape)
 
 
 def gram_torch(S: Tensor, n: Tensor, dtype: torch.dtype) -> Tensor:
