@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from deq_compile.kernels import workspace
+
 STEPS = 3
 
 # Freed blocks go back to the system at once, so that a peak is a peak of what is in use (glibc; elsewhere without effect).
@@ -54,8 +56,9 @@ def reset_peak() -> bool:
 
 
 def release() -> None:
-    """Give back what nobody uses."""
+    """Give back what nobody uses, the pool of the solvers' buffers included: a peak counts what a step takes from it."""
     gc.collect()
+    workspace.clear()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
