@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from deq_compile.kernels.broyden import Factors
+from deq_compile.kernels.broyden import factors_of
 from deq_compile.region.forward import solve
 from deq_compile.regularise import spectral_radius
 
@@ -126,8 +126,7 @@ def rows(body: str, seed: int, tol: float, weights: Path, modes: list[str]) -> l
     x, y, z, z_star = trained.x[i[keep]], trained.y[i[keep]], solution.z[keep], z64[keep]
     state = solution.state
     assert state is not None
-    factors = Factors(S=state.S[keep].contiguous(), C=state.C[keep].contiguous(), n=state.n[keep].contiguous(), high=0)
-    factors.high = int(factors.n.max())
+    factors = factors_of(state.S[keep].contiguous(), state.C[keep].contiguous(), state.n[keep].contiguous())
     q = _cotangent(head, z, y)
     there = exact(module64, z_star, x.double(), _cotangent(head64, z_star, y))
     here = exact(module64, z.double(), x.double(), q.double())

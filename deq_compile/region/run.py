@@ -298,12 +298,8 @@ def _factors_again(
     site: Site, layout: Layout, runner: Runner, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]
 ) -> Factors | None:
     """The factors of a forward whose own did not arrive: the same solve once more."""
-
-    def body(z: Tensor) -> Tensor:
-        return runner.apply(z, operands)
-
     z0, stop = layout.matrix(state0).detach(), any_of(site.spec.stop, layout, (*operands, *sizes))
-    state = solve_for(site, body, z0, watched=not engine.capturing(), stop=stop).state
+    state = solve_for(site, runner.evaluations(operands, None), z0, watched=not engine.capturing(), stop=stop).state
     return None if state is None else state.alone()
 
 
