@@ -7,6 +7,7 @@ from .aten import observe
 from .dispatch import advance, new_state, step, step_residual
 from .state import (
     CONVERGED,
+    FALL,
     FLOOR,
     MAX_ITER,
     NONFINITE,
@@ -24,6 +25,7 @@ from .state import (
 
 __all__ = [
     "CONVERGED",
+    "FALL",
     "FLOOR",
     "MAX_ITER",
     "NONFINITE",

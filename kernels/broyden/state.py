@@ -26,6 +26,14 @@ NORM_EPS = 1e-9
 STALL_GAIN = 0.9
 STALL_PATIENCE = 5
 
+# A small relative residual |g| / |f| is no fixed point where |f| has grown without bound: on a map such as z + g(norm(z)) an
+# accelerated solver runs to infinity, where |g| is what it was. So |g| itself must have fallen against the first evaluation, or
+# |f| must have kept its size: |g| <= FALL * ceiling with ceiling = max(|g_0|, 2 tol / FALL * |f_0|). Where |f*| is up to
+# FALL / tol times |f_0|, a thousand times at the default tolerance, nothing changes. At the precision's floor half will do:
+# a slow body in bfloat16 ends at |g| = 0.01 |f|, wherever it started.
+FALL = 0.1
+FALL_AT_FLOOR = 0.5
+
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -62,6 +70,11 @@ class Factors:
         return self
 
 
+def slack_of(tol: float, floor: float) -> float:
+    """The larger of what keeps a start at the tolerance, and one at the precision's floor, from having to fall further."""
+    return max(2 * tol / FALL, 2 * floor / FALL_AT_FLOOR)
+
+
 def about_of(residual: Tensor, iterations: Tensor) -> Tensor:
     """(B, 2) float32 of two tensors (B,)."""
     return torch.stack([residual.float(), iterations], dim=1)  # the counts become float32 on the way
@@ -74,10 +87,12 @@ class Progress:
     Attributes:
         done: (B,) int8, one of RUNNING, CONVERGED, FLOOR, MAX_ITER, NONFINITE.
         best: (B,) smallest stopping residual so far, inf before the first finite one; compute dtype.
-        z_best: (B, D) the iterate it belongs to; the initial one before the first finite residual.
+        z_best: (B, D) the iterate it belongs to; the initial one before the first residual, and f of that where the first
+            residual is not finite: what a plain iteration has then.
         iterations: (B,) int32, body evaluations at which the sample stopped; 0 while it runs.
         mark: (B,) best residual at the last improvement by ``STALL_GAIN``, once below the floor.
         stall: (B,) int32, evaluations since then.
+        ceiling: (B,) what |g| is measured against before a relative residual counts, see ``FALL``; inf where it is not.
         tol: a sample stops when its stopping residual is at most this.
         relative: whether the stopping residual is |g| / (|f| + eps) or |g|.
         floor: relative residual below which stagnation counts as having converged.
@@ -92,6 +107,7 @@ class Progress:
     iterations: Tensor
     mark: Tensor
     stall: Tensor
+    ceiling: Tensor
     tol: float
     relative: bool
     floor: float
@@ -108,6 +124,11 @@ class Progress:
     def frozen(self) -> bool:
         """Whether any sample has stopped."""
         return self.active < self.done.shape[0]
+
+    @property
+    def slack(self) -> float:
+        """Multiples of |f_0| that |g| may fall from; see ``FALL``."""
+        return slack_of(self.tol, self.floor)
 
     def about(self) -> Tensor:
         """(B, 2) float32: the smallest stopping residual of each sample, and the evaluations at which it stopped."""
@@ -241,6 +262,7 @@ def progress_fields(z0: Tensor, tol: float, relative: bool, floor: float) -> dic
         "iterations": torch.zeros(B, dtype=torch.int32, device=z0.device),
         "mark": z0.new_full((B,), math.inf),
         "stall": torch.zeros(B, dtype=torch.int32, device=z0.device),
+        "ceiling": z0.new_full((B,), math.inf),
         "tol": tol,
         "relative": relative,
         "floor": floor,
