@@ -79,8 +79,8 @@ class Region:
     what the iterations ran on at the last call ("loop", "chunks", "while"; see region/engine), `engine_reason` why on nothing
     better. `reuse` tells whether the backward makes use of the forward's factors, `gradient_error` how far its gradients of the
     operands were off when last measured, relative to those at a tenth of the tolerance. `iterations` is the count of a
-    fixed-count loop, None where a fixed point was declared. `notes` say in words what was done, and where the meaning differs from what the
-    user's code would have done.
+    fixed-count loop, None where a fixed point was declared. `notes` say in words what was done, and where the meaning differs
+    from what the user's code would have done.
     """
 
     key: str

@@ -32,10 +32,10 @@ def handler(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def handle(self: Any, inst: Any) -> Any:
         if len(self.stack) >= 2 and marker.ours(self):
-            pair = [_integer(v) for v in self.stack[-2:]]
-            if None not in pair:
+            left, right = (_integer(v) for v in self.stack[-2:])
+            if left is not None and right is not None:
                 notes = self.__dict__.setdefault("_deq_compile_comparisons", {})
-                notes.setdefault(id(inst), []).append(_Seen(*pair, nodes=_nodes(self)))  # type: ignore[arg-type]
+                notes.setdefault(id(inst), []).append(_Seen(left, right, _nodes(self)))
         return original(self, inst)
 
     return handle
@@ -47,8 +47,8 @@ def forget(tx: Any) -> None:
 
 
 def cap(tx: Any, code: Code, exit: Exit, visits: list[int]) -> int:
-    """The most iterations of the loop that `exit` leaves, 0 where nothing tells. `visits`: sizes of the graph when its test was met
-    in each iteration so far."""
+    """The most iterations of the loop that `exit` leaves, 0 where nothing tells. `visits`: sizes of the graph when its test was
+    met, in each iteration so far."""
     notes: dict[int, list[_Seen]] = tx.__dict__.get("_deq_compile_comparisons", {})
     found = []
     for i in sorted(exit.loop):
@@ -61,11 +61,10 @@ def cap(tx: Any, code: Code, exit: Exit, visits: list[int]) -> int:
         if leaves is None or leaves.loop != exit.loop:
             continue
         guard = next((notes[id(g)] for g in _twins(code, inst, exit) if id(g) in notes), None)
+        first, second, late = seen[0], seen[1] if len(seen) > 1 else None, False
         if guard:  # tested before the loop, and again after each iteration
-            first, late = guard[-1], False
-            second = seen[0]
+            first, second = guard[-1], seen[0]
         else:
-            first, second = seen[0], seen[1] if len(seen) > 1 else None
             # Whether an iteration's work lies before its comparison, or behind it.
             late = second is None or (len(visits) > 1 and second.nodes - visits[0] > visits[1] - second.nodes)
         most = _turns(inst.argval, first, second)

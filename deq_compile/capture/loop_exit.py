@@ -163,8 +163,9 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
             visits.cap = counters.cap(tx, _code(tx), exit, visits.sizes)
     value = tx.pop()
     exit_when = jumps_if_true == exit.jumps
+    cap = marker.GUARD if exit.guard else visits.cap
     tx.output.create_proxy(
-        "call_function", marker.may_exit, (value.as_proxy(), site, visits.entry, exit_when, visits.cap), {}
+        "call_function", marker.may_exit, (value.as_proxy(), site, visits.entry, exit_when, cap), {}
     )
     leaves = visits.seen >= marker.UNROLLED
     if leaves:

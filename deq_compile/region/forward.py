@@ -14,6 +14,7 @@ from deq_compile.kernels.broyden import (
     CONVERGED,
     FALL,
     NORM_EPS,
+    RESOLUTION,
     RUNNING,
     Factors,
     Progress,
@@ -229,8 +230,10 @@ def or_plain(
         z = image
         if bool((good | passed).all()):
             break
+    far = torch.linalg.vector_norm(found.z, dim=1)
     ours = torch.linalg.vector_norm(f(found.z).to(z0.dtype) - found.z, dim=1)
-    reached = torch.linalg.vector_norm(found.z, dim=1) <= 2 * size.nan_to_num(nan=math.inf, posinf=math.inf)
+    ours = torch.maximum(ours, RESOLUTION * torch.finfo(z0.dtype).eps * far)
+    reached = far <= 2 * size.nan_to_num(nan=math.inf, posinf=math.inf)
     sound = torch.isfinite(ours) & ~(ours > norm) & ((ours <= FALL * first) | reached)  # also where theirs is NaN
     take = ~good & ~sound
     evaluations = found.evaluations + k + 1

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import CONVERGED, FALL, NORM_EPS, RUNNING, Progress
+from deq_compile.kernels.broyden import CONVERGED, FALL, NORM_EPS, RESOLUTION, RUNNING, Progress
 
 from .layout import Layout
 
@@ -74,6 +74,7 @@ def ends_well(start: tuple[Tensor, Tensor], here: tuple[Tensor, Tensor]) -> bool
     """Whether a test that holds may end a solve: every sample's residual |g| is finite and has fallen, or |f| has kept its size.
     Both are (|g|, |f|), each (B,), of the first and of this evaluation; see ``FALL`` of the kernels."""
     (g0, f0), (g, f) = start, here
+    g = torch.maximum(g, RESOLUTION * torch.finfo(g.dtype).eps * f)
     return bool(((g <= FALL * g0) | ((f <= 2 * f0) & torch.isfinite(g))).all())
 
 

@@ -22,6 +22,7 @@ from ..broyden.state import (
     MAX_ITER,
     NONFINITE,
     NORM_EPS,
+    RESOLUTION,
     RUNNING,
     STALL_GAIN,
     STALL_PATIENCE,
@@ -114,6 +115,7 @@ def _judge(s: AndersonState, z: Tensor, g: Tensor, f: Tensor, last: bool) -> Non
         stop = norm / scale
         if s.evaluations == 1:
             torch.maximum(norm, s.slack * scale, out=s.ceiling)
+        norm = torch.maximum(norm, RESOLUTION * torch.finfo(z.dtype).eps * scale)
     running, finite = s.done == RUNNING, torch.isfinite(stop)
     improved = running & finite & (stop < s.best)
     torch.where(improved, stop, s.best, out=s.best)

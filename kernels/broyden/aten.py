@@ -20,6 +20,7 @@ from .state import (
     MAX_ITER,
     NONFINITE,
     NORM_EPS,
+    RESOLUTION,
     RUNNING,
     STALL_GAIN,
     STALL_PATIENCE,
@@ -86,8 +87,10 @@ def observe(
     if not p.active:
         return None
     stop = norm / scale if scale is not None and p.relative else norm
-    if p.evaluations == 1 and scale is not None and p.relative:
-        torch.maximum(norm, p.slack * scale, out=p.ceiling)
+    if scale is not None and p.relative:
+        if p.evaluations == 1:
+            torch.maximum(norm, p.slack * scale, out=p.ceiling)
+        norm = torch.maximum(norm, RESOLUTION * torch.finfo(z.dtype).eps * scale)
     if p.frozen:
         running = p.done == RUNNING
         stop = stop.masked_fill(~running, math.inf)

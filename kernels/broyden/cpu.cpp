@@ -248,7 +248,7 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
     if (!norms) scale = std::sqrt(ff) + T(1e-9);
     if (!norms && s.relative) {
       if (evaluation == 1) s.ceiling[b] = std::max(stop, T(std::max(20 * s.tol, 4 * s.floor)) * scale);
-      norm = stop, ceiling = s.ceiling[b];
+      norm = std::max(stop, 2 * std::numeric_limits<T>::epsilon() * scale), ceiling = s.ceiling[b];
       stop /= scale, scale = 1;
     }
   }

@@ -30,9 +30,11 @@ STALL_PATIENCE = 5
 # accelerated solver runs to infinity, where |g| is what it was. So |g| itself must have fallen against the first evaluation, or
 # |f| must have kept its size: |g| <= FALL * ceiling with ceiling = max(|g_0|, 2 tol / FALL * |f_0|). Where |f*| is up to
 # FALL / tol times |f_0|, a thousand times at the default tolerance, nothing changes. At the precision's floor half will do:
-# a slow body in bfloat16 ends at |g| = 0.01 |f|, wherever it started.
+# a slow body in bfloat16 ends at |g| = 0.01 |f|, wherever it started. Where |f| is so large that f - z has lost its digits,
+# |g| is not known to be less than RESOLUTION eps |f|.
 FALL = 0.1
 FALL_AT_FLOOR = 0.5
+RESOLUTION = 2.0
 
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

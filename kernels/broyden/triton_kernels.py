@@ -17,8 +17,8 @@ import triton.language as tl
 
 from ..triton_shared import CONVERGED, FLOOR, MAX_ITER, NONFINITE, RUNNING, finite, set_conditional, through
 
-# NORM_EPS 1e-9, STALL_GAIN 0.9, STALL_PATIENCE 5, FALL 0.1 and FALL_AT_FLOOR 0.5 of state.py stand below as numbers: the
-# interpreter multiplies no constexpr. `mark_ptr` is a matrix (2, B): the marks, and the ceilings.
+# NORM_EPS 1e-9, STALL_GAIN 0.9, STALL_PATIENCE 5, FALL 0.1, FALL_AT_FLOOR 0.5 and RESOLUTION 2 of state.py stand below as
+# numbers: the interpreter multiplies no constexpr. `mark_ptr` is a matrix (2, B): the marks, and the ceilings.
 
 
 @triton.jit
@@ -36,8 +36,9 @@ def _judge(
     elif RELATIVE:
         scale = tl.sqrt(ff) + 1e-9
         ceiling = tl.where(count == 1, tl.maximum(stop, tl.maximum(20.0 * tol, 4.0 * floor) * scale), ceiling)
-        fallen = tl.where(stop <= 0.1 * ceiling, 1, 0)
-        fallen_at_floor = tl.where(stop <= 0.5 * ceiling, 1, 0)
+        known = tl.maximum(stop, (2.4e-7 if gg.dtype == tl.float32 else 4.5e-16) * scale)
+        fallen = tl.where(known <= 0.1 * ceiling, 1, 0)
+        fallen_at_floor = tl.where(known <= 0.5 * ceiling, 1, 0)
         stop = stop / scale
     else:
         threshold = floor * (tl.sqrt(ff) + 1e-9)
