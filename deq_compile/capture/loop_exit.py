@@ -48,6 +48,7 @@ class _Visits:
     seen: int = 0
     world: Any = None
     sizes: list[int] = dataclasses.field(default_factory=list)  # of the graph, at each of those times
+    markers: list[Any] = dataclasses.field(default_factory=list)  # left in the graph so far
 
 
 _codes: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # by code object
@@ -164,9 +165,12 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     value = tx.pop()
     exit_when = jumps_if_true == exit.jumps
     cap = marker.GUARD if exit.guard else visits.cap
-    tx.output.create_proxy(
-        "call_function", marker.may_exit, (value.as_proxy(), site, visits.entry, exit_when, cap), {}
-    )
+    arguments = (value.as_proxy(), site, visits.entry, exit_when, cap)
+    node = tx.output.create_proxy("call_function", marker.may_exit, arguments, {}).node
+    if not exit.guard:  # a loop's segments are equal, what was not known of its cap at first included
+        visits.markers.append(node)
+        for earlier in visits.markers:
+            earlier.args = (*earlier.args[:4], cap)
     leaves = visits.seen >= marker.UNROLLED
     if leaves:
         visits.iterator = object()  # whoever comes again enters anew

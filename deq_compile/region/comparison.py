@@ -53,7 +53,9 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
         if several:
             good, distance, solution = True, nearer, followed
     mine = "kept" if not good else "follow" if several or site.follows else "solve"
-    site.misses = site.adjoint_misses = 0
+    site.misses = 0
+    if site.verdict == "kept":
+        site.adjoint_misses = 0
     site.verify_gradient = good and site.spec.grad
     site.checked = own.iterations
     verdict = mine if agreed(site.key, site.calls, good, site.spec.grad) else "kept"

@@ -157,7 +157,7 @@ def _where_it_missed(call: _Call, solution: Solution) -> Solution | None:
     run. A captured solve with a loop behind it is not waited for: what it came to is asked at the next call."""
     site, spec = call.site, call.site.spec
     cap = spec.own_loop_cap
-    if solution.outcome is not None and cap is not None:
+    if solution.outcome is not None and (cap is not None or spec.iterations is not None):
         site.pending = dataclasses.replace(solution, z=solution.residual, state=None)
         return solution
     if solution.missed() and cap is None:
