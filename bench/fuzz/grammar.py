@@ -202,7 +202,7 @@ def iterate(f, z, max_iter, tol):
         if (new - z).norm() < tol * new.norm():
             return new
         z = new
-    return z
+    raise ArithmeticError("whose own solver fails has no result to compare with")
 '''
 
 

@@ -104,7 +104,7 @@ def judge(text: str, filename: str = "<program>") -> Verdict:
             return Verdict("WRONG", detail=f"call {call} raises {type(error).__name__}: {error}\n" + "\n".join(frames[-12:]))
         solved = any(region.status in ("solve", "follow", "pending") for region in report.regions)
         # A backward may send a region back to its loop; the value of that call is still the solve's.
-        lenient = solved or (call == 0 and any((r.distance or 1.0) < 2 * VERIFY_TOL for r in report.regions))
+        lenient = solved or any((r.distance or 1.0) < 2 * VERIFY_TOL for r in report.regions)
         exact, value, gradient = (EXACT32, SOLVED32, SOLVED_GRADIENT32) if single else (EXACT, SOLVED, SOLVED_GRADIENT)
         for name, off in differences(found, want):
             allowed = (gradient if name.startswith("grad") else value) if lenient else exact

@@ -17,7 +17,6 @@ from torch import Tensor
 from ..broyden.state import (
     CONVERGED,
     FALL,
-    FALL_AT_FLOOR,
     FLOOR,
     MAX_ITER,
     NONFINITE,
@@ -113,9 +112,9 @@ def _judge(s: AndersonState, z: Tensor, g: Tensor, f: Tensor, last: bool) -> Non
     threshold = s.floor if s.relative else s.floor * scale
     if s.relative:
         stop = norm / scale
-        if s.evaluations == 1:
-            torch.maximum(norm, s.slack * scale, out=s.ceiling)
-        norm = torch.maximum(norm, RESOLUTION * torch.finfo(z.dtype).eps * scale)
+    if s.evaluations == 1:
+        s.ceiling.copy_(s.ceiling_at(norm, scale))
+    norm = torch.maximum(norm, RESOLUTION * torch.finfo(z.dtype).eps * scale)
     running, finite = s.done == RUNNING, torch.isfinite(stop)
     improved = running & finite & (stop < s.best)
     torch.where(improved, stop, s.best, out=s.best)
@@ -125,7 +124,7 @@ def _judge(s: AndersonState, z: Tensor, g: Tensor, f: Tensor, last: bool) -> Non
     torch.where(gained & running, s.best, s.mark, out=s.mark)
     s.stall.add_(1).masked_fill_(gained | ~below, 0)
     code = torch.full_like(s.done, MAX_ITER if last else RUNNING)
-    code.masked_fill_(below & (s.stall >= STALL_PATIENCE) & (norm <= FALL_AT_FLOOR * s.ceiling), FLOOR)
+    code.masked_fill_(below & (s.stall >= STALL_PATIENCE) & (norm <= s.fall_at_floor * s.ceiling), FLOOR)
     code.masked_fill_((stop <= s.tol) & (norm <= FALL * s.ceiling), CONVERGED)
     code.masked_fill_(~finite, NONFINITE)
     stopped = running & (code != RUNNING)

@@ -15,7 +15,6 @@ from torch import Tensor
 from .state import (
     CONVERGED,
     FALL,
-    FALL_AT_FLOOR,
     FLOOR,
     MAX_ITER,
     NONFINITE,
@@ -87,9 +86,9 @@ def observe(
     if not p.active:
         return None
     stop = norm / scale if scale is not None and p.relative else norm
-    if scale is not None and p.relative:
+    if scale is not None:
         if p.evaluations == 1:
-            torch.maximum(norm, p.slack * scale, out=p.ceiling)
+            p.ceiling.copy_(p.ceiling_at(norm, scale))
         norm = torch.maximum(norm, RESOLUTION * torch.finfo(z.dtype).eps * scale)
     if p.frozen:
         running = p.done == RUNNING
@@ -139,7 +138,7 @@ def _stop_samples(
     running = p.done == RUNNING
     code = torch.full_like(p.done, MAX_ITER if last else RUNNING)
     if stalled is not None:
-        code.masked_fill_(stalled & (norm <= FALL_AT_FLOOR * p.ceiling), FLOOR)
+        code.masked_fill_(stalled & (norm <= p.fall_at_floor * p.ceiling), FLOOR)
     code.masked_fill_((stop <= p.tol) & (norm <= FALL * p.ceiling), CONVERGED)
     failed = None
     if not healthy:

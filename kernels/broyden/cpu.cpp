@@ -213,7 +213,7 @@ static bool observe(const Broyden<T>& s, i64 b, T* z, T stop, T scale, i64 evalu
       bool below = *best < T(s.floor) * scale, gained = below && *best < T(0.9) * *mark;
       if (gained) *mark = *best;
       s.stall[b] = gained || !below ? 0 : s.stall[b] + 1;
-      if (s.stall[b] >= 5 && norm <= T(0.5) * ceiling) code = FLOOR;
+      if (s.stall[b] >= 5 && norm <= T(s.floor > 0.1 ? 0.5 : 0.1) * ceiling) code = FLOOR;
     }
     if (stop <= T(s.tol) && norm <= T(0.1) * ceiling) code = CONVERGED;
   }
@@ -246,10 +246,12 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
     for (i64 c = 0; c < count; c++) gg += parts[2 * c], ff += parts[2 * c + 1];
     stop = norms ? norms[b] : std::sqrt(gg);
     if (!norms) scale = std::sqrt(ff) + T(1e-9);
-    if (!norms && s.relative) {
-      if (evaluation == 1) s.ceiling[b] = std::max(stop, T(std::max(20 * s.tol, 4 * s.floor)) * scale);
+    if (!norms) {  // Progress.ceiling_at in state.py
+      double slack = s.floor > 0.1 ? 4 * s.floor : 20 * s.floor;
+      if (evaluation == 1 && s.relative) s.ceiling[b] = std::max(stop, T(std::max(20 * s.tol, slack)) * scale);
+      if (evaluation == 1 && !s.relative) s.ceiling[b] = std::max(std::max(stop, T(slack) * scale), T(10 * s.tol));
       norm = std::max(stop, 2 * std::numeric_limits<T>::epsilon() * scale), ceiling = s.ceiling[b];
-      stop /= scale, scale = 1;
+      if (s.relative) stop /= scale, scale = 1;
     }
   }
   bool improved = false;

@@ -29,11 +29,12 @@ STALL_PATIENCE = 5
 # A small relative residual |g| / |f| is no fixed point where |f| has grown without bound: on a map such as z + g(norm(z)) an
 # accelerated solver runs to infinity, where |g| is what it was. So |g| itself must have fallen against the first evaluation, or
 # |f| must have kept its size: |g| <= FALL * ceiling with ceiling = max(|g_0|, 2 tol / FALL * |f_0|). Where |f*| is up to
-# FALL / tol times |f_0|, a thousand times at the default tolerance, nothing changes. At the precision's floor half will do:
-# a slow body in bfloat16 ends at |g| = 0.01 |f|, wherever it started. Where |f| is so large that f - z has lost its digits,
+# FALL / tol times |f_0|, a thousand times at the default tolerance, nothing changes. At a floor as coarse as bfloat16's half
+# will do: a slow body ends there at |g| = 0.01 |f|, wherever it started. Where |f| is so large that f - z has lost its digits,
 # |g| is not known to be less than RESOLUTION eps |f|.
 FALL = 0.1
-FALL_AT_FLOOR = 0.5
+FALL_AT_COARSE_FLOOR = 0.5
+COARSE = 0.1
 RESOLUTION = 2.0
 
 COMPUTE_DTYPES = (torch.float32, torch.float64)
@@ -70,11 +71,6 @@ class Factors:
         """The factors without what an iteration keeps beside them, once that has ended. They hold no iterate: whoever computes
         gradients may keep them with the graph that the iterate is a part of."""
         return self
-
-
-def slack_of(tol: float, floor: float) -> float:
-    """The larger of what keeps a start at the tolerance, and one at the precision's floor, from having to fall further."""
-    return max(2 * tol / FALL, 2 * floor / FALL_AT_FLOOR)
 
 
 def about_of(residual: Tensor, iterations: Tensor) -> Tensor:
@@ -128,9 +124,17 @@ class Progress:
         return self.active < self.done.shape[0]
 
     @property
-    def slack(self) -> float:
-        """Multiples of |f_0| that |g| may fall from; see ``FALL``."""
-        return slack_of(self.tol, self.floor)
+    def fall_at_floor(self) -> float:
+        """The part of the ceiling that |g| has to fall to, where it stagnates at the precision's floor."""
+        return FALL_AT_COARSE_FLOOR if self.floor > COARSE else FALL
+
+    def ceiling_at(self, norm: Tensor, scale: Tensor) -> Tensor:
+        """(B,) what |g| has to fall from, of |g| and |f| of the first evaluation; see ``FALL``. An absolute tolerance needs no
+        fall: there it keeps a residual without digits from counting."""
+        at_floor = 2 * self.floor / self.fall_at_floor
+        if self.relative:
+            return torch.maximum(norm, max(2 * self.tol / FALL, at_floor) * scale)
+        return torch.maximum(norm, at_floor * scale).clamp_(min=self.tol / FALL)
 
     def about(self) -> Tensor:
         """(B, 2) float32: the smallest stopping residual of each sample, and the evaluations at which it stopped."""

@@ -17,8 +17,8 @@ import triton.language as tl
 
 from ..triton_shared import CONVERGED, FLOOR, MAX_ITER, NONFINITE, RUNNING, finite, set_conditional, through
 
-# NORM_EPS 1e-9, STALL_GAIN 0.9, STALL_PATIENCE 5, FALL 0.1, FALL_AT_FLOOR 0.5 and RESOLUTION 2 of state.py stand below as
-# numbers: the interpreter multiplies no constexpr. `mark_ptr` is a matrix (2, B): the marks, and the ceilings.
+# NORM_EPS 1e-9, STALL_GAIN 0.9, STALL_PATIENCE 5, FALL 0.1 (0.5 at a floor above 0.1) and RESOLUTION 2 of state.py stand below
+# as numbers: the interpreter multiplies no constexpr. `mark_ptr` is a matrix (2, B): the marks, and the ceilings.
 
 
 @triton.jit
@@ -33,15 +33,18 @@ def _judge(
     fallen_at_floor = 1
     if GIVEN:
         stop = norm
-    elif RELATIVE:
+    else:
         scale = tl.sqrt(ff) + 1e-9
-        ceiling = tl.where(count == 1, tl.maximum(stop, tl.maximum(20.0 * tol, 4.0 * floor) * scale), ceiling)
+        fall = tl.where(floor > 0.1, 0.5, 0.1)
+        start = tl.maximum(tl.maximum(stop, 2.0 * floor / fall * scale), 20.0 * tol * scale if RELATIVE else 10.0 * tol)
+        ceiling = tl.where(count == 1, start, ceiling)
         known = tl.maximum(stop, (2.4e-7 if gg.dtype == tl.float32 else 4.5e-16) * scale)
         fallen = tl.where(known <= 0.1 * ceiling, 1, 0)
-        fallen_at_floor = tl.where(known <= 0.5 * ceiling, 1, 0)
-        stop = stop / scale
-    else:
-        threshold = floor * (tl.sqrt(ff) + 1e-9)
+        fallen_at_floor = tl.where(known <= fall * ceiling, 1, 0)
+        if RELATIVE:
+            stop = stop / scale
+        else:
+            threshold = floor * scale
     whole = finite(stop)
     # An integer: the interpreter spreads a comparison of floats over a block as floats, which take no `&`.
     improved = tl.where(whole & (stop < best), 1, 0)
