@@ -244,6 +244,7 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
         own_tests=stop,
         own_cap=int(loop.hints.get("max_iter", OWN_CAP)) if loop.tests and loop.count > 1 else None,
         needs=needs,
+        solver_call=loop.declared and loop.count == 1 and loop.form != "fixed_point" and config.semantics == "loop",
         start_trained=trained_alone(loop.initial, loop.operands),
         suspect=not reads_inputs(loop.operands) and reads_inputs(loop.initial),
         channels_last=all(v.device.type == "cpu" for v in outputs) and _turns_images(loop.body, config),

@@ -24,6 +24,9 @@ from .status import converged
 # so many of its units.
 APART, APART_EPS = 1e-2, 40.0
 
+# Plain iterations that a call of a solver is compared with, in units of its own cap: they need more than a solver does.
+PLAIN_CAP = 4
+
 log = logging.getLogger("deq_compile.region")
 
 
@@ -62,6 +65,23 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
     site.follows = site.follows or verdict == "follow"
     site.decide(verdict, distance)
     return solution if good and verdict != "kept" and bool(finite.all()) else None
+
+
+def compare_call(site: Site, solution: Solution, z0: Tensor, rows: bool, solved: Solved) -> Solution:
+    """Look at a call of a solver for several fixed points. The user's solver cannot be run here; what it shares with most others
+    is where plain iterations from z0 (B, D) lead, and there the region goes from then on, if it has several.
+    """
+    if not z0.numel():
+        return solution
+    everywhere = torch.ones_like(solution.status, dtype=torch.bool)
+    config = site.spec.config
+    tol, cap = config.tol if site.spec.stop else site.tol, PLAIN_CAP * config.max_iter
+    plain = solved(z0, tol, solver="picard", max_iter=cap, tested=False)
+    other = _apart(site, solution, plain, everywhere, solved)
+    if other or _ends_apart(site, solution, _second_start(solution.z, rows), everywhere, solved):
+        site.follows = True
+        site.decide("follow", None)
+    return plain if other else solution
 
 
 def _agrees(

@@ -16,7 +16,7 @@ from deq_compile.kernels.device import on_gpu
 from . import engine, records
 from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
 from .body import Linearised, Runner, runner_for
-from .comparison import compare
+from .comparison import compare, compare_call
 from .forward import Solution, or_plain, solve
 from .kept import OwnLoop, loop_gradient, own_loop
 from .layout import Layout
@@ -96,7 +96,10 @@ class _Call:
         """The solve that stands in for the loop, or the loop's own iterates to where they converge."""
         site = self.site
         if site.follows:
-            return self.solved(self.z0, site.tol, solver="picard", max_iter=site.spec.own_loop_cap)
+            followed = self.solved(self.z0, site.tol, solver="picard", max_iter=site.spec.own_loop_cap)
+            if site.spec.own_loop_cap is not None or not followed.missed():
+                return followed
+            return self.solved(followed.z, site.tol)  # the user's solver would be faster than plain iterations, too
         captured = None if self.inside else _captured(site, self.runner, self.z0, self.operands, self.sizes)
         if captured is not None:
             solution = captured.solve(self.z0, self.operands, leaves=site.spec.stores_steps)
@@ -129,6 +132,8 @@ def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor]
         assert first is not None
         own = call.own(linearised=False)
         solution = compare(site, first, own, call.z0, call.rows, call.solved)
+    elif first is not None and not call.inside and first.outcome is None and site.call_due():
+        solution = _where_it_missed(call, compare_call(site, first, call.z0, call.rows, call.solved))
     elif everywhere:
         site.misses = 0
     elif first is not None and not call.inside:

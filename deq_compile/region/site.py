@@ -59,6 +59,7 @@ class RegionSpec:
     channels_last  whether images are iterated on, and given to the body, with their channels fastest in memory
     own_cap     the most iterations that the user's own loop makes, where a test ends it; None where there is no such loop
     start_trained  whether something that needs a gradient goes into the initial state alone
+    solver_call  whether the user calls a solver, or a library's, that has an iteration of its own
     suspect     whether the model's input reaches the loop through its initial state alone: the fixed point then depends on that,
                 so there are several
     """
@@ -76,6 +77,7 @@ class RegionSpec:
     own_cap: int | None = None
     channels_last: bool = False
     start_trained: bool = False
+    solver_call: bool = False
     suspect: bool = False
 
     @functools.cached_property
@@ -118,7 +120,7 @@ class RegionSpec:
         tests = [test.key for test in self.stop], [test.key for test in self.own_tests], self.own_cap
         facts = (
             OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key(), tests,
-            self.channels_last, self.start_trained, self.suspect,
+            self.channels_last, self.start_trained, self.solver_call, self.suspect,
         )  # fmt: skip
         return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
@@ -191,6 +193,10 @@ class Site:
     def due(self) -> bool:
         """Whether this call, the `calls`-th from 0, compares the solve with the user's loop."""
         return self.compares and (self.verdict == "pending" or self._scheduled(self.calls))
+
+    def call_due(self) -> bool:
+        """Whether this call of a solver, the `calls`-th from 0, is looked at for several fixed points."""
+        return self.spec.solver_call and not self.follows and self._scheduled(self.calls)
 
     def gradient_due(self) -> bool:
         """Whether this adjoint solve, the `backwards`-th from 0, is also made at a tenth of its tolerance."""
