@@ -205,7 +205,7 @@ def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) ->
         solver=config.solver,
         backward=config.backward if spec.grad else "-",
         status=site.verdict,
-        notes=loop.notes,
+        notes=(*loop.notes, *_notes(spec)),
     )
     rows.append(row)
     count = f"{spec.iterations} iterations" if spec.iterations is not None else "until its tolerance"
@@ -218,6 +218,15 @@ def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) ->
 
     site.on_change = changed
     return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
+
+
+def _notes(spec: RegionSpec) -> list[str]:
+    """What has been decided about a region before its first call."""
+    if spec.only_start_differs:
+        return ["kept, since its initial state alone needs a gradient, and a fixed point has none to give it"]
+    if spec.suspect and spec.own_loop_cap is not None:
+        return ["followed, since the input reaches it through its initial state alone: it may have several fixed points"]
+    return []
 
 
 def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTest, ...] = ()) -> RegionSpec:

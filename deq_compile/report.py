@@ -21,7 +21,7 @@ class Reason(enum.Enum):
     MUTATION = "the body writes to a tensor that lives on after it (a buffer, an input, a view)"
     ESCAPES = "an iterate before the last one is used outside the loop (a trajectory, a list of residuals)"
     DRIFT = "the state changes its shape or dtype between iterations"
-    HIGHER_ORDER = "an iteration reads iterates older than the last one (momentum)"
+    HIGHER_ORDER = "an iteration reads iterates older than the last two"
     TOO_SHORT = "fewer repetitions than min_repeats"
     OTHER_INPUT = "each iteration reads a different tensor (other weights, or an input sequence)"
     OTHER_CONSTANT = "a constant changes from iteration to iteration"

@@ -73,6 +73,7 @@ def test_what_an_input_reaches_through_the_start_alone_is_suspected() -> None:
         run(torch.randn(3, 4))
     assert [s.status for s in solves] == ["follow"]
     assert report.regions[0].status == "follow"
+    assert "the input reaches it through its initial state alone" in str(report)
 
     def injected(x: Tensor) -> Tensor:
         z = x

@@ -77,6 +77,7 @@ def test_the_start_gets_the_loops_gradient(cls: type[nn.Module]) -> None:
         found = value_and_grads(run, model, x)
         assert largest_error(found, expected) < 1e-3
     assert report.regions[0].status == "kept"
+    assert ("initial state alone needs a gradient" in str(report)) is (cls in (Balance, BalanceUntil))
 
 
 def test_a_start_that_is_forgotten_is_solved() -> None:

@@ -30,7 +30,7 @@ SHAPES = [
     ("mlp1024 wide", 128, 1024),
 ]
 DRY_SHAPES = [("fused", 2, 50), ("split", 1, 8200)]
-# What was expected before anything ran on a device (evidence, section 3; gpu.md): µs of one step.
+# What was expected before anything ran on a device (a model of launches and bytes): µs of one step.
 PREDICTED = {("large", 10): 75, ("large", 30): 187}
 
 

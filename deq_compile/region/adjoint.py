@@ -23,7 +23,7 @@ from deq_compile.region.modes import without_grad
 from deq_compile.region.status import AdjointStatus
 
 # An estimate has blown up when its residual is this many times the best one known, that of w = 0 (which is 1) included.
-# The last estimate is not given up for less: the lowest residual is not the lowest error (evidence, section 2).
+# The last estimate is not given up for less: the lowest residual is not the lowest error.
 BLOWN_UP = 10.0
 
 # Pairs of the adjoint iteration that are stored before its basis is dropped.
