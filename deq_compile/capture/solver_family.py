@@ -119,6 +119,12 @@ def register_solver(
     return function
 
 
+def clear() -> None:
+    """Forget what was found out about functions by looking at them and trying them out."""
+    _looks.clear()
+    _known.clear()
+
+
 def roles_of(function: Any) -> dict[str, Any] | None:
     """Names of the parameters of a solver, by role; None for what does not look like one. Quick."""
     if not isinstance(function, types.FunctionType):

@@ -15,6 +15,7 @@ from deq_compile.kernels.device import on_gpu
 
 from . import engine, records
 from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
+from .agree import look
 from .body import Linearised, Runner, runner_for
 from .forward import Solution, better_of, solve
 from .kept import iterate, iterate_and_linearise, loop_gradient, own_iterations
@@ -63,6 +64,7 @@ def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor]
     watch = Stopwatch() if records.wants_timing() else None
     if not inside:
         settle(site)
+        look(site)
     operands = spec.arranged(operands)
     rows = decide_rows(site, state0, operands, sizes)
     layout, runner = _prepared(site, state0, rows, operands, sizes)
@@ -273,6 +275,7 @@ def _adjoint(
         state = None
     if on_gpu(z.device) and not math.isinf(config.backward_tol) and not inside:
         settings = engine.AdjointSettings(config.backward_tol, max_iter, spec.body_eps, skip)
+        engine.end_with(site)
         captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
         if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
             return solved
@@ -314,6 +317,7 @@ def _captured(
     settings = engine.ForwardSettings(
         site.tol, config.stop_mode, config.max_iter, config.memory, site.spec.factor_dtype, site.spec.body_eps
     )
+    engine.end_with(site)
     found = engine.captured_forward((site.key, *sizes), runner, z0, operands, settings, config.engine)
     if found is not None:
         site.use(found.name, found.reason)

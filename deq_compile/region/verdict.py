@@ -70,7 +70,7 @@ def verify(site: Site, solution: Solution, loop: Tensor, solved: Callable[[Tenso
     good = good and distance <= allowed
     site.misses = site.adjoint_misses = 0
     site.verify_gradient = good and site.spec.grad
-    site.decide("solve" if agreed(site.key, site.calls, good, site.spec.grad) else "kept", distance)
+    site.decide(agreed(site, "value", "solve" if good else "kept"), distance)
     return solution
 
 
@@ -98,7 +98,7 @@ def count_misses(site: Site, solution: Solution) -> None:
             stacklevel=2,
         )
     if site.compares and site.misses >= MISSES_BEFORE_KEPT:
-        site.decide("kept", None)
+        site.decide(agreed(site, "misses", "kept"), None)
 
 
 def settle(site: Site) -> None:
@@ -131,15 +131,14 @@ def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution
             w = linear.vjp(w)
         norms = torch.linalg.vector_norm(found.w, dim=1)
         left = (torch.linalg.vector_norm(w, dim=1) / norms).masked_fill(norms == 0, 0.0)
-        good = bool((left <= GRADIENT_MARGIN * site.allowed_distance).all())
-        if not agreed(f"{site.key}/adjoint", site.calls, good, site.spec.grad):
-            site.decide("kept", None)
+        if not bool((left <= GRADIENT_MARGIN * site.allowed_distance).all()):
+            site.decide(agreed(site, "gradient", "kept"), None)
             return False
     # backward_max_iter=0 asks for no refinement, so there nothing is missed
     missed = config.backward_max_iter > 0 and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR)
     site.adjoint_misses = site.adjoint_misses + 1 if missed else 0
     if site.adjoint_misses >= MISSES_BEFORE_KEPT:
-        site.decide("kept", None)
+        site.decide(agreed(site, "gradient's misses", "kept"), None)
     return not missed
 
 
