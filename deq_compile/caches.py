@@ -15,7 +15,7 @@ def reset() -> None:
     Gone are compiled bodies, captured CUDA graphs, spare memory, what was refused while tracing, and what was learnt about
     solvers (not the names given by `register_solver`). Models that are compiled stay so and go on working: their regions begin
     as at a first call, compare with the user's loop again and decide again. A forward whose backward is still to come keeps
-    what it needs. Files on disk stay.
+    what it needs, but where hooks on saved tensors copied all that it saved. Files on disk stay.
 
     `torch._dynamo.reset()`, which drops the compiled models themselves, calls this too where a model was compiled with this
     backend. Not to be called while another thread runs a compiled model.
