@@ -9,6 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .caches import reset
 from .capture import marker
 from .capture.marker import is_marker
 from .config import Config, Options
+from .kernels.folder import distrusted
 from .passes.ambient import ambient_at
 from .passes.base import ExitTest, Loop, Pass, PassContext, describe, is_tensor, marked, value_of
 from .passes.declared import FindDeclared
@@ -321,6 +323,15 @@ def has_cpp_compiler() -> bool:
     return True
 
 
+@functools.cache
+def say_whose_cache() -> None:
+    """Inductor runs the code that it finds in its cache, whoever put it there: said once where that may be somebody else."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    if reason := distrusted(Path(cache_dir())):
+        log.warning("Inductor runs what it finds in its cache, and %s. Fix: set TORCHINDUCTOR_CACHE_DIR", reason)
+
+
 def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None) -> CompiledFn:
     """Hand a graph to the inner backend."""
     inputs = list(example_inputs)
@@ -334,6 +345,7 @@ def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Conf
     import torch._inductor
     from torch._inductor.compile_fx import compile_fx
 
+    say_whose_cache()
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
     compiled: CompiledFn = compile_fx(gm, inputs, config_patches=patches or None)  # type: ignore[assignment]
     return compiled
