@@ -48,8 +48,8 @@ def distrusted(folder: Path) -> str:
 
 
 def private() -> Path:
-    """The folder for this user's compiled code, made with mode 700 if need be: $DEQ_COMPILE_CACHE_DIR, else one in Inductor's
-    cache, else one in ~/.cache.
+    """The folder for this user's compiled code: $DEQ_COMPILE_CACHE_DIR; else Inductor's cache, a folder in it, or one in ~/.cache,
+    the first that belongs to this user alone. It is made with mode 700 if need be.
 
     Raises:
         PermissionError: others might write to all of them; the message says how to name another.
@@ -76,6 +76,7 @@ def _candidates() -> Iterator[Path]:
         return
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    yield Path(cache_dir())
     yield Path(cache_dir()) / f"deq_compile_{_user()}"
     with contextlib.suppress(RuntimeError):  # there is no home
         yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "deq_compile"

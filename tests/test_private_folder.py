@@ -60,15 +60,23 @@ def test_a_link_and_a_file_are_no_folders(tmp_path: Path) -> None:
 
 
 def test_the_next_candidate_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inductor's cache, made by somebody else first, then the user's own."""
+    """Inductor's cache as torch makes it; one for a group; one that everybody may write to; one made by somebody else first."""
     cache, home = tmp_path / "inductor", tmp_path / "home"
-    cache.mkdir()
+    cache.mkdir(mode=0o755)
     monkeypatch.delenv(folder.VARIABLE, raising=False)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    assert folder.private().parent == cache
+    assert folder.private() == cache
+    cache.chmod(0o775)
+    inside = folder.private()
+    assert inside.parent == cache
+    assert stat.S_IMODE(inside.stat().st_mode) == 0o700
     cache.chmod(0o777)
     assert folder.private() == home / "deq_compile"
+    cache.chmod(0o755)
+    monkeypatch.setattr(folder, "_user", lambda: os.geteuid() + 1)
+    with pytest.raises(PermissionError, match="belongs to user"):
+        folder.private()
 
 
 def test_native_code_is_not_loaded_from_elsewhere(
