@@ -48,8 +48,8 @@ def distrusted(folder: Path) -> str:
 
 
 def private() -> Path:
-    """The folder for this user's compiled code: $DEQ_COMPILE_CACHE_DIR; else Inductor's cache, a folder in it, or one in ~/.cache,
-    the first that belongs to this user alone. It is made with mode 700 if need be.
+    """The folder for this user's compiled code: $DEQ_COMPILE_CACHE_DIR; else Inductor's cache, a folder in it, or one in
+    ~/.cache, the first that belongs to this user alone. It is made with mode 700 if need be.
 
     Raises:
         PermissionError: others might write to all of them; the message says how to name another.
