@@ -9,6 +9,7 @@ from bench import demo, kernels, overhead, step
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
 from bench.gradients import cli as gradients
+from bench.multistable import cli as multistable
 from bench.roofline import cli as roofline
 from bench.scaling import cli as scaling
 from bench.tables import cli as tables
@@ -22,6 +23,7 @@ COMMANDS = {
     "gpu": gpu,
     "gradients": gradients,
     "kernels": kernels,
+    "multistable": multistable,
     "overhead": overhead,
     "roofline": roofline,
     "scaling": scaling,

@@ -30,6 +30,7 @@ from .passes.find_loops import FindLoops, deduplicate_constants
 from .passes.functionalise import Functionalise
 from .passes.hoist import Hoist
 from .passes.inline import InlineCheckpoints, checkpoint_body
+from .passes.inputs import reads_inputs, trained_alone
 from .passes.judge import Judge
 from .passes.replace import Replace
 from .passes.take_hooks import TakeHooks
@@ -210,8 +211,7 @@ def _call(
     config = usable(chosen.resolve(**loop.hints), [value_of(n) for n in loop.outputs])
     tests: list[StopTest] = [_stop_test(test) for test in loop.tests]
     tests += [NormTest(whole_batch, relative=False)] if whole_batch is not None else []
-    # an explicit tolerance beats what the user's code says
-    spec = region_spec(loop, ambient, config, () if config.provenance["tol"] == "option" else tuple(tests))
+    spec = region_spec(loop, ambient, config, tuple(tests))
     site = register(spec, _place(loop, spec, sum(known.location == loop.location for known, _ in rows)))
     states = tuple((tuple(str(s) for s in value_of(n).shape), str(value_of(n).dtype)[6:]) for n in loop.outputs)
     row = Region(
@@ -233,7 +233,7 @@ def _call(
 
     def changed(site: Site) -> None:
         row.status, row.distance = site.verdict, site.distance
-        row.reuse = site.reuses
+        row.reuse, row.gradient_error = site.reuses, site.gradient_error
         row.engine, row.engine_reason = site.engine, site.engine_reason
 
     site.on_change = changed
@@ -274,9 +274,13 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
         grad=ambient.grad and any(t.requires_grad for t in tensors),
         config=config,
         where=str(loop.location),
-        stop=stop,
+        stop=() if config.provenance["tol"] == "option" else stop,  # an explicit tolerance beats what the user's code says
+        own_tests=stop,
         own_cap=int(loop.hints.get("max_iter", OWN_CAP)) if loop.tests and loop.count > 1 else None,
         needs=needs,
+        solver_call=loop.declared and loop.count == 1 and loop.form != "fixed_point" and config.semantics == "loop",
+        start_trained=trained_alone(loop.initial, loop.operands),
+        suspect=not reads_inputs(loop.operands) and reads_inputs(loop.initial),
         channels_last=all(v.device.type == "cpu" for v in outputs) and _turns_images(loop.body, config),
     )
 

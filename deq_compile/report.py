@@ -73,12 +73,14 @@ class Region:
     """A fixed-point region that was replaced by one solve.
 
     `hoisted` names the operations that were moved out of the loop. `status` is "solve" (a Broyden or Picard solve stands in
-    for the loop), "kept" (the loop's own iterations are run) or "pending" (not called yet, so not verified); `distance` is
+    for the loop), "follow" (the body has several fixed points: the loop's own iterates are followed to where they converge),
+    "kept" (the loop's own iterations are run) or "pending" (not called yet, so not verified); `distance` is
     the last measured max over samples of |z_N - z*| / |z*|, None before a verification or where none is asked for. `engine` is
     what the iterations ran on at the last call ("loop", "chunks", "while"; see region/engine), `engine_reason` why on nothing
-    better. `reuse` tells whether the backward makes use of the forward's factors. `iterations` is the count of a fixed-count
-    loop, None where a fixed point was declared. `notes` say in words what was done, and where the meaning differs from what the
-    user's code would have done.
+    better. `reuse` tells whether the backward makes use of the forward's factors, `gradient_error` how far its gradients of the
+    operands were off when last measured, relative to those at a tenth of the tolerance. `iterations` is the count of a
+    fixed-count loop, None where a fixed point was declared. `notes` say in words what was done, and where the meaning differs
+    from what the user's code would have done.
     """
 
     key: str
@@ -94,6 +96,7 @@ class Region:
     distance: float | None = None
     engine: str = "loop"
     engine_reason: str = ""
+    gradient_error: float | None = None
     reuse: bool = True
     notes: tuple[str, ...] = ()
 
@@ -137,6 +140,11 @@ class Report:
         lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
         idle = "without the forward's factors, which cost more than they save"
         lines += [f"backward    {r.location}: {idle}" for r in self.regions if not r.reuse]
+        lines += [
+            f"gradient    {r.location}: off by {r.gradient_error:.0e}, against a tenth of the adjoint's tolerance"
+            for r in self.regions
+            if r.gradient_error is not None
+        ]
         lines += [f"{r.location}: {note}" for r in self.regions for note in r.notes]
         lines += [f"left alone  {skipped}" for skipped in self.skipped]
         lines += [f"off         {feature}: {why}" for feature, why in self.features_off.items()]

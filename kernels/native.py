@@ -36,7 +36,7 @@ class Broyden(ctypes.Structure):
     _fields_ = [
         *((name, _I) for name in ("B", "D", "M", "ld", "threads", "relative")),
         *((name, _D) for name in ("tol", "floor", "eta")),
-        *((name, _P) for name in ("S", "C", "best", "mark", "z_best", "n", "iterations", "stall", "done", "about")),
+        *((name, _P) for name in ("S", "C", "best", "mark", "ceiling", "z_best", "n", "iterations", "stall", "done", "about")),
         ("converged", _I),
     ]  # fmt: skip
 
@@ -57,7 +57,7 @@ class Gcr(ctypes.Structure):
 
 
 # The same, for writing a whole struct into a buffer: ctypes takes ten times as long.
-BROYDEN, GCR = struct.Struct("6q3d10qq"), struct.Struct("8q3dq")
+BROYDEN, GCR = struct.Struct("6q3d11qq"), struct.Struct("8q3dq")
 assert (BROYDEN.size, GCR.size) == (ctypes.sizeof(Broyden), ctypes.sizeof(Gcr))
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deq_compile.capture.marker import may_exit
+from deq_compile.capture.marker import GUARD, may_exit
 from deq_compile.report import Reason, Skipped
 
 from .base import ExitTest, Loop, Pass, PassContext, describe, hint, location_of, value_of
@@ -52,7 +52,8 @@ class Exits(Pass):
                 loop.form = "while_loop"
             caps = {int(node.args[4]) for node in markers}  # type: ignore[arg-type]
             if markers and caps != {0}:
-                loop.hints |= {"max_iter": max(caps), "memory": min(max(caps), MEMORY)}
+                cap = max(1, max(caps) - _outside(graph, loop, markers[0]))
+                loop.hints |= {"max_iter": cap, "memory": min(cap, MEMORY)}
             accepted.append(loop)
         context.loops = accepted
         return sum(len(loop.tests) for loop in accepted)
@@ -151,6 +152,22 @@ class _Builder:
         with self.graph.inserting_before(self.last):
             self.env[node] = self.graph.placeholder(f"a{len(self.reads)}")
         return True
+
+
+def _outside(graph: fx.Graph, loop: Loop, marker: fx.Node) -> int:
+    """Iterations that were traced and are not among the loop's segments: the graph makes them before it, or after it."""
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    first, last = position[loop.nodes[0]], position[loop.nodes[-1]]
+    tests = [
+        position[node]
+        for node in graph.nodes
+        if node.target is may_exit and node.args[1:3] == marker.args[1:3] and node.args[4] != GUARD
+    ]
+    before, behind = sum(at < first for at in tests), [at for at in tests if at > last]
+    if behind:  # what is computed up to the test alone goes with it
+        nodes = list(graph.nodes)[last + 1 : behind[-1]]
+        before += any(position[user] > behind[-1] for node in nodes for user in node.users)
+    return before
 
 
 def _only_tested(loop: Loop) -> frozenset[int]:

@@ -91,14 +91,25 @@ def test_ranks_that_find_the_same_do_it(ranks: Ranks) -> None:
         assert [ranks.call(number) for number in range(3)] == [finding] * 3
 
 
-@pytest.mark.parametrize("finding", ["follow", "kept"])
-def test_one_objection_is_the_decision_of_all_and_can_be_taken_back(ranks: Ranks, finding: str) -> None:
+def test_one_objection_is_the_decision_of_all_and_can_be_taken_back(ranks: Ranks) -> None:
     assert [ranks.say(number, "solve") for number in range(3)] == ["solve"] * 3
-    assert ranks.say(1, finding) == finding  # at once for its own rank
-    assert [ranks.call(number) for number in range(3)] == [finding] * 3
-    assert ranks.say(0, "solve") == finding  # a comparison of another rank does not overrule it
+    assert ranks.say(1, "kept") == "kept"  # at once for its own rank
+    assert [ranks.call(number) for number in range(3)] == ["kept"] * 3
+    assert ranks.say(0, "solve") == "kept"  # a comparison of another rank does not overrule it
     assert ranks.say(1, "solve") == "solve"
     assert [ranks.call(number) for number in range(3)] == ["solve"] * 3
+
+
+def test_several_fixed_points_are_remembered_by_all(ranks: Ranks) -> None:
+    """A rank that has none of its own to show goes with the others, and finds so from then on."""
+    for number, finding in enumerate(("solve", "follow", "solve")):
+        ranks.say(number, finding)
+    assert [ranks.call(number) for number in range(3)] == ["follow"] * 3
+    assert [own.follows for own in ranks.sites] == [True] * 3
+    ranks.say(2, "kept")
+    assert [ranks.call(number) for number in range(3)] == ["kept"] * 3
+    ranks.say(2, "solve")
+    assert [ranks.call(number) for number in range(3)] == ["follow"] * 3
 
 
 def test_the_most_conservative_finding_wins(ranks: Ranks) -> None:

@@ -477,6 +477,44 @@ for _ in range(N):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
         z = self.f(z, {u})
 """,
+    "tested_break": """
+z = {z0}
+for _ in range(2 * N):
+    new = self.f(z, {u})
+    if (new - z).norm() < 1e-10 * new.norm():
+        break
+    z = new
+""",
+    "tested_item": """
+z = {z0}
+for _ in range(2 * N):
+    old, z = z, self.f(z, {u})
+    if (z - old).abs().max().item() < 1e-10:
+        break
+""",
+    "tested_while": """
+z, gap, k = {z0}, torch.ones((), dtype=x.dtype), 0
+while gap > 1e-10 and k < 2 * N:
+    old, z, k = z, self.f(z, {u}), k + 1
+    gap = (z - old).norm() / z.norm()
+""",
+    "tested_loosely": """
+z = {z0}
+for _ in range(N):
+    old, z = z, self.f(z, {u})
+    if (z - old).norm() < 1e-7 * z.norm():
+        break
+return torch.tanh(z)
+""",
+    "called": """
+with torch.no_grad():
+    z = iterate(lambda z: self.f(z, {u}), {z0}, 400, 1e-10)
+z = self.f(z, {u})
+""",
+    "called_plainly": """
+z = iterate(lambda z: self.f(z, {u}), {z0}.detach(), 400, 1e-10).detach()
+z = self.f(z, {u}) + 0.0 * z
+""",
     "broadcast_state": """
 z = torch.zeros_like(x[:1])
 for _ in range(N):

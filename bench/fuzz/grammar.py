@@ -30,7 +30,15 @@ ENDS = {
     "tanh": "torch.tanh({gain} * {h} + {x})",
     "relu_": "F.relu({gain} * {h} + {x}, inplace=True)",
     "residual": "{z} + 0.5 * ({gain} * {h} + 0.3 * {x} - {z})",
+    # No fixed point: every step has the same length.
+    "drift": "{z} + {gain} * F.normalize({h} + {x}, dim=-1)",
+    # Two fixed points an element, and none between.
+    "bistable": "torch.tanh(2.5 * {z} + 0.1 * {h} + 0.01 * {x})",
 }
+# What the inputs hold: always, or from the second call on.
+_NAN = "x[0, ..., 1] = math.nan"
+POISONS = {"none": "", "nan": _NAN, "inf": "x[-1, ..., 0] = math.inf", "nan_later": _NAN}
+CALLS = ("same", "fresh")  # two calls with the same input, or four with one of their own
 PLACES = ("method", "closure", "partial")
 # Most contract, so that a solve may stand in; the others expand or oscillate and have to be kept.
 GAINS = (0.3, 0.2, 0.2, 0.3, 0.4, 0.5, 0.6, 0.9, -0.4, -1.1, 1.5)
@@ -56,6 +64,8 @@ class Recipe:
     output: str = "plain"
     dtype: str = "float64"
     training: bool = True
+    poison: str = "none"
+    calls: str = "same"
     seed: int = 0
 
     @property
@@ -82,6 +92,8 @@ def random_recipe(rng: random.Random, form: str | None = None) -> Recipe:
         output=rng.choice(OUTPUTS),
         dtype=rng.choice(("float64",) * 7 + ("float32",)),
         training=rng.choice((True, True, True, False)),
+        poison=rng.choice(("none",) * 9 + ("nan", "inf", "nan_later")),
+        calls=rng.choice(("same",) * 4 + ("fresh",)),
         seed=rng.randrange(1000),
     )
 
@@ -152,8 +164,11 @@ def source(recipe: Recipe) -> str:
         )
         if word in text or word in members
     ]
+    if recipe.poison != "none":
+        imports.append("import math")
     body = "\n".join(registered + ["contract(self)"])
     state = "\n\n@dataclass\nclass State:\n    z: torch.Tensor\n    w: torch.Tensor\n" if "State(" in text else ""
+    state += _ITERATE if "iterate(" in text else ""
     return _FILE.format(
         recipe=recipe,
         imports="\n".join(sorted(imports, key=lambda line: line.startswith("from"))) + "\n" if imports else "",
@@ -166,7 +181,29 @@ def source(recipe: Recipe) -> str:
         shape=shape,
         dtype=recipe.dtype,
         seed=recipe.seed,
+        poison=_poison(recipe),
+        calls=range(2) if recipe.calls == "same" else range(4),
+        fresh=" + call" if recipe.calls == "fresh" else "",
     )
+
+
+def _poison(recipe: Recipe) -> str:
+    if recipe.poison == "none":
+        return ""
+    when = "    if call > 0:\n        " if recipe.poison == "nan_later" else "    "
+    return f"{when}{POISONS[recipe.poison]}\n"
+
+
+_ITERATE = '''
+
+def iterate(f, z, max_iter, tol):
+    for _ in range(max_iter):
+        new = f(z)
+        if (new - z).norm() < tol * new.norm():
+            return new
+        z = new
+    raise ArithmeticError("whose own solver fails has no result to compare with")
+'''
 
 
 def _names(line: str, text: str) -> list[str]:
@@ -237,9 +274,13 @@ class Model(nn.Module):
 {forward}
 
 
-def make_inputs():
-    generator = torch.Generator().manual_seed({seed})
-    return (torch.randn({shape}, generator=generator, dtype=torch.float64).to(torch.{dtype}),)
+CALLS = {calls}
+
+
+def make_inputs(call=0):
+    generator = torch.Generator().manual_seed({seed}{fresh})
+    x = torch.randn({shape}, generator=generator, dtype=torch.float64).to(torch.{dtype})
+{poison}    return (x,)
 
 
 if __name__ == "__main__":

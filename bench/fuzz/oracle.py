@@ -36,7 +36,9 @@ EXACT, SOLVED, SOLVED_GRADIENT = 1e-9, 1e-4, 1e-3
 EXACT32, SOLVED32, SOLVED_GRADIENT32 = 1e-4, 1e-3, 1e-2
 NUDGE = 1e-14
 
-VERDICTS = ("rewritten-right", "kept-right", "refused-right", "not-a-loop", "eager-fails", "ill-conditioned", "WRONG")
+VERDICTS = (
+    "rewritten-right", "followed-right", "kept-right", "refused-right", "not-a-loop", "eager-fails", "ill-conditioned", "WRONG",
+)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -62,22 +64,25 @@ class Outcome:
 
 
 def judge(text: str, filename: str = "<program>") -> Verdict:
-    """Compile the program in `text`, run it twice, compare with eager."""
+    """Compile the program in `text`, run it for each of its calls, compare with eager."""
     module = load(text, filename)
     torch.manual_seed(0)
-    double, inputs = module.Model().double(), module.make_inputs()
-    single = inputs[0].dtype == torch.float32
+    double, inputs = module.Model().double(), [module.make_inputs(call) for call in module.CALLS]
+    single = inputs[0][0].dtype == torch.float32
+    expected, sensitivity = [], 0.0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            expected = run(double, double, [x.double() for x in inputs])
-            nudged = run(double, double, [x.double() * (1 + NUDGE) for x in inputs])
+            for xs in inputs:
+                expected.append(run(double, double, [x.double() for x in xs]))
+                nudged = run(double, double, [x.double() * (1 + NUDGE) for x in xs])
+                sensitivity = max((sensitivity, *(e for _, e in differences(nudged, expected[-1]))))
     except Exception as error:
         return Verdict("eager-fails", detail=f"{type(error).__name__}: {error}")
-    finite = all(bool(torch.isfinite(t).all()) for t in [*expected.values.values(), *_present(expected.grads)])
-    if not finite:
+    poisoned = not all(bool(torch.isfinite(x).all()) for xs in inputs for x in xs)
+    finite = all(bool(torch.isfinite(t).all()) for e in expected for t in [*e.values.values(), *_present(e.grads)])
+    if not finite and not poisoned:
         return Verdict("eager-fails", detail="eager's result is not finite")
-    sensitivity = max((e for _, e in differences(nudged, expected)), default=0.0)
     if sensitivity > (1e-11 if single else 1e-7):
         return Verdict("ill-conditioned", detail=f"a disturbance of {NUDGE} grows to {sensitivity:.1e}")
 
@@ -86,26 +91,29 @@ def judge(text: str, filename: str = "<program>") -> Verdict:
     model = copy.deepcopy(double).float() if single else double
     grown = 100 * sensitivity
     if single:  # what eager itself loses in float32
-        grown = 10 * max((e for _, e in differences(run(model, model, inputs), expected)), default=0.0)
+        own = [run(model, model, xs) for xs in inputs]
+        grown = 10 * max(e for found, want in zip(own, expected, strict=True) for _, e in differences(found, want))
     compiled = torch.compile(model, backend=Backend(OPTIONS32 if single else OPTIONS, report))
-    for call in ("first", "second"):
+    for call, (xs, want) in enumerate(zip(inputs, expected, strict=True)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found = run(compiled, model, inputs)
+                found = run(compiled, model, xs)
         except Exception as error:
             frames = traceback.format_exc().strip().splitlines()
-            return Verdict("WRONG", detail=f"{call} call raises {type(error).__name__}: {error}\n" + "\n".join(frames[-12:]))
-        solved = any(region.status == "solve" for region in report.regions)
+            return Verdict("WRONG", detail=f"call {call} raises {type(error).__name__}: {error}\n" + "\n".join(frames[-12:]))
+        solved = any(region.status in ("solve", "follow", "pending") for region in report.regions)
         # A backward may send a region back to its loop; the value of that call is still the solve's.
-        lenient = solved or (call == "first" and any((r.distance or 1.0) < 2 * VERIFY_TOL for r in report.regions))
+        lenient = solved or any((r.distance or 1.0) < 2 * VERIFY_TOL for r in report.regions)
         exact, value, gradient = (EXACT32, SOLVED32, SOLVED_GRADIENT32) if single else (EXACT, SOLVED, SOLVED_GRADIENT)
-        for name, off in differences(found, expected):
+        for name, off in differences(found, want):
             allowed = (gradient if name.startswith("grad") else value) if lenient else exact
             if not off <= max(allowed, grown):
-                return Verdict("WRONG", detail=f"{call} call: {name} is off by {off:.2e}\n{report}", error=off)
+                return Verdict("WRONG", detail=f"call {call}: {name} is off by {off:.2e}\n{report}", error=off)
     reasons = tuple(dict.fromkeys(s.reason.name for s in report.skipped))
     if report.regions:
+        if any(region.status == "follow" for region in report.regions):
+            return Verdict("followed-right", reasons)
         return Verdict("rewritten-right" if solved else "kept-right", reasons)
     return Verdict("refused-right" if reasons else "not-a-loop", reasons)
 
@@ -151,10 +159,10 @@ def differences(found: Outcome, expected: Outcome) -> list[tuple[str, float]]:
     if list(found.values) != list(expected.values):
         return [(f"number of outputs, {len(found.values)} for {len(expected.values)}", float("inf"))]
     # A returned residual is zero but for rounding: it is compared with what it is a residual of. So is a fixed point of 0.
-    largest = max((float(b.norm()) for b in expected.values.values()), default=0.0)
+    largest = max((_norm(b) for b in expected.values.values()), default=0.0)
     for name, b in expected.values.items():
         errors.append((name, _error(found.values[name], b, 0.1 * max(largest, 1.0))))
-    total = sum(float(g.norm()) ** 2 for g in _present(expected.grads)) ** 0.5
+    total = sum(_norm(g) ** 2 for g in _present(expected.grads)) ** 0.5
     for name, want in expected.grads.items():
         got = found.grads[name]
         like = want if got is None else got
@@ -167,10 +175,20 @@ def differences(found: Outcome, expected: Outcome) -> list[tuple[str, float]]:
 
 
 def _error(a: Tensor, b: Tensor, floor: float) -> float:
+    """Infinite where the shapes differ, or what is not finite; of what is, the relative error."""
     if a.shape != b.shape:
         return float("inf")
+    finite = torch.isfinite(b)
+    if not bool(finite.all()):
+        if not torch.equal(torch.isfinite(a), finite):
+            return float("inf")
+        a, b = a[finite], b[finite]
     scale = max(float(b.norm()), floor)
     return float((a - b).norm()) / (scale if scale > 1e-30 else 1.0)
+
+
+def _norm(t: Tensor) -> float:
+    return float(t[torch.isfinite(t)].norm())
 
 
 def _present(grads: dict[str, Tensor | None]) -> list[Tensor]:

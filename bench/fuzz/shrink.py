@@ -9,7 +9,10 @@ from typing import Any
 from .grammar import Recipe
 
 _SIMPLEST = Recipe(form="plain")
-_SIMPLER = ("place", "output", "injection", "initial", "dtype", "domain", "training", "end", "gain", "count", "batch", "seed")
+_SIMPLER = (
+    "place", "poison", "calls", "output", "injection", "initial", "dtype", "domain", "training", "end", "gain", "count", "batch",
+    "seed",
+)  # fmt: skip
 
 
 def shrink(recipe: Recipe, fails: Callable[[Recipe], bool], tries: int = 60) -> Recipe:

@@ -29,7 +29,7 @@ from typing import Any
 
 from deq_compile.report import Reason, Skipped
 
-from . import dynamo, effects, marker
+from . import counters, dynamo, effects, marker
 from .bytecode import Code, Exit
 
 _JUMPS = (
@@ -47,6 +47,8 @@ class _Visits:
     iterator: Any
     seen: int = 0
     world: Any = None
+    sizes: list[int] = dataclasses.field(default_factory=list)  # of the graph, at each of those times
+    markers: list[Any] = dataclasses.field(default_factory=list)  # left in the graph so far
 
 
 _codes: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # by code object
@@ -61,6 +63,9 @@ def install() -> Callable[[], None]:
             if opcode is not None and cls.dispatch_table[opcode] is not None:
                 undo.append((cls, opcode, cls.dispatch_table[opcode]))
                 cls.dispatch_table[opcode] = _handler(cls.dispatch_table[opcode], "TRUE" in name)
+        opcode = dis.opmap["COMPARE_OP"]
+        undo.append((cls, opcode, cls.dispatch_table[opcode]))
+        cls.dispatch_table[opcode] = counters.handler(cls.dispatch_table[opcode])
     method_item = dynamo.TensorVariable.method_item
 
     @functools.wraps(method_item)
@@ -154,14 +159,22 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
             marker.refuse(tx, site, Skipped(reason, marker.location(tx), detail))
             return False
         visits.seen += 1
+        visits.sizes.append(len(tx.output.graph.nodes))
+        if iterator is None:
+            visits.cap = counters.cap(tx, _code(tx), exit, visits.sizes)
     value = tx.pop()
     exit_when = jumps_if_true == exit.jumps
-    tx.output.create_proxy(
-        "call_function", marker.may_exit, (value.as_proxy(), site, visits.entry, exit_when, visits.cap), {}
-    )
+    cap = marker.GUARD if exit.guard else visits.cap
+    arguments = (value.as_proxy(), site, visits.entry, exit_when, cap)
+    node = tx.output.create_proxy("call_function", marker.may_exit, arguments, {}).node
+    if not exit.guard:  # a loop's segments are equal, what was not known of its cap at first included
+        visits.markers.append(node)
+        for earlier in visits.markers:
+            earlier.args = (*earlier.args[:4], cap)
     leaves = visits.seen >= marker.UNROLLED
     if leaves:
         visits.iterator = object()  # whoever comes again enters anew
+        counters.forget(tx)
     if leaves == exit.jumps:
         tx.jump(inst)
     return True

@@ -8,7 +8,7 @@ without its residual.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +45,7 @@ class AdjointSolution:
         residual: |q + J^T w - w| / |q| over the whole batch, 0 where q = 0.
         residuals: (B,) the same of each sample.
         status: how it ended.
+        error: estimate of |w - w*| / |w| over the batch, where it was asked for; see :func:`estimated_error`.
     """
 
     w: Tensor
@@ -54,6 +55,7 @@ class AdjointSolution:
     residual: float
     residuals: Tensor
     status: AdjointStatus
+    error: float | None = None
 
     def after(self, vjps: int) -> AdjointSolution:
         """The same, with the VJPs that led to ``w`` counted in."""
@@ -73,6 +75,7 @@ def solve_adjoint(
     body_eps: float | None = None,
     skip: int = 0,
     watched: bool = True,
+    estimate: bool = False,
 ) -> AdjointSolution:
     """Solve w = q + J^T w by generalised conjugate residuals, preconditioned with the forward solve's type-II factors.
 
@@ -95,6 +98,7 @@ def solve_adjoint(
         skip: pairs of the factors that are left out, oldest first; see :func:`deq_compile.kernels.reuse.multisecant`.
         watched: whether a device may be asked how far it is. False: ``max_iter`` VJPs and one more, whatever they come to; the
             batch's residual is not known (NaN), and the status says nothing.
+        estimate: whether to estimate the error of w too.
 
     Raises:
         ValueError: ``max_iter`` < 1.
@@ -108,7 +112,35 @@ def solve_adjoint(
     adjoint = new_state(q, operator, min(max_iter, MEMORY), tol=tol, floor=floor, room=expected)
     if not watched:
         return _unwatched(vjp, vjp_full, adjoint, max_iter)
-    return _refine(vjp, vjp_full, adjoint, max_iter, 1 if expected is None else expected)
+    found = _refine(vjp, vjp_full, adjoint, max_iter, 1 if expected is None else expected)
+    return replace(found, error=estimated_error(adjoint, found)) if estimate and q.numel() else found
+
+
+def estimated_error(adjoint: GcrState, found: AdjointSolution) -> float:
+    """|w - w*| / |w| over the batch, from the iteration's own basis.
+
+    w - w* = (I - J^T)^{-1} r. The images (I - J^T) P of the directions P are orthonormal, so on them the inverse has the norm
+    of P, and sqrt(lambda_max(P^T P)) |r| estimates each sample's error: within a factor of three from the fifth VJP on, on slow
+    diffusion and on trained bodies.
+    """
+    P = adjoint.basis[:, 1]
+    count = min(P.shape[1], int(adjoint.n.max()))
+    held = torch.arange(count, device=P.device) < adjoint.n[:, None]
+    P = P[:, :count, : found.w.shape[1]].masked_fill(~held[:, :, None], 0.0)  # what no pair has been put in is not initialised
+    largest = torch.linalg.eigvalsh(torch.bmm(P, P.transpose(1, 2)).nan_to_num())[:, -1] if count else P.new_zeros(P.shape[0])
+    r = found.residuals * torch.linalg.vector_norm(adjoint.q, dim=1)
+    size = float(torch.linalg.vector_norm(found.w))
+    return float(torch.linalg.vector_norm(largest.clamp(min=1.0).sqrt() * r)) / size if size else 0.0
+
+
+def gradient_difference(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> float:
+    """How far the gradients of the operands differ: max over operands of |a_i - b_i| / |b_i|, where those below a tenth of the
+    largest count as that large."""
+    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    sizes = [float(torch.linalg.vector_norm(y)) for _, y in pairs]
+    least = 0.1 * max(sizes, default=0.0)
+    gaps = [float(torch.linalg.vector_norm(x - y)) for x, y in pairs]
+    return max((gap / max(size, least) for gap, size in zip(gaps, sizes, strict=True) if gap), default=0.0)
 
 
 def jacobian_free(vjp_full: VJPFull, q: Tensor) -> AdjointSolution:

@@ -15,7 +15,8 @@ number in the key-value store of their process group, and nothing else. The prot
 - **Acting**: the decision is the most conservative finding of all ranks. A rank acts on its own finding at once; it looks at the
   others' whenever it says something, in each of the first calls, and at every `LOOK_EVERY`-th call after them. Ranks that step
   together look at the same calls, so that all others turn at the same call, and the next look is never far away.
-- **Changing back**: a rank that finds ``solve`` again takes its objection back; when the last one has, all solve.
+- **Changing back**: a rank that finds ``solve`` again takes ``kept`` back; when the last one has, all solve. A site that has once
+  been told to ``follow`` does not forget it (`Site.decide`): the body has several fixed points on every rank.
 - A rank that has said nothing objects to nothing. A rank that was alone with a place decided alone and lost no time.
 
 Only calls that record gradients take part: evaluation often runs on one rank. `explain` listens and says nothing.

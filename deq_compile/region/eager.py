@@ -19,7 +19,7 @@ from deq_compile.kernels.broyden import Factors
 from . import records
 from .adjoint import phantom, solve_adjoint
 from .body import BodySpec
-from .forward import better_of
+from .forward import or_plain
 from .layout import Layout
 from .modes import Ambient
 from .op import Once
@@ -61,7 +61,8 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
     z0 = layout.flatten(state0).detach()
     solution = solve_for(site, flat, z0)
     if not bool(converged(solution.status).all()):
-        solution = better_of(solution, lambda: solve_for(site, flat, z0, solver="picard"))
+        relative = config.stop_mode == "rel"
+        solution = or_plain(solution, flat, z0, cap=config.max_iter, tol=site.tol, relative=relative)
     count_misses(site, solution)
     states = layout.outputs(solution.z)
     serial = record_forward(site, solution, solution.z, solution.evaluations, solution.state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,10 @@ from torch import Tensor
 
 from deq_compile.kernels import anderson
 from deq_compile.kernels.broyden import (
+    CONVERGED,
+    FALL,
     NORM_EPS,
+    RESOLUTION,
     RUNNING,
     Factors,
     Progress,
@@ -23,7 +27,7 @@ from deq_compile.kernels.broyden import (
 
 from .modes import without_grad
 from .status import converged
-from .stop import accept
+from .stop import accept, ends_well
 
 # Multiples of the body's eps below which stagnation is the precision's doing.
 FLOOR_EPS = 50
@@ -165,43 +169,82 @@ def _iterate(
     move: Callable[..., None],
     stop: Callable[[Tensor, Tensor], bool] | None,
 ) -> None:
+    start = None
     while progress.running:
         fz = f(z)
         if fz.shape != z.shape:
             raise ValueError(f"expected a body that maps {tuple(z.shape)} to itself, got {tuple(fz.shape)}")
-        if stop is not None and stop(z, fz):
-            accept(progress, z, fz)
-            return
-        move(progress, z, fz, last=progress.evaluations + 1 == max_iter)
+        last = progress.evaluations + 1 == max_iter
+        if stop is not None:
+            here = torch.linalg.vector_norm(fz - z, dim=1), torch.linalg.vector_norm(fz, dim=1)
+            start = start or here
+            if stop(z, fz):
+                if ends_well(start, here):
+                    accept(progress, z, fz)
+                    return
+                # A test that holds for NaN holds for ever after; one that holds because |f| has grown may hold again.
+                last = last or not bool(torch.isfinite(here[0]).all())
+        move(progress, z, fz, last=last)
 
 
 def _picard_step(progress: Progress, z: Tensor, f: Tensor, *, last: bool) -> None:
     f = f.to(z.dtype)
     scale = torch.linalg.vector_norm(f, dim=1).add_(NORM_EPS)
-    observe(progress, z, torch.linalg.vector_norm(f - z, dim=1), scale, last=last)
+    observe(progress, z, torch.linalg.vector_norm(f - z, dim=1), scale, last=last, f=f)
     if progress.frozen:
         torch.where((progress.done == RUNNING)[:, None], f, z, out=z)
     else:
         z.copy_(f)
 
 
-def better_of(found: Solution, other: Callable[[], Solution]) -> Solution:
-    """Sample by sample the better of a solve that missed its tolerance and of another, which is run here.
+@without_grad
+def or_plain(
+    found: Solution,
+    f: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    *,
+    cap: int,
+    tol: float,
+    relative: bool = True,
+    stop: Callable[[Tensor, Tensor], bool] | None = None,
+) -> Solution:
+    """Sample by sample a solve that missed its tolerance, or what at most ``cap`` plain iterations z <- f(z) from z0 (B, D) give.
 
-    Who declares a fixed point has an iteration of his own, mostly z <- f(z): its residual must not be lower than ours.
-    The factors stay those of ``found``; the adjoint certifies what they are worth at the other's iterate.
+    For a fixed point that was declared without a loop, where plain iterations stand for the user's own solver. The solve's best
+    iterate is taken where its residual |f(z) - z| is no larger than theirs, and has fallen or lies where they come: on a map
+    without a fixed point a relative residual falls while |z| grows. The factors stay those of ``found``; the adjoint certifies
+    what they are worth at the other's iterate.
     """
-    second = other()
-    take = (converged(second.status) & ~converged(found.status)) | (
-        (converged(second.status) == converged(found.status)) & (second.residual < found.residual)
-    )
+    good, z, first = converged(found.status), z0, z0.new_full((z0.shape[0],), math.inf)
+    passed = torch.zeros_like(good)
+    k = 0
+    while k < cap:
+        k += 1
+        image = f(z).to(z0.dtype)
+        norm, size = torch.linalg.vector_norm(image - z, dim=1), torch.linalg.vector_norm(image, dim=1)
+        residual = norm / (size + NORM_EPS) if relative else norm
+        passed = residual <= tol
+        if stop is not None and stop(z, image):
+            passed = torch.isfinite(norm)
+        first = norm if k == 1 else first
+        z = image
+        if bool((good | passed).all()):
+            break
+    far = torch.linalg.vector_norm(found.z, dim=1)
+    ours = torch.linalg.vector_norm(f(found.z).to(z0.dtype) - found.z, dim=1)
+    ours = torch.maximum(ours, RESOLUTION * torch.finfo(z0.dtype).eps * far)
+    reached = far <= 2 * size.nan_to_num(nan=math.inf, posinf=math.inf)
+    sound = torch.isfinite(ours) & ~(ours > norm) & ((ours <= FALL * first) | reached)  # also where theirs is NaN
+    take = ~good & ~sound
+    evaluations = found.evaluations + k + 1
     if not bool(take.any()):
-        return found
+        return replace(found, evaluations=evaluations)
+    code = torch.where(passed, torch.full_like(found.status, CONVERGED), found.status)
     return replace(
         found,
-        z=torch.where(take[:, None], second.z, found.z),
-        status=torch.where(take, second.status, found.status),
-        iterations=torch.where(take, second.iterations, found.iterations),
-        residual=torch.where(take, second.residual, found.residual),
-        evaluations=found.evaluations + second.evaluations,
+        z=torch.where(take[:, None], z, found.z),
+        status=torch.where(take, code, found.status),
+        iterations=torch.where(take, torch.full_like(found.iterations, k), found.iterations),
+        residual=torch.where(take, residual.nan_to_num(nan=math.inf), found.residual),
+        evaluations=evaluations,
     )

@@ -3,56 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
+from deq_compile.config import Config
+
 from . import records
 from .body import Linearised, Runner
-from .forward import solve
 from .layout import Layout
-from .site import Site
-from .stop import any_of
+from .modes import without_grad
+from .site import RegionSpec
 
 
-def iterate(body: Callable[[Tensor], Tensor], z: Tensor, times: int) -> Tensor:
-    if not z.numel():
-        return z.clone()  # an output may not share memory with an input
-    for _ in range(times):
-        z = body(z)
-    return z
+@dataclass(frozen=True, eq=False)
+class OwnLoop:
+    """What the user's own loop gives: its result z (B, D), how many iterations it took, and whether a test of its own ended it
+    before its cap did. `linears` is the body linearised at each iterate, where that was asked for."""
+
+    z: Tensor
+    iterations: int
+    passed: bool = False
+    linears: Sequence[Linearised] = ()
 
 
-def iterate_and_linearise(
-    runner: Runner, operands: Sequence[Tensor], needs: tuple[bool, ...], z: Tensor, times: int
-) -> tuple[Tensor, list[Linearised]]:
-    """As `iterate`, and the body linearised at each iterate but the last: what the loop itself would save."""
-    linears = []
-    for _ in range(times if z.numel() else 0):
-        z, linear = runner.evaluate_and_linearise(z, operands, needs)
-        linears.append(linear)
-    return z.clone(), linears  # a body may save its result, and nothing that is saved may be what is returned (run.Left)
+@without_grad
+def own_loop(
+    spec: RegionSpec,
+    body: Callable[[Tensor], Any],
+    z0: Tensor,
+    stop: Callable[[Tensor, Tensor], bool] | None,
+    *,
+    linearise: bool = False,
+) -> OwnLoop:
+    """The user's own loop from z0 (B, D): N iterations, or until one of its tests or its cap ends it. With `linearise` the body
+    gives itself linearised beside its value (:meth:`~.body.Runner.evaluate_and_linearise`).
 
-
-def own_iterations(
-    site: Site, layout: Layout, runner: Runner, z0: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]
-) -> int:
-    """Iterations after which the user's own loop ends."""
-    spec = site.spec
-    assert spec.own_cap is not None
-    return solve(
-        lambda z: runner.apply(z, operands),
-        z0,
-        solver="picard",
-        tol=site.tol,
-        stop_mode=spec.config.stop_mode,
-        max_iter=spec.own_cap,
-        body_eps=spec.body_eps,
-        stop=any_of(spec.stop, layout, (*operands, *sizes)),
-    ).evaluations
+    Where a test ends it at z, f(z) is returned: a loop that returns z itself has said that it does not tell them apart, but for
+    values that are not finite, which are in f(z) alone.
+    """
+    cap = spec.own_loop_cap
+    assert cap is not None
+    z, k, passed = z0, 0, False
+    linears: list[Linearised] = []
+    while z.numel() and k < cap and not passed:
+        f = body(z)
+        if linearise:
+            f, linear = f
+            linears.append(linear)
+        passed = stop is not None and stop(z, f)
+        z, k = f, k + 1
+    # An output may not share memory with an input, nor with what a body saves.
+    return OwnLoop(z.clone() if linears or k == 0 else z, k or cap, passed, linears)
 
 
 def loop_gradient(
-    site: Site,
     layout: Layout,
     runner: Runner,
     z0: Tensor,
@@ -60,19 +66,18 @@ def loop_gradient(
     operands: Sequence[Tensor],
     needs: tuple[bool, ...],
     serial: int,
-    count: int | None = None,
+    count: int,
+    config: Config,
     linears: Sequence[Linearised] = (),
 ) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The exact gradient of a loop: one VJP at each of its N iterates, last to first. `linears` is the body linearised at each;
-    where it is empty, they are computed again. Where a fixed point was declared there is no N, and the loop is that of `count`
-    plain iterations, by default `max_iter`."""
-    count = count or site.spec.iterations or site.spec.config.max_iter
+    """The exact gradient of a loop of `count` iterations: one VJP at each of its iterates, last to first. `linears` is the body
+    linearised at each; where it is empty, they are computed again."""
     total: list[Tensor | None] = [None] * sum(needs)
     own = [False] * len(total)
     w = q
     backwards = reversed(linears) if linears else (
         runner.linearise(z, operands, needs)
-        for z in iterates_backwards(runner, z0, operands, count, site.spec.config.loop_memory)
+        for z in iterates_backwards(runner, z0, operands, count, config.loop_memory)
     )  # fmt: skip
     for linear in backwards:
         w, grads = linear.vjp_full(w)

@@ -3,7 +3,7 @@
     solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> [state..., ticket, about]
 
 state  fresh tensors of the shapes of state0, in the memory orders of the region
-ticket (3,) int64 on the CPU: kept, rows, serial number of the record
+ticket (3,) int64 on the CPU: iterations of a loop that was kept (0: solved), rows, serial number of the record
 about  (B, 2) float32, stopping residual and iterations of each sample; all rows are equal where the batch is one system
 
 What a backward needs is an output or an input: forward, forward, backward, backward and retain_graph are right. The factors,
@@ -95,7 +95,7 @@ def _solve_backward(
         state0,
         operands,
         sizes,
-        (bool(kept), bool(rows), serial),
+        (kept, bool(rows), serial),
         tuple(needs_operands),
         getattr(ticket, "left", None) or run.Left(),
     )

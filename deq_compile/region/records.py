@@ -19,7 +19,8 @@ class SolveRecord:
     """One forward of one region, and its backward once that has run.
 
     region         key of the region
-    status         "solve": z is a fixed point; "kept": the loop's own N iterations were run
+    status         "solve": z is a fixed point; "follow": the one that the loop's own iterates lead to; "kept": the loop's own
+                   iterations were run
     message        the solver's word on the worst sample (tolerance reached, stagnated at the precision's floor, ...)
     iterations     evaluations of the body until a sample stopped, mean over samples; `iterations_max` the largest
     evaluations    evaluations of the body on the whole batch, those of verification and probes included
@@ -29,6 +30,8 @@ class SolveRecord:
     adjoint_residual        |q + J^T w - w| / |q|, max over samples; `adjoint_residual_mean` the mean,
     adjoint_residual_batch  and the same with norms over the whole batch: the quantity refinement stops on
     adjoint_message the adjoint solver's word
+    adjoint_error  estimate of |w - w*| / |w| over the batch, from the adjoint's own iteration; None where it made none
+    gradient_error relative error of the operands' gradients when it was last measured, against a tenth of the tolerance
     bytes          held from forward to backward for the stored steps and coefficients
     seconds        only with record_solves(timing=True): host time inside the region by part, forward and backward together:
                    "body" (evaluations), "vjp", "solver" (all else of a solve), "overhead" (the rest). On a GPU: to enqueue it
@@ -49,6 +52,8 @@ class SolveRecord:
     adjoint_residual_mean: float | None = None
     adjoint_residual_batch: float | None = None
     adjoint_message: str = ""
+    adjoint_error: float | None = None
+    gradient_error: float | None = None
     bytes: int = 0
     seconds: dict[str, float] | None = None
     z: Tensor | None = None
@@ -150,7 +155,7 @@ def open_record(record: SolveRecord) -> int:
         return serial
 
 
-def complete_adjoint(serial: int, q: Tensor, found: AdjointSolution) -> None:
+def complete_adjoint(serial: int, q: Tensor, found: AdjointSolution, gradient_error: float | None = None) -> None:
     """Fill in what an adjoint solve for the cotangents q (B, D) came to; of no samples, a residual of zero."""
     some = found.residuals.numel() > 0
     complete(
@@ -162,6 +167,8 @@ def complete_adjoint(serial: int, q: Tensor, found: AdjointSolution) -> None:
         adjoint_residual_mean=float(found.residuals.mean()) if some else 0.0,
         adjoint_residual_batch=float(found.residual),
         adjoint_message=found.status.message,
+        adjoint_error=found.error,
+        gradient_error=gradient_error,
     )
 
 

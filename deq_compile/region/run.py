@@ -17,14 +17,15 @@ from . import engine, records
 from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
 from .agree import look
 from .body import Linearised, Runner, runner_for
-from .forward import Solution, better_of, solve
-from .kept import iterate, iterate_and_linearise, loop_gradient, own_iterations
+from .comparison import compare, compare_call
+from .forward import Solution, or_plain, solve
+from .kept import OwnLoop, loop_gradient, own_loop
 from .layout import Layout
 from .site import Site
 from .status import converged, message_of
 from .stop import any_of
 from .stopwatch import Stopwatch, TimedLinearised
-from .verdict import count_misses, decide_rows, declared_gradient_holds, gradient_is_the_loops, settle, verify
+from .verdict import count_misses, decide_rows, declared_gradient_holds, gradient_is_the_loops, measure_gradient, settle
 from .worth import factors_pay
 
 log = logging.getLogger("deq_compile.region")
@@ -46,97 +47,133 @@ class Left:
 
 @dataclasses.dataclass
 class Forward:
-    """What one forward gives: fresh state tensors, whether the loop was kept, over which rows, and what it leaves. `about` is
-    (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a loop that was kept."""
+    """What one forward gives: fresh state tensors, the iterations of the loop where its own result is given and 0 elsewhere, over
+    which rows, and what it leaves. `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a
+    loop."""
 
     states: list[Tensor]
-    kept: bool
+    kept: int
     rows: bool
     serial: int
     about: Tensor
     left: Left
 
 
+class _Call:
+    """One call of a region: its flat state, how to evaluate the body on it, and how to solve from it."""
+
+    def __init__(self, site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        spec, config = site.spec, site.spec.config
+        self.site, self.sizes = site, sizes
+        self.inside = engine.under_capture(site, state0)
+        self.watch = Stopwatch() if records.wants_timing() else None
+        if not self.inside:
+            settle(site)
+            look(site)
+        self.operands = operands = spec.arranged(operands)
+        self.rows = decide_rows(site, state0, operands, sizes)
+        self.layout, self.runner = _prepared(site, state0, self.rows, operands, sizes)
+        z0 = self.layout.matrix(state0)
+        self.z0 = z0.detach() if z0.requires_grad else z0
+        # The last evaluation is at the fixed point: with what it saves the backward need not evaluate once more.
+        iterates = site.follows or config.solver == "broyden"
+        saves = spec.grad and iterates and config.backward != "unroll" and not spec.stop and not on_gpu(z0.device)
+        self.evaluations = self.runner.evaluations(operands, spec.needs if saves else None)
+        self.body: Callable[[Tensor], Tensor] = self.evaluations
+        self.stop = any_of(spec.stop, self.layout, (*operands, *sizes))
+        self.own_stop = any_of(spec.own_tests, self.layout, (*operands, *sizes))
+        self._solve = solve_for
+        if self.watch is not None:
+            self.body, self._solve = self.watch.timed("body", self.body), self.watch.timed("solver", solve_for)
+
+    def solved(
+        self, start: Tensor, tol: float, *, solver: str | None = None, max_iter: int | None = None, tested: bool = True
+    ) -> Solution:
+        return self._solve(
+            self.site, self.body, start, tol=tol, solver=solver, max_iter=max_iter, watched=not self.inside,
+            stop=self.stop if tested else None,
+        )  # fmt: skip
+
+    def first(self) -> Solution:
+        """The solve that stands in for the loop, or the loop's own iterates to where they converge."""
+        site = self.site
+        if site.follows:
+            followed = self.solved(self.z0, site.tol, solver="picard", max_iter=site.spec.own_loop_cap)
+            if site.spec.own_loop_cap is not None or not followed.missed():
+                return followed
+            return self.solved(followed.z, site.tol)  # the user's solver would be faster than plain iterations, too
+        captured = None if self.inside else _captured(site, self.runner, self.z0, self.operands, self.sizes)
+        if captured is not None:
+            solution = captured.solve(self.z0, self.operands, leaves=site.spec.stores_steps)
+            if solution is not None:
+                return solution
+        return self.solved(self.z0, site.tol)
+
+    def own(self, linearised: bool) -> OwnLoop:
+        """The user's own loop. `linearised`: with the body linearised at each iterate, as the loop itself would save it."""
+        spec = self.site.spec
+        stop = None if self.inside else self.own_stop
+        if not linearised or not spec.grad or spec.needs is None or spec.config.loop_memory is not None:
+            return own_loop(spec, self.body, self.z0, stop)
+        work = own_loop if self.watch is None else self.watch.timed("body", own_loop)
+        needs = spec.needs
+        found = work(spec, lambda z: self.runner.evaluate_and_linearise(z, self.operands, needs), self.z0, stop, linearise=True)
+        self.evaluations.count += len(found.linears)
+        return found
+
+
 def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> Forward:
     """Solve a region, or run its loop."""
-    spec, config = site.spec, site.spec.config
-    inside = engine.under_capture(site, state0)
-    watch = Stopwatch() if records.wants_timing() else None
-    if not inside:
-        settle(site)
-        look(site)
-    operands = spec.arranged(operands)
-    rows = decide_rows(site, state0, operands, sizes)
-    layout, runner = _prepared(site, state0, rows, operands, sizes)
-    z0 = layout.matrix(state0)
-    if z0.requires_grad:
-        z0 = z0.detach()
-    # The last evaluation is at the fixed point: with what it saves the backward need not evaluate once more.
-    saves = spec.grad and config.solver == "broyden" and config.backward != "unroll" and not spec.stop and not on_gpu(z0.device)
-    evaluations = runner.evaluations(operands, spec.needs if saves else None)
-    body: Callable[[Tensor], Tensor] = evaluations
-
-    stop = any_of(spec.stop, layout, (*operands, *sizes))
-
-    def solved(start: Tensor, tol: float, solver: str | None = None, max_iter: int | None = None) -> Solution:
-        return solve_for(site, body, start, tol=tol, solver=solver, max_iter=max_iter, watched=not inside, stop=stop)
-
-    if watch is not None:
-        body, solved = watch.timed("body", body), watch.timed("solver", solved)
-    due = site.due() and not inside
-    solution, everywhere = None, False
-    if due or site.verdict == "solve":
-        captured = None if inside else _captured(site, runner, z0, operands, sizes)
-        if captured is not None:
-            solution = captured.solve(z0, operands, leaves=spec.stores_steps)
-        if solution is None:
-            solution = solved(z0, site.tol)
-        everywhere = layout.batch > 0 and not on_gpu(z0.device) and solution.all_converged()
-        if spec.iterations is None and not inside and not everywhere and solution.missed():
-            own = spec.own_cap or config.max_iter
-            solution = better_of(solution, lambda: solved(z0, site.tol, solver="picard", max_iter=own))
-    first = solution
-    linear = evaluations.linear() if everywhere else None
-    loop = None
-    if due and spec.iterations is not None and solution is not None:
-        loop = iterate(body, z0, spec.iterations)
-        solution = verify(site, solution, loop, solved)
-    elif inside:
-        pass
+    spec, call = site.spec, _Call(site, state0, operands, sizes)
+    due = site.due() and not call.inside
+    solution = first = call.first() if due or site.verdict != "kept" else None
+    everywhere = first is not None and call.layout.batch > 0 and not on_gpu(call.z0.device) and first.all_converged()
+    linear = call.evaluations.linear() if everywhere else None
+    own = None
+    if due:
+        assert first is not None
+        own = call.own(linearised=False)
+        solution = compare(site, first, own, call.z0, call.rows, call.solved)
+    elif first is not None and not call.inside and first.outcome is None and site.call_due():
+        solution = _where_it_missed(call, compare_call(site, first, call.z0, call.rows, call.solved))
     elif everywhere:
         site.misses = 0
-    elif solution is not None and solution.outcome is None:
-        count_misses(site, solution)
-    elif solution is not None:  # what it came to is asked at the next call, when the device has long been done
-        site.pending = dataclasses.replace(solution, z=solution.residual, state=None)
-    site.calls += layout.batch > 0
-    kept = site.verdict == "kept" and (loop is not None or solution is None)
-    linears: Sequence[Linearised] = ()
-    if kept:
-        assert spec.iterations is not None
-        solution = None
-        if loop is not None:
-            z = loop
-        elif spec.grad and spec.needs is not None and config.loop_memory is None:
-            linearising = iterate_and_linearise if watch is None else watch.timed("body", iterate_and_linearise)
-            z, linears = linearising(runner, operands, spec.needs, z0, spec.iterations)
-            evaluations.count += len(linears)
-        else:
-            z = iterate(body, z0, spec.iterations)
+    elif first is not None and not call.inside:
+        solution = _where_it_missed(call, first)
+    site.calls += call.layout.batch > 0
+    if solution is None:
+        own = own or call.own(linearised=True)
+        z, kept, linears = own.z, own.iterations, own.linears
     else:
-        assert solution is not None
-        z = solution.z
+        z, kept, linears = solution.z, 0, ()
     factors = None
     if solution is not None and solution.state is not None and spec.stores_steps and (site.reuses or site.reuse_due()):
         factors = solution.state.alone()
-    serial = 0 if inside else record_forward(site, solution, z, evaluations.count, factors)
+    serial = 0 if call.inside else record_forward(site, solution, z, call.evaluations.count, factors, kept)
     if solution is None or first is None or solution.z is not first.z:
         linear = None
-    about = z.new_full((layout.batch, 2), -1.0, dtype=torch.float32) if solution is None else solution.about()
-    done = Forward(layout.outputs(z), kept, rows, serial, about, Left(linear, linears, factors))
-    if watch is not None:
-        records.add_seconds(serial, watch.read())
+    about = z.new_full((call.layout.batch, 2), -1.0, dtype=torch.float32) if solution is None else solution.about()
+    done = Forward(call.layout.outputs(z), kept, call.rows, serial, about, Left(linear, linears, factors))
+    if call.watch is not None:
+        records.add_seconds(serial, call.watch.read())
     return done
+
+
+def _where_it_missed(call: _Call, solution: Solution) -> Solution | None:
+    """The solution to go on with where not every sample is known to have converged; None where the user's own loop has to be
+    run. A captured solve with a loop behind it is not waited for: what it came to is asked at the next call."""
+    site, spec = call.site, call.site.spec
+    cap = spec.own_loop_cap
+    if solution.outcome is not None and (cap is not None or spec.iterations is not None):
+        site.pending = dataclasses.replace(solution, z=solution.residual, state=None)
+        return solution
+    if solution.missed() and cap is None:
+        config = spec.config
+        most = max(config.max_iter, spec.iterations or spec.own_cap or 1)
+        relative = config.stop_mode == "rel"
+        solution = or_plain(solution, call.body, call.z0, cap=most, tol=site.tol, relative=relative, stop=call.stop)
+    missed = count_misses(site, solution)
+    return None if missed and cap is not None else solution
 
 
 def solve_for(
@@ -193,7 +230,7 @@ def run_backward(
     state0: Sequence[Tensor],
     operands: Sequence[Tensor],
     sizes: Sequence[int],
-    forward: tuple[bool, bool, int],
+    forward: tuple[int, bool, int],
     needs: tuple[bool, ...],
     left: Left,
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
@@ -209,7 +246,7 @@ def run_backward(
 
 def _gradients(
     site: Site, cotangents: Sequence[Tensor | None], states: Sequence[Tensor], state0: Sequence[Tensor],
-    operands: Sequence[Tensor], sizes: Sequence[int], forward: tuple[bool, bool, int], needs: tuple[bool, ...], left: Left,
+    operands: Sequence[Tensor], sizes: Sequence[int], forward: tuple[int, bool, int], needs: tuple[bool, ...], left: Left,
     watch: Stopwatch | None,
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:  # fmt: skip
     spec, (kept, rows, serial), linear = site.spec, forward, left.linear
@@ -222,7 +259,8 @@ def _gradients(
         runner = runner_for(spec.body, layout, operands, sizes)
     if kept or spec.config.backward == "unroll":
         linears = left.loop if kept and needs == spec.needs else ()
-        return loop_gradient(site, layout, runner, layout.flatten(state0), q, operands, needs, serial, linears=linears)
+        count = kept or spec.iterations or spec.config.max_iter
+        return loop_gradient(layout, runner, layout.flatten(state0), q, operands, needs, serial, count, spec.config, linears)
     z = layout.matrix(states)
     config = spec.config
     if needs != spec.needs:
@@ -245,18 +283,16 @@ def _gradients(
         found, linear = adjoint(site, layout, runner, z, q, operands, sizes, needs, factors, linear)
         site.expected_vjps = found.needed
     if serial:
-        records.complete_adjoint(serial, q, found)
+        records.complete_adjoint(serial, q, found, site.gradient_error)
     if engine.capturing():  # nothing may be asked of the device
         return None, found.payload
-    if spec.iterations is None:
-        if declared_gradient_holds(site, found):
-            return None, found.payload
-        z0 = layout.flatten(state0).detach()
-        count = own_iterations(site, layout, runner, z0, operands, sizes)
-        return loop_gradient(site, layout, runner, z0, q, operands, needs, serial, count)
-    if gradient_is_the_loops(site, linear, found):
+    assert linear is not None
+    if declared_gradient_holds(site, found) and gradient_is_the_loops(site, linear, found):
         return None, found.payload
-    return loop_gradient(site, layout, runner, layout.flatten(state0).detach(), q, operands, needs, serial)
+    z0 = layout.flatten(state0).detach()
+    stop = any_of(spec.own_tests, layout, (*operands, *sizes))
+    count = spec.iterations or own_loop(spec, runner.evaluations(operands, None), z0, stop).iterations
+    return loop_gradient(layout, runner, z0, q, operands, needs, serial, count, spec.config)
 
 
 def _adjoint(
@@ -269,31 +305,36 @@ def _adjoint(
     skip = 2 if config.memory < config.max_iter else 0  # a restart may have left two pairs that are not exact
     inside = engine.capturing()
     # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
-    asks = state is not None and not inside and not math.isinf(config.backward_tol) and not on_gpu(z.device)
+    raw = math.isinf(config.backward_tol)
+    asks = state is not None and not inside and not raw and not on_gpu(z.device)
     due = asks and site.reuse_due()
     if asks and not (due or site.reuses):
         state = None
-    if on_gpu(z.device) and not math.isinf(config.backward_tol) and not inside:
-        settings = engine.AdjointSettings(config.backward_tol, max_iter, spec.body_eps, skip)
+    measures = site.gradient_due() and not (raw or inside) and q.numel() > 0
+    if on_gpu(z.device) and not (raw or inside or measures):
+        settings = engine.AdjointSettings(site.backward_tol, max_iter, spec.body_eps, skip)
         engine.end_with(site)
         captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
         if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
             return solved
     linear = linear or runner.linearise(z, operands, needs)
     site.backwards += 1
-    vjp, vjp_full, tol, eps = linear.vjp, linear.vjp_full, config.backward_tol, spec.body_eps
+    vjp, vjp_full, tol, eps = linear.vjp, linear.vjp_full, site.backward_tol, spec.body_eps
+    estimate = records.recording() and not on_gpu(z.device)
 
-    def attempt(factors: Factors | None) -> AdjointSolution:
+    def attempt(factors: Factors | None, tol: float = tol, expected: int | None = site.expected_vjps) -> AdjointSolution:
         return solve_adjoint(
-            vjp, vjp_full, q, factors, tol=tol, max_iter=max_iter, expected=site.expected_vjps, body_eps=eps, skip=skip,
-            watched=not inside,
+            vjp, vjp_full, q, factors, tol=tol, max_iter=max_iter, expected=expected, body_eps=eps, skip=skip,
+            watched=not inside, estimate=estimate,
         )  # fmt: skip
 
     found = attempt(state)
     if due and state is not None and q.numel():
         site.reuse(factors_pay(vjp, q, state, found, tol=tol, max_iter=max_iter, body_eps=eps))
         if not site.reuses:  # this very call's gradient is that of the calls after it
-            found = attempt(None)
+            found, state = attempt(None), None
+    if measures:
+        found = measure_gradient(site, found, lambda tol: attempt(state, tol, None))
     return found, linear
 
 
@@ -324,15 +365,17 @@ def _captured(
     return found
 
 
-def record_forward(site: Site, solution: Solution | None, z: Tensor, evaluations: int, factors: Factors | None) -> int:
+def record_forward(
+    site: Site, solution: Solution | None, z: Tensor, evaluations: int, factors: Factors | None, iterations: int = 0
+) -> int:
     if not records.recording():
         return 0
-    record = records.SolveRecord(site.key, "kept" if solution is None else "solve", evaluations=evaluations)
+    record = records.SolveRecord(site.key, "kept" if solution is None else site.solving, evaluations=evaluations)
     record.z = z.detach().clone() if records.wants_tensors() else None
     if factors is not None:
         record.bytes = sum(t.numel() * t.element_size() for t in (factors.S, factors.C))
     if solution is None:
-        record.iterations = record.iterations_max = site.spec.iterations or 0
+        record.iterations = record.iterations_max = iterations
     elif z.numel():
         record.iterations = float(solution.iterations.double().mean())
         record.iterations_max = int(solution.iterations.max())

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import itertools
 import logging
+import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -31,7 +32,13 @@ from .stop import StopTest
 
 log = logging.getLogger("deq_compile.region")
 
-VERIFY_EVERY = 200  # calls that record gradients
+# Comparisons with the user's own loop come at calls 0, 1, 2, 4, 8, ... and then every so many calls, or more seldom where they
+# would take more than this share of a long run. What a call takes is set down, not measured: all ranks compare at the same call.
+VERIFY_EVERY = 200
+VERIFY_SHARE = 0.01
+USUAL_CALL = 12  # evaluations, and as many again for the products of a backward
+USUAL_COMPARISON = 20  # evaluations beside the loop's own: the solve from a second start
+USUAL_LOOP = 60  # of a loop that a test ends
 # Part of every key. Inductor caches graphs on disk by the text of our node: code cached by an earlier version of this
 # package expects that version's outputs. To be raised with every change of the operators' outputs.
 OUTPUT_FORMAT = 4
@@ -50,10 +57,15 @@ class RegionSpec:
     grad        whether gradients are recorded through it
     config      settled options
     stop        the user's own tests, any of which ends the solve in place of `config.tol`
+    own_tests   the tests that end the user's own loop; `stop` is empty where an explicit tolerance beats them
     where       the user's file and line, for messages
     needs       which operands want a gradient, as far as the graph tells; None: not known
     channels_last  whether images are iterated on, and given to the body, with their channels fastest in memory
     own_cap     the most iterations that the user's own loop makes, where a test ends it; None where there is no such loop
+    start_trained  whether something that needs a gradient goes into the initial state alone
+    solver_call  whether the user calls a solver, or a library's, that has an iteration of its own
+    suspect     whether the model's input reaches the loop through its initial state alone: the fixed point then depends on that,
+                so there are several
     """
 
     body: BodySpec
@@ -65,14 +77,31 @@ class RegionSpec:
     where: str = "<unknown>"
     needs: tuple[bool, ...] | None = None
     stop: tuple[StopTest, ...] = ()
+    own_tests: tuple[StopTest, ...] = ()
     own_cap: int | None = None
     channels_last: bool = False
+    start_trained: bool = False
+    solver_call: bool = False
+    suspect: bool = False
 
     @functools.cached_property
     def stores_steps(self) -> bool:
         """Whether the forward leaves factors for the backward."""
         config = self.config
         return self.grad and config.solver == "broyden" and config.backward == "reuse" and config.reuse != "never"
+
+    @functools.cached_property
+    def own_loop_cap(self) -> int | None:
+        """The most iterations of the user's own loop, whose result is the one to give; None where there is no such loop, or where
+        the user means the fixed point whatever the loop gives."""
+        if self.config.semantics == "equilibrium":
+            return None
+        return self.iterations if self.iterations is not None else self.own_cap
+
+    @functools.cached_property
+    def only_start_differs(self) -> bool:
+        """Whether the initial state alone needs a gradient: that of a fixed point is zero, that of the loop is not."""
+        return self.grad and self.needs is not None and not any(self.needs) and self.own_loop_cap is not None
 
     @functools.cached_property
     def compute_dtype(self) -> torch.dtype:
@@ -92,10 +121,10 @@ class RegionSpec:
     @property
     def fingerprint(self) -> str:
         """The same for equal regions, in every process: body, modes, dtypes, memory orders, count and options."""
-        tests = [test.key for test in self.stop]
+        tests = [test.key for test in self.stop], [test.key for test in self.own_tests], self.own_cap
         facts = (
             OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key(), tests,
-            self.channels_last,
+            self.channels_last, self.start_trained, self.solver_call, self.suspect,
         )  # fmt: skip
         return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
@@ -110,10 +139,16 @@ class RegionSpec:
 class Site:
     """The mutable side of a region: verdict, counters, and what was learnt from earlier calls.
 
-    verdict   "pending" before the first call, then "solve" or "kept"
+    verdict   "pending" before the first call, then "solve" (a solve stands in for the loop), "follow" (the user's own iterates,
+              to where they have converged) or "kept" (the loop as it was)
+    follows   whether the body has several fixed points, so that a solve may end in another one than the loop
     rows      True: dimension 0 is a batch; False: one coupled system; None: not decided yet
     distance  last measured max over samples of |z_N - z*| / |z*|
+    checked   iterations of the user's loop in the last comparison
+    loose     how far apart loop and solve may be, and were where the loop's own test ended it
     tol       the solver's tolerance; a verification may have tightened the default
+    backward_tol  the adjoint's tolerance; a measurement may have tightened the default
+    gradient_error  relative error of the operands' gradients, as measured last; None before
     expected_vjps  what the last backward needed, for the next one to predict with
     reuses    whether the adjoint makes use of the forward's factors
     backwards adjoint solves so far
@@ -132,14 +167,18 @@ class Site:
         self.key, self.spec = key, spec
         config = spec.config
         self.rows: bool | None = {"rows": True, "whole": False}.get(config.batch)
-        self.compares = spec.iterations is not None and config.semantics == "loop" and config.verify != "never"
-        self.verdict = "pending" if self.compares else "solve"
+        self.compares = spec.own_loop_cap is not None and config.verify != "never" and not spec.only_start_differs
+        self.follows = spec.suspect and spec.own_loop_cap is not None
+        self.verdict = "kept" if spec.only_start_differs else "pending" if self.compares else self.solving
         self.distance: float | None = None
+        self.checked, self.loose = 0, self.allowed_distance
         self.tol = 0.0 if spec.stop else config.tol  # the user's test stops the batch, in place of a tolerance
         self.calls = 0
         self.misses = 0
         self.adjoint_misses = 0
         self.verify_gradient = False  # the next backward looks at its gradient as the forward did at the value
+        self.backward_tol = config.backward_tol
+        self.gradient_error: float | None = None
         self.expected_vjps: int | None = None
         self.reuses, self.backwards = True, 0
         self.steps = FIRST_STEPS
@@ -159,16 +198,39 @@ class Site:
         self.on_change(self)
 
     @property
+    def solving(self) -> str:
+        """The verdict where something shorter than the loop stands in for it."""
+        return "follow" if self.follows else "solve"
+
+    @property
     def allowed_distance(self) -> float:
         """The largest relative difference from the loop's own result that counts as agreement."""
         return max(self.spec.config.verify_tol, 4 * self.spec.body_eps)
 
     def due(self) -> bool:
         """Whether this call, the `calls`-th from 0, compares the solve with the user's loop."""
-        if not self.compares:
-            return False
-        periodic = self.spec.config.verify == "periodic" and self.spec.grad
-        return self.calls == 0 or (periodic and self.calls % VERIFY_EVERY == 0)
+        return self.compares and (self.verdict == "pending" or self._scheduled(self.calls))
+
+    def call_due(self) -> bool:
+        """Whether this call of a solver, the `calls`-th from 0, is looked at for several fixed points."""
+        return self.spec.solver_call and not self.follows and self._scheduled(self.calls)
+
+    def gradient_due(self) -> bool:
+        """Whether this adjoint solve, the `backwards`-th from 0, is also made at a tenth of its tolerance."""
+        return self.verify_gradient if self.compares else self._scheduled(self.backwards)
+
+    def _scheduled(self, count: int) -> bool:
+        if self.spec.config.verify != "periodic":
+            return count == 0 and self.spec.config.verify == "first"
+        return count & (count - 1) == 0 if count < VERIFY_EVERY else count % self.period == 0
+
+    @functools.cached_property
+    def period(self) -> int:
+        """Calls between two comparisons of a long run."""
+        loop = self.spec.iterations or min(self.spec.own_loop_cap or 1, USUAL_LOOP)
+        call = USUAL_CALL * (2 if self.spec.grad else 1)
+        share = math.ceil((loop + USUAL_COMPARISON) / (VERIFY_SHARE * call))
+        return VERIFY_EVERY * math.ceil(share / 200) if share > 200 else VERIFY_EVERY
 
     def reuse_due(self) -> bool:
         """Whether this adjoint solve, the `backwards`-th from 0, is also tried without the forward's factors."""
@@ -200,6 +262,9 @@ class Site:
             self.on_change(self)
 
     def decide(self, verdict: str, distance: float | None) -> None:
+        """Go on by a verdict. Where a body was once found to have several fixed points, a solve is out of the question."""
+        self.follows = self.follows or verdict == "follow"
+        verdict = self.solving if verdict == "solve" else verdict
         if verdict != self.verdict or distance is not None:
             log.log(
                 logging.INFO if verdict != self.verdict else logging.DEBUG,

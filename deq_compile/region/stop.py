@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import CONVERGED, NORM_EPS, RUNNING, Progress
+from deq_compile.kernels.broyden import CONVERGED, FALL, NORM_EPS, RESOLUTION, RUNNING, Progress
 
 from .layout import Layout
 
@@ -68,6 +68,14 @@ class NormTest:
 def any_of(tests: Sequence[StopTest], layout: Layout, others: Sequence[Any]) -> Callable[[Tensor, Tensor], bool] | None:
     """(z, f(z)) -> whether any of the tests ends a solve here; None where there are none."""
     return (lambda z, f: any(test.holds(layout, z, f, others) for test in tests)) if tests else None
+
+
+def ends_well(start: tuple[Tensor, Tensor], here: tuple[Tensor, Tensor]) -> bool:
+    """Whether a test that holds may end a solve: every sample's residual |g| is finite and has fallen, or |f| has kept its size.
+    Both are (|g|, |f|), each (B,), of the first and of this evaluation; see ``FALL`` of the kernels."""
+    (g0, f0), (g, f) = start, here
+    g = torch.maximum(g, RESOLUTION * torch.finfo(g.dtype).eps * f)
+    return bool(((g <= FALL * g0) | ((f <= 2 * f0) & torch.isfinite(g))).all())
 
 
 def accept(progress: Progress, z: Tensor, f: Tensor) -> None:

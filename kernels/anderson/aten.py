@@ -16,10 +16,12 @@ from torch import Tensor
 
 from ..broyden.state import (
     CONVERGED,
+    FALL,
     FLOOR,
     MAX_ITER,
     NONFINITE,
     NORM_EPS,
+    RESOLUTION,
     RUNNING,
     STALL_GAIN,
     STALL_PATIENCE,
@@ -106,10 +108,13 @@ def _judge(s: AndersonState, z: Tensor, g: Tensor, f: Tensor, last: bool) -> Non
     """What `observe` of the Broyden iteration does, by masks. A failed sample's z goes back to its best iterate."""
     s.evaluations += 1
     scale = torch.linalg.vector_norm(f, dim=1).add_(NORM_EPS)
-    stop = torch.linalg.vector_norm(g, dim=1)
+    stop = norm = torch.linalg.vector_norm(g, dim=1)
     threshold = s.floor if s.relative else s.floor * scale
     if s.relative:
-        stop = stop / scale
+        stop = norm / scale
+    if s.evaluations == 1:
+        s.ceiling.copy_(s.ceiling_at(norm, scale))
+    norm = torch.maximum(norm, RESOLUTION * torch.finfo(z.dtype).eps * scale)
     running, finite = s.done == RUNNING, torch.isfinite(stop)
     improved = running & finite & (stop < s.best)
     torch.where(improved, stop, s.best, out=s.best)
@@ -119,11 +124,12 @@ def _judge(s: AndersonState, z: Tensor, g: Tensor, f: Tensor, last: bool) -> Non
     torch.where(gained & running, s.best, s.mark, out=s.mark)
     s.stall.add_(1).masked_fill_(gained | ~below, 0)
     code = torch.full_like(s.done, MAX_ITER if last else RUNNING)
-    code.masked_fill_(below & (s.stall >= STALL_PATIENCE), FLOOR)
-    code.masked_fill_(stop <= s.tol, CONVERGED)
+    code.masked_fill_(below & (s.stall >= STALL_PATIENCE) & (norm <= s.fall_at_floor * s.ceiling), FLOOR)
+    code.masked_fill_((stop <= s.tol) & (norm <= FALL * s.ceiling), CONVERGED)
     code.masked_fill_(~finite, NONFINITE)
     stopped = running & (code != RUNNING)
     torch.where((stopped & ~finite)[:, None], s.z_best, z, out=z)
+    torch.where((stopped & ~finite & torch.isinf(s.best))[:, None], f, s.z_best, out=s.z_best)
     torch.where(stopped, code, s.done, out=s.done)
     s.iterations.masked_fill_(stopped, s.evaluations)
 

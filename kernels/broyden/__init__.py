@@ -7,10 +7,12 @@ from .aten import observe
 from .dispatch import advance, new_state, step, step_residual
 from .state import (
     CONVERGED,
+    FALL,
     FLOOR,
     MAX_ITER,
     NONFINITE,
     NORM_EPS,
+    RESOLUTION,
     RUNNING,
     BroydenState,
     Factors,
@@ -24,10 +26,12 @@ from .state import (
 
 __all__ = [
     "CONVERGED",
+    "FALL",
     "FLOOR",
     "MAX_ITER",
     "NONFINITE",
     "NORM_EPS",
+    "RESOLUTION",
     "RUNNING",
     "BroydenState",
     "Factors",

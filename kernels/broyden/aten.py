@@ -12,7 +12,20 @@ import math
 import torch
 from torch import Tensor
 
-from .state import CONVERGED, FLOOR, MAX_ITER, NONFINITE, NORM_EPS, RUNNING, STALL_GAIN, STALL_PATIENCE, BroydenState, Progress
+from .state import (
+    CONVERGED,
+    FALL,
+    FLOOR,
+    MAX_ITER,
+    NONFINITE,
+    NORM_EPS,
+    RESOLUTION,
+    RUNNING,
+    STALL_GAIN,
+    STALL_PATIENCE,
+    BroydenState,
+    Progress,
+)
 
 
 def step(state: BroydenState, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
@@ -29,7 +42,7 @@ def step(state: BroydenState, z: Tensor, f: Tensor, *, stop_norm: Tensor | None 
     g = torch.sub(f, z, out=_slot_for_residual(state, z))
     scale = None if stop_norm is not None else torch.linalg.vector_norm(f, dim=1).add_(NORM_EPS)
     norm = torch.linalg.vector_norm(g, dim=1) if stop_norm is None else stop_norm
-    _observe_and_advance(state, z, g, norm, scale, last)
+    _observe_and_advance(state, z, g, norm, scale, last, f)
 
 
 def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, *, last: bool = False) -> None:
@@ -38,10 +51,10 @@ def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, 
 
 
 def _observe_and_advance(
-    state: BroydenState, z: Tensor, g: Tensor, norm: Tensor, scale: Tensor | None, last: bool
+    state: BroydenState, z: Tensor, g: Tensor, norm: Tensor, scale: Tensor | None, last: bool, f: Tensor | None = None
 ) -> None:
     active = state.active
-    failed = observe(state, z, norm, scale, last=last)
+    failed = observe(state, z, norm, scale, last=last, f=f)
     if failed is not None:
         _drop_last_step(state, failed)
     # A kept iterate needs no update; nor does a batch none of whose samples goes on.
@@ -50,11 +63,12 @@ def _observe_and_advance(
 
 
 def observe(
-    progress: Progress, z: Tensor, norm: Tensor, scale: Tensor | None = None, *, last: bool = False
+    progress: Progress, z: Tensor, norm: Tensor, scale: Tensor | None = None, *, last: bool = False, f: Tensor | None = None
 ) -> Tensor | None:
     """Record the residuals at ``z``: the best iterates, and which samples stop here. Synchronises with the host.
 
-    Samples whose residual is not finite stop with their rows of ``z`` put back to their best iterate.
+    Samples whose residual is not finite stop with their rows of ``z`` put back to their best iterate. Where none was finite,
+    what is returned for them is their row of ``f``, the plain iteration's.
 
     Args:
         progress: changed in place.
@@ -62,6 +76,7 @@ def observe(
         norm: (B,) |g|, or the relative residual itself where ``scale`` is None.
         scale: (B,) what turns |g| into a relative residual.
         last: no evaluation will follow.
+        f: (B, D) body(z), where that is known.
 
     Returns:
         (B,) bool, the samples that failed at this evaluation; None if none did.
@@ -71,6 +86,10 @@ def observe(
     if not p.active:
         return None
     stop = norm / scale if scale is not None and p.relative else norm
+    if scale is not None:
+        if p.evaluations == 1:
+            p.ceiling.copy_(p.ceiling_at(norm, scale))
+        norm = torch.maximum(norm, RESOLUTION * torch.finfo(z.dtype).eps * scale)
     if p.frozen:
         running = p.done == RUNNING
         stop = stop.masked_fill(~running, math.inf)
@@ -90,7 +109,7 @@ def observe(
     stalled = _stalled(p, stop, scale, lowest) if p.floor > 0 else None
     if healthy and lowest > p.tol and stalled is None and not last:
         return None
-    return _stop_samples(p, z, stop, stalled, healthy, last)
+    return _stop_samples(p, z, norm, stop, stalled, healthy, last, f)
 
 
 def _stalled(p: Progress, stop: Tensor, scale: Tensor | None, lowest: float) -> Tensor | None:
@@ -113,19 +132,22 @@ def _stalled(p: Progress, stop: Tensor, scale: Tensor | None, lowest: float) -> 
 
 
 def _stop_samples(
-    p: Progress, z: Tensor, stop: Tensor, stalled: Tensor | None, healthy: bool, last: bool
+    p: Progress, z: Tensor, norm: Tensor, stop: Tensor, stalled: Tensor | None, healthy: bool, last: bool, f: Tensor | None
 ) -> Tensor | None:
     """Freeze what stops at this evaluation; the mask of the samples that failed, None where ``healthy``."""
     running = p.done == RUNNING
     code = torch.full_like(p.done, MAX_ITER if last else RUNNING)
     if stalled is not None:
-        code.masked_fill_(stalled, FLOOR)
-    code.masked_fill_(stop <= p.tol, CONVERGED)
+        code.masked_fill_(stalled & (norm <= p.fall_at_floor * p.ceiling), FLOOR)
+    code.masked_fill_((stop <= p.tol) & (norm <= FALL * p.ceiling), CONVERGED)
     failed = None
     if not healthy:
         failed = running & ~torch.isfinite(stop)
         code.masked_fill_(failed, NONFINITE)
         torch.where(failed[:, None], p.z_best, z, out=z)
+        if f is not None:
+            never = failed & torch.isinf(p.best)
+            torch.where(never[:, None], f, p.z_best, out=p.z_best)
     p.freeze(code != RUNNING, code)
     return failed
 

@@ -13,7 +13,7 @@ template <class T>
 struct Broyden {
   i64 B, D, M, ld, threads, relative;  // ld: row stride of C
   double tol, floor, eta;
-  T *S, *C, *best, *mark, *z_best;  // (B, M+1, D), (B, M, ld), (B,), (B,), (B, D)
+  T *S, *C, *best, *mark, *ceiling, *z_best;  // (B, M+1, D), (B, M, ld), (B,), (B,), (B,) or null, (B, D)
   int32_t *n, *iterations, *stall;  // (B,)
   int8_t* done;                     // (B,)
   float* about;                     // (B, 2) or null: of each sample that has stopped, its residual and its evaluations
@@ -194,9 +194,11 @@ static void advance(const Broyden<T>& s, Scratch<T>& w, i64 b, T* z, T* g, bool 
   s.n[b] = int32_t(n + 1);
 }
 
-// What aten.py's observe, _stalled and _stop_samples do, for one sample: whether it goes on.
+// What aten.py's observe, _stalled and _stop_samples do, for one sample: whether it goes on. norm and ceiling: |g|, and what it
+// is measured against (see FALL in state.py); f: body(z) where that is known.
 template <class T>
-static bool observe(const Broyden<T>& s, i64 b, T* z, T stop, T scale, i64 evaluation, bool last, bool& improved) {
+static bool observe(const Broyden<T>& s, i64 b, T* z, T stop, T scale, i64 evaluation, bool last, bool& improved, T norm = 0,
+                    T ceiling = std::numeric_limits<T>::infinity(), const T* f = nullptr) {
   T *best = s.best + b, *mark = s.mark + b, *z_best = s.z_best + b * s.D;
   Code code = last ? MAX_ITER : RUNNING;
   improved = stop < *best;
@@ -204,15 +206,16 @@ static bool observe(const Broyden<T>& s, i64 b, T* z, T stop, T scale, i64 evalu
   if (!finite(stop)) {
     code = NONFINITE;
     std::memcpy(z, z_best, sizeof(T) * s.D);
+    if (f && !finite(*best)) std::memcpy(z_best, f, sizeof(T) * s.D);  // none was finite: what a plain iteration has
     if (s.n[b] > 0) s.n[b]--;  // the step that led here is no good to anybody
   } else {
     if (s.floor > 0) {
       bool below = *best < T(s.floor) * scale, gained = below && *best < T(0.9) * *mark;
       if (gained) *mark = *best;
       s.stall[b] = gained || !below ? 0 : s.stall[b] + 1;
-      if (s.stall[b] >= 5) code = FLOOR;
+      if (s.stall[b] >= 5 && norm <= T(s.floor > 0.1 ? 0.5 : 0.1) * ceiling) code = FLOOR;
     }
-    if (stop <= T(s.tol)) code = CONVERGED;
+    if (stop <= T(s.tol) && norm <= T(0.1) * ceiling) code = CONVERGED;
   }
   if (code == RUNNING) return true;
   if (improved) std::memcpy(z_best, z, sizeof(T) * s.D);
@@ -230,7 +233,7 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
   i64 D = s.D, n = s.n[b];
   if (n > s.M && i64(w.row.size()) < D) w.row.resize(D);
   T* g = n > s.M ? w.row.data() : s.S + (b * (s.M + 1) + n) * D;
-  T stop, scale = 1;
+  T stop, scale = 1, norm = 0, ceiling = std::numeric_limits<T>::infinity();
   if (flags & RESIDUAL_GIVEN) {
     std::memcpy(g, f, sizeof(T) * D);
     stop = norms ? norms[b] : T(0);
@@ -243,10 +246,19 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
     for (i64 c = 0; c < count; c++) gg += parts[2 * c], ff += parts[2 * c + 1];
     stop = norms ? norms[b] : std::sqrt(gg);
     if (!norms) scale = std::sqrt(ff) + T(1e-9);
-    if (!norms && s.relative) stop /= scale, scale = 1;
+    if (!norms) {  // Progress.ceiling_at in state.py
+      double slack = s.floor > 0.1 ? 4 * s.floor : 20 * s.floor;
+      if (evaluation == 1 && s.relative) s.ceiling[b] = std::max(stop, T(std::max(20 * s.tol, slack)) * scale);
+      if (evaluation == 1 && !s.relative) s.ceiling[b] = std::max(std::max(stop, T(slack) * scale), T(10 * s.tol));
+      norm = std::max(stop, 2 * std::numeric_limits<T>::epsilon() * scale), ceiling = s.ceiling[b];
+      if (s.relative) stop /= scale, scale = 1;
+    }
   }
   bool improved = false;
-  if (!(flags & NO_OBSERVATION) && !observe<T>(s, b, z, stop, scale, evaluation, flags & LAST, improved)) return false;
+  if (!(flags & NO_OBSERVATION)) {
+    const T* image = flags & RESIDUAL_GIVEN ? nullptr : f;
+    if (!observe<T>(s, b, z, stop, scale, evaluation, flags & LAST, improved, norm, ceiling, image)) return false;
+  }
   advance<T>(s, w, b, z, g, improved, split);
   return true;
 }
@@ -272,6 +284,7 @@ static void start(const Broyden<T>* s, const T* z0, T* z) {
     s->n[b] = s->iterations[b] = s->stall[b] = 0;
     s->done[b] = RUNNING;
     s->best[b] = s->mark[b] = std::numeric_limits<T>::infinity();
+    if (s->ceiling) s->ceiling[b] = std::numeric_limits<T>::infinity();
   }
 }
 

@@ -28,7 +28,7 @@ def describe(factors: Factors) -> native.Broyden:
 @functools.lru_cache(maxsize=256)
 def _plan(B: int, D: int, room: int, dtype: torch.dtype, S: bool, C: bool) -> tuple[dict[str, workspace.Place], int]:
     """Where the parts of a state lie. S and C: whether the factors are among them, for `room` updates."""
-    rows = ((name, dtype, B) for name in ("best", "mark"))
+    rows = ((name, dtype, B) for name in ("best", "mark", "ceiling"))
     counts = ((name, torch.int32, B) for name in ("n", "iterations", "stall"))
     parts = [("struct", torch.uint8, native.BROYDEN.size), *rows, *counts, ("done", torch.int8, B), ("z", dtype, B * D)]
     if C:
@@ -73,7 +73,8 @@ class CpuState(native.Parts, BroydenState):
         native.BROYDEN.pack_into(
             self.arena.lease, 0, B, D, room, coefficient_width(room), native.threads_for(B * D), relative, tol, floor, eta,
             part("S") if S is None else S.data_ptr(), part("C") if C is None else C.data_ptr(), part("best"), part("mark"),
-            self.z_best.data_ptr(), part("n"), part("iterations"), part("stall"), part("done"), self.reports.data_ptr(), 0,
+            part("ceiling"), self.z_best.data_ptr(), part("n"), part("iterations"), part("stall"), part("done"),
+            self.reports.data_ptr(), 0,
         )  # fmt: skip
         functions.start(at, z0.data_ptr(), part("z"))
 

@@ -70,10 +70,11 @@ class TritonState(BroydenState):
         B = z0.shape[0]
         counts = torch.zeros((4, B), dtype=torch.int32, device=z0.device)
         n, iterations, stall, done = counts.unbind()
-        best, mark = z0.new_full((2, B), torch.inf).unbind()
+        best, mark, ceiling = z0.new_full((3, B), torch.inf).unbind()  # the kernels find the ceilings behind the marks
         return TritonState(
             S=S, C=C, n=n, done=done, best=best, z_best=z0.clone(memory_format=torch.contiguous_format),
-            iterations=iterations, mark=mark, stall=stall, tol=tol, relative=relative, floor=floor, active=B, eta=eta,
+            iterations=iterations, mark=mark, stall=stall, ceiling=ceiling, tol=tol, relative=relative, floor=floor, active=B,
+            eta=eta,
             kernels=kernels, sizes=(C.shape[1], C.shape[2], S.stride(1)),
         )  # fmt: skip
 
@@ -172,7 +173,7 @@ class TritonState(BroydenState):
         y = self._buffer("y", (B, cut.slabs, 2 * cut.BM), self.C.dtype)
         parts = self._buffer("parts", (B, cut.slabs, 2 * cut.BM + 2), self.C.dtype)
         ints = self._buffer("ints", (B, 4), torch.int32)
-        floats = self._buffer("floats", (B, 2), self.C.dtype)
+        floats = self._buffer("floats", (B, 3), self.C.dtype)
         pending = self._buffer("pending", (B,), self.C.dtype)
         launch(
             self, self.kernels.dots, (B, cut.slabs),

@@ -26,6 +26,17 @@ NORM_EPS = 1e-9
 STALL_GAIN = 0.9
 STALL_PATIENCE = 5
 
+# A small relative residual |g| / |f| is no fixed point where |f| has grown without bound: on a map such as z + g(norm(z)) an
+# accelerated solver runs to infinity, where |g| is what it was. So |g| itself must have fallen against the first evaluation, or
+# |f| must have kept its size: |g| <= FALL * ceiling with ceiling = max(|g_0|, 2 tol / FALL * |f_0|). Where |f*| is up to
+# FALL / tol times |f_0|, a thousand times at the default tolerance, nothing changes. At a floor as coarse as bfloat16's half
+# will do: a slow body ends there at |g| = 0.01 |f|, wherever it started. Where |f| is so large that f - z has lost its digits,
+# |g| is not known to be less than RESOLUTION eps |f|.
+FALL = 0.1
+FALL_AT_COARSE_FLOOR = 0.5
+COARSE = 0.1
+RESOLUTION = 2.0
+
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -74,10 +85,12 @@ class Progress:
     Attributes:
         done: (B,) int8, one of RUNNING, CONVERGED, FLOOR, MAX_ITER, NONFINITE.
         best: (B,) smallest stopping residual so far, inf before the first finite one; compute dtype.
-        z_best: (B, D) the iterate it belongs to; the initial one before the first finite residual.
+        z_best: (B, D) the iterate it belongs to; the initial one before the first residual, and f of that where the first
+            residual is not finite: what a plain iteration has then.
         iterations: (B,) int32, body evaluations at which the sample stopped; 0 while it runs.
         mark: (B,) best residual at the last improvement by ``STALL_GAIN``, once below the floor.
         stall: (B,) int32, evaluations since then.
+        ceiling: (B,) what |g| is measured against before a relative residual counts, see ``FALL``; inf where it is not.
         tol: a sample stops when its stopping residual is at most this.
         relative: whether the stopping residual is |g| / (|f| + eps) or |g|.
         floor: relative residual below which stagnation counts as having converged.
@@ -92,6 +105,7 @@ class Progress:
     iterations: Tensor
     mark: Tensor
     stall: Tensor
+    ceiling: Tensor
     tol: float
     relative: bool
     floor: float
@@ -108,6 +122,19 @@ class Progress:
     def frozen(self) -> bool:
         """Whether any sample has stopped."""
         return self.active < self.done.shape[0]
+
+    @property
+    def fall_at_floor(self) -> float:
+        """The part of the ceiling that |g| has to fall to, where it stagnates at the precision's floor."""
+        return FALL_AT_COARSE_FLOOR if self.floor > COARSE else FALL
+
+    def ceiling_at(self, norm: Tensor, scale: Tensor) -> Tensor:
+        """(B,) what |g| has to fall from, of |g| and |f| of the first evaluation; see ``FALL``. An absolute tolerance needs no
+        fall: there it keeps a residual without digits from counting."""
+        at_floor = 2 * self.floor / self.fall_at_floor
+        if self.relative:
+            return torch.maximum(norm, max(2 * self.tol / FALL, at_floor) * scale)
+        return torch.maximum(norm, at_floor * scale).clamp_(min=self.tol / FALL)
 
     def about(self) -> Tensor:
         """(B, 2) float32: the smallest stopping residual of each sample, and the evaluations at which it stopped."""
@@ -241,6 +268,7 @@ def progress_fields(z0: Tensor, tol: float, relative: bool, floor: float) -> dic
         "iterations": torch.zeros(B, dtype=torch.int32, device=z0.device),
         "mark": z0.new_full((B,), math.inf),
         "stall": torch.zeros(B, dtype=torch.int32, device=z0.device),
+        "ceiling": z0.new_full((B,), math.inf),
         "tol": tol,
         "relative": relative,
         "floor": floor,

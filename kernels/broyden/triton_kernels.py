@@ -17,33 +17,48 @@ import triton.language as tl
 
 from ..triton_shared import CONVERGED, FLOOR, MAX_ITER, NONFINITE, RUNNING, finite, set_conditional, through
 
-# NORM_EPS 1e-9, STALL_GAIN 0.9 and STALL_PATIENCE 5 of aten.py stand below as numbers: the interpreter multiplies no constexpr.
+# NORM_EPS 1e-9, STALL_GAIN 0.9, STALL_PATIENCE 5, FALL 0.1 (0.5 at a floor above 0.1) and RESOLUTION 2 of state.py stand below
+# as numbers: the interpreter multiplies no constexpr. `mark_ptr` is a matrix (2, B): the marks, and the ceilings.
 
 
 @triton.jit
-def _judge(gg, ff, norm, best, mark, stall, count, tol, floor, max_iter, RELATIVE: tl.constexpr, GIVEN: tl.constexpr):
-    """What the residual at z means for one sample: status code, best, mark, stall, and whether z is the best so far."""
+def _judge(
+    gg, ff, norm, best, mark, ceiling, stall, count, tol, floor, max_iter, RELATIVE: tl.constexpr, GIVEN: tl.constexpr
+):  # fmt: skip
+    """What the residual at z means for one sample: status code, best, mark, ceiling, stall, whether z is the best so far, and
+    whether it failed before any was finite."""
     stop = tl.sqrt(gg)
     threshold = floor + 0.0 * gg
+    fallen = 1
+    fallen_at_floor = 1
     if GIVEN:
         stop = norm
-    elif RELATIVE:
-        stop = stop / (tl.sqrt(ff) + 1e-9)
     else:
-        threshold = floor * (tl.sqrt(ff) + 1e-9)
+        scale = tl.sqrt(ff) + 1e-9
+        fall = tl.where(floor > 0.1, 0.5, 0.1)
+        start = tl.maximum(tl.maximum(stop, 2.0 * floor / fall * scale), 20.0 * tol * scale if RELATIVE else 10.0 * tol)
+        ceiling = tl.where(count == 1, start, ceiling)
+        known = tl.maximum(stop, (2.4e-7 if gg.dtype == tl.float32 else 4.5e-16) * scale)
+        fallen = tl.where(known <= 0.1 * ceiling, 1, 0)
+        fallen_at_floor = tl.where(known <= fall * ceiling, 1, 0)
+        if RELATIVE:
+            stop = stop / scale
+        else:
+            threshold = floor * scale
     whole = finite(stop)
     # An integer: the interpreter spreads a comparison of floats over a block as floats, which take no `&`.
     improved = tl.where(whole & (stop < best), 1, 0)
+    lost = tl.where(whole | finite(best), 0, 1)
     best = tl.where(improved != 0, stop, best)
     below = (best < threshold) & (floor > 0.0)
     gained = below & (best < mark * 0.9)
     mark = tl.where(gained, best, mark)
     stall = tl.where(gained | (below == 0), 0, stall + 1)
     code = tl.where(count >= max_iter, MAX_ITER, RUNNING)
-    code = tl.where(below & (stall >= 5), FLOOR, code)
-    code = tl.where(stop <= tol, CONVERGED, code)
+    code = tl.where(below & (stall >= 5) & (fallen_at_floor != 0), FLOOR, code)
+    code = tl.where((stop <= tol) & (fallen != 0), CONVERGED, code)
     code = tl.where(whole, code, NONFINITE)
-    return code, best, mark, stall, improved
+    return code, best, mark, ceiling, stall, improved, lost
 
 
 @triton.jit
@@ -158,8 +173,9 @@ def _move(z_ptr, f_ptr, S_ptr, best_z_ptr, y_ptr, scale, n, improved, lo, hi, RO
 
 
 @triton.jit
-def _stop(z_ptr, best_z_ptr, failed, improved, lo, hi, BD: tl.constexpr):
-    """A sample stops: its best iterate is this one, or it failed and goes back to its best one."""
+def _stop(z_ptr, f_ptr, best_z_ptr, failed, lost, improved, lo, hi, GIVEN: tl.constexpr, BD: tl.constexpr):
+    """A sample stops: its best iterate is this one, or it failed and goes back to its best one; where none was finite, f is what
+    it returns."""
     d = tl.arange(0, BD)
     for d0 in tl.range(lo, hi, BD):
         o = d0 + d
@@ -168,6 +184,9 @@ def _stop(z_ptr, best_z_ptr, failed, improved, lo, hi, BD: tl.constexpr):
         kept = tl.load(best_z_ptr + o, mask=m & failed, other=0.0)
         tl.store(best_z_ptr + o, z, mask=m & (improved != 0))
         tl.store(z_ptr + o, kept, mask=m & failed)
+        if not GIVEN:
+            f = tl.load(f_ptr + o, mask=m & (lost != 0), other=0.0).to(z.dtype)
+            tl.store(best_z_ptr + o, f, mask=m & (lost != 0))
 
 
 @triton.jit
@@ -191,6 +210,7 @@ def start(
         tl.store(done_ptr + b, RUNNING)
         tl.store(best_ptr + b, float("inf"))
         tl.store(mark_ptr + b, float("inf"))
+        tl.store(mark_ptr + tl.num_programs(0) + b, float("inf"))
         if TABLE:
             if b == 0:
                 tl.store(table_ptr, S_address.to(tl.int64))
@@ -263,18 +283,20 @@ def step_fused(
     if OBSERVE:
         count = tl.load(count_ptr + b) + 1
         norm = tl.load(norm_ptr + b) if GIVEN else gg
-        code, best, mark, stall, improved = _judge(
-            gg, ff, norm, tl.load(best_ptr + b), tl.load(mark_ptr + b), tl.load(stall_ptr + b), count, tol, floor, max_iter,
-            RELATIVE, GIVEN,
+        ceiling_ptr = mark_ptr + tl.num_programs(0)
+        code, best, mark, ceiling, stall, improved, lost = _judge(
+            gg, ff, norm, tl.load(best_ptr + b), tl.load(mark_ptr + b), tl.load(ceiling_ptr + b), tl.load(stall_ptr + b), count,
+            tol, floor, max_iter, RELATIVE, GIVEN,
         )  # fmt: skip
         tl.store(best_ptr + b, best)
         tl.store(mark_ptr + b, mark)
+        tl.store(ceiling_ptr + b, ceiling)
         tl.store(stall_ptr + b, stall)
         tl.store(count_ptr + b, count)
         tl.store(done_ptr + b, code)
         tl.store(n_ptr + b, _steps_after(code, n, M))
         if code != RUNNING:
-            _stop(z_ptr, best_z_ptr, code == NONFINITE, improved, 0, D, BD2)
+            _stop(z_ptr, f_ptr, best_z_ptr, code == NONFINITE, lost, improved, 0, D, GIVEN, BD2)
             return
     else:
         tl.store(n_ptr + b, _steps_after(code, n, M))
@@ -313,8 +335,9 @@ def dots(
         tl.store(ints_ptr + b * 4 + 1, tl.load(stall_ptr + b))
         tl.store(ints_ptr + b * 4 + 2, tl.load(count_ptr + b))
         tl.store(ints_ptr + b * 4 + 3, done)
-        tl.store(floats_ptr + b * 2, tl.load(best_ptr + b))
-        tl.store(floats_ptr + b * 2 + 1, tl.load(mark_ptr + b))
+        tl.store(floats_ptr + b * 3, tl.load(best_ptr + b))
+        tl.store(floats_ptr + b * 3 + 1, tl.load(mark_ptr + b))
+        tl.store(floats_ptr + b * 3 + 2, tl.load(mark_ptr + tl.num_programs(0) + b))
         if n == 2:
             tl.store(C_ptr + b * M * LD, tl.load(pending_ptr + b))
     if done != RUNNING:
@@ -365,19 +388,20 @@ def combine(
     if OBSERVE:
         count = tl.load(ints_ptr + b * 4 + 2) + 1
         norm = tl.load(norm_ptr + b) if GIVEN else gg
-        code, best, mark, stall, improved = _judge(
-            gg, ff, norm, tl.load(floats_ptr + b * 2), tl.load(floats_ptr + b * 2 + 1), tl.load(ints_ptr + b * 4 + 1), count,
-            tol, floor, max_iter, RELATIVE, GIVEN,
+        code, best, mark, ceiling, stall, improved, lost = _judge(
+            gg, ff, norm, tl.load(floats_ptr + b * 3), tl.load(floats_ptr + b * 3 + 1), tl.load(floats_ptr + b * 3 + 2),
+            tl.load(ints_ptr + b * 4 + 1), count, tol, floor, max_iter, RELATIVE, GIVEN,
         )  # fmt: skip
         if slab == 0:
             tl.store(best_ptr + b, best)
             tl.store(mark_ptr + b, mark)
+            tl.store(mark_ptr + tl.num_programs(0) + b, ceiling)
             tl.store(stall_ptr + b, stall)
             tl.store(count_ptr + b, count)
             tl.store(done_ptr + b, code)
             tl.store(n_ptr + b, _steps_after(code, n, M))
         if code != RUNNING:
-            _stop(z_ptr, best_z_ptr, code == NONFINITE, improved, lo, hi, BD)
+            _stop(z_ptr, f_ptr, best_z_ptr, code == NONFINITE, lost, improved, lo, hi, GIVEN, BD)
             return
     elif slab == 0:
         tl.store(n_ptr + b, _steps_after(code, n, M))

@@ -53,7 +53,7 @@ class CpuGcr(native.Parts, GcrState):
             self.arena.lease, self.places["progress"][2],
             B, D, pairs, ld if operator is None else max(ld, operator.V.shape[2]), native.threads_for(B * D), 1,
             tol, floor, 0.0,
-            part("basis"), 0, part("best"), part("mark"), part("z_best"), part("n"), part("iterations"), part("stall"),
+            part("basis"), 0, part("best"), part("mark"), 0, part("z_best"), part("n"), part("iterations"), part("stall"),
             part("done"), 0, 0,
         )  # fmt: skip
         native.GCR.pack_into(

@@ -65,7 +65,8 @@ class TritonGcr(GcrState):
             nothing = q.new_empty((1, 1, 16))
             operator = Multisecant(S=nothing, V=nothing, n=torch.zeros(B, dtype=torch.int32, device=device), high=0)
         found = TritonGcr(
-            done=done, best=best, z_best=z_best, iterations=iterations, mark=mark, stall=stall, tol=tol, relative=True,
+            done=done, best=best, z_best=z_best, iterations=iterations, mark=mark, stall=stall,
+            ceiling=q.new_full((B,), math.inf), tol=tol, relative=True,
             floor=floor, active=B, q=q, norms=norms, batch_norm=0.0, operator=operator, x=x, r=r, w=w,
             basis=q.new_empty((B, 2, memory, row)), n=n, true_residual=true_residual, residuals=residuals, kernels=kernels,
             outcome=q.new_zeros(2), norm_of_batch=q.new_zeros(1), row=row, gram=q.new_empty((B, memory, memory)),

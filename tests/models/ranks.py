@@ -77,6 +77,7 @@ def main() -> None:
         said["explained"] = statuses(timed(lambda: explain(chaotic, **OPTIONS)(*inputs)))
         timed(lambda: model(*inputs))
         timed(lambda: model(*inputs))
+    dist.barrier()
     # Later one rank alone misses again and again; the others hear of it.
     for _ in range(4):
         timed(lambda: step(model, 40.0 if rank == last else 0.5))
