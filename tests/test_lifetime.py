@@ -18,8 +18,10 @@ from deq_compile.backend import Backend
 from deq_compile.capture import marker
 from deq_compile.region import body, eager, site
 from deq_compile.region.body import MAX_SHAPES
+from deq_compile.region.site import Site
 from tests.helpers import TIGHT, compiled
 
+_before: weakref.WeakSet[Site] = weakref.WeakSet()
 WEIGHT = 0.2 * torch.eye(4)
 
 
@@ -50,19 +52,25 @@ def _nothing_left_of_others() -> Iterator[None]:
     torch._dynamo.reset()
     deq_compile.reset()
     gc.collect()
+    _before.update(site.living())
     gc.freeze()  # what others left need not be looked through again and again
     yield
     gc.unfreeze()
 
 
+def ours() -> list[Site]:
+    """Sites of this test. A hook of another one that holds its own tensor, and with it the graph, holds a site for ever."""
+    return [known for known in site.living() if known not in _before]
+
+
 def living() -> int:
     collect()
-    return len(site.living())
+    return len(ours())
 
 
 @pytest.mark.parametrize(("inner", "count"), [("eager", 8), ("aot_eager", 2)])
 def test_nothing_is_left_of_models_that_are_gone(inner: str, count: int) -> None:
-    before = graph_modules()
+    before, bodies = graph_modules(), len(body._bodies)
     for _ in range(count):
         run, report = compiled(fresh_loop(), inner=inner)
         run(torch.randn(2, 4, requires_grad=True)).sum().backward()
@@ -71,7 +79,7 @@ def test_nothing_is_left_of_models_that_are_gone(inner: str, count: int) -> None
     torch._dynamo.reset()
     assert graph_modules() == before
     assert living() == 0
-    assert len(body._bodies) == 0
+    assert len(body._bodies) == bodies
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
@@ -140,7 +148,7 @@ def test_the_same_where_hooks_give_the_backward_a_copy_of_the_ticket(forget: boo
 def test_what_waits_for_backwards_is_bounded() -> None:
     run, _ = compiled(loop)
     run(torch.randn(2, 4, requires_grad=True))
-    (spec,) = [known.spec for known in site.living()]
+    (spec,) = [known.spec for known in ours()]
     for _ in range(site.MOST_AWAITED + 5):
         site.await_backward(site.Site("waiting", spec))
     assert len(site._awaited) == site.MOST_AWAITED
@@ -166,7 +174,7 @@ def test_300_batch_sizes_leave_a_bounded_number_of_runners() -> None:
     for batch in range(2, 302):
         run(torch.ones(batch, 4))
     assert len(report.regions) == 1
-    (spec,) = [known.spec for known in site.living()]
+    (spec,) = [known.spec for known in ours()]
     assert len(spec.body.shapes.runners) == MAX_SHAPES
     torch.testing.assert_close(run(torch.ones(2, 4)), loop(torch.ones(2, 4)), rtol=1e-4, atol=1e-5)
 
@@ -190,7 +198,7 @@ def test_reset_begins_again_and_leaves_compiled_models_at_work() -> None:
     x = torch.randn(2, 4, requires_grad=True)
     expected = run(x).detach()
     pending = run(x)
-    (known,) = site.living()
+    (known,) = ours()
     assert known.calls == 2
     deq_compile.reset()
     assert (known.verdict, known.calls, report.regions[0].status) == ("pending", 0, "pending")
@@ -239,7 +247,7 @@ def test_decorated_functions_leave_nothing_and_keep_their_options() -> None:
     outer, report = compiled(lambda x: functions[0](x) + functions[1](x) + functions[2](x))
     outer(torch.ones(2, 4))
     assert [r.status for r in report.regions] == ["solve"] * 3
-    assert [known.spec.config.max_iter for known in site.living()] == [31, 32, 31]
+    assert [known.spec.config.max_iter for known in ours()] == [31, 32, 31]
     functions.clear()
     del first, second, third, outer
     torch._dynamo.reset()

@@ -304,7 +304,7 @@ def own(owner: Callable[..., Any], sites: Sequence[Site]) -> Callable[..., Any]:
     while inner is not None:
         try:  # a bound method is made anew at every look-up
             key = getattr(inner, "__self__", inner)
-            _owned[key] = (*_owned.get(key, ()), *sites)
+            _owned[key] = tuple(dict.fromkeys((*_owned.get(key, ()), *sites)))
         except TypeError:  # it takes no weak references
             return _holding(owner, tuple(sites))
         inner = getattr(inner, "_torchdynamo_orig_callable", None)
