@@ -330,6 +330,7 @@ def test_end_to_end(monkeypatch: pytest.MonkeyPatch, tiny: str, tmp_path: Path, 
     assert timed["silva"]["skipped"] == "not installed: no_such_package"
     ours, bound = timed["deq"], timed["bound"]
     assert (ours["status"], ours["repeats"]) == ("solve", 2)
+    assert ours["reused"] in (True, False)
     assert ours["gradient_error"] < 0.05
     assert (bound["iterations"], bound["vjps"]) == (ours["iterations_max"], ours["vjps"])  # eager bodies linearise unseen
     assert "the bound" in capsys.readouterr().out

@@ -508,11 +508,11 @@ return torch.tanh(z)
 """,
     "called": """
 with torch.no_grad():
-    z = iterate(lambda z: self.f(z, {u}), {z0}, 400, 1e-10)
+    z = iterate(lambda z: self.f(z, {u}), {z0}, 60, 1e-10)
 z = self.f(z, {u})
 """,
     "called_plainly": """
-z = iterate(lambda z: self.f(z, {u}), {z0}.detach(), 400, 1e-10).detach()
+z = iterate(lambda z: self.f(z, {u}), {z0}.detach(), 60, 1e-10).detach()
 z = self.f(z, {u}) + 0.0 * z
 """,
     "broadcast_state": """

@@ -100,6 +100,7 @@ class Deq(Step):
             "linearised": linearised,
             "vjps": sum(s.vjps or 0 for s in solves),
             "adjoint_residual": max(adjoint, default=None),
+            "reused": any(s.reused for s in solves),
             "regions": len(solves),
             "status": "+".join(sorted({s.status for s in solves})),
         }

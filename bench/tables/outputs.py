@@ -74,7 +74,8 @@ def summary(rows: Sequence[Row], clock: str) -> str:
 def targets(rows: Sequence[Row], clock: str) -> str:
     """What the rows of deq come to, one line for each problem and form."""
     headers = ["problem", "x", "equal adjoint tol. vs TorchDEQ", "default vs TorchDEQ", "vs best peer", "vs JAX", "vs eager"]
-    headers += ["vs compiled", "of bound", "gradient error", "status", "step ms", "all threads", "there vs TorchDEQ"]
+    headers += ["vs compiled", "of bound", "gradient error", "status", "factors in the backward", "step ms", "all threads"]
+    headers += ["there vs TorchDEQ"]
     lines = []
     for group in grouped(rows):
         by_method = {row["method"]: row for row in group}
@@ -90,6 +91,7 @@ def targets(rows: Sequence[Row], clock: str) -> str:
                 *(number(ratio.get(name), ".2f", "×") for name in ("torchdeq", "peer", "jax", "eager", "inductor", "bound")),
                 number(ours.get("gradient_error"), ".1e"),
                 ours.get("status", MISSING),
+                MISSING if ours.get("reused") is None else "yes" if ours["reused"] else "no",
                 number(step_ms(ours, clock), ".2f"),
                 number(ours.get("all_ms"), ".2f"),
                 number(ratio.get("all"), ".2f", "×"),

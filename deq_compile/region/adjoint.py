@@ -45,6 +45,7 @@ class AdjointSolution:
         residual: |q + J^T w - w| / |q| over the whole batch, 0 where q = 0.
         residuals: (B,) the same of each sample.
         status: how it ended.
+        reused: whether the forward's factors had a part in it.
         error: estimate of |w - w*| / |w| over the batch, where it was asked for; see :func:`estimated_error`.
     """
 
@@ -55,6 +56,7 @@ class AdjointSolution:
     residual: float
     residuals: Tensor
     status: AdjointStatus
+    reused: bool = False
     error: float | None = None
 
     def after(self, vjps: int) -> AdjointSolution:
@@ -106,14 +108,16 @@ def solve_adjoint(
     if max_iter < 1:
         raise ValueError(f"expected max_iter >= 1, got {max_iter}")
     if math.isinf(tol):
-        return _one_vjp(vjp_full, apply_transpose(state, q) if state is not None else q.clone(), q)
+        found = _one_vjp(vjp_full, apply_transpose(state, q) if state is not None else q.clone(), q)
+        return replace(found, reused=state is not None)
     floor = FLOOR_EPS * (torch.finfo(q.dtype).eps if body_eps is None else body_eps)
     operator = multisecant(state, skip) if state is not None else None
     adjoint = new_state(q, operator, min(max_iter, MEMORY), tol=tol, floor=floor, room=expected)
     if not watched:
         return _unwatched(vjp, vjp_full, adjoint, max_iter)
     found = _refine(vjp, vjp_full, adjoint, max_iter, 1 if expected is None else expected)
-    return replace(found, error=estimated_error(adjoint, found)) if estimate and q.numel() else found
+    error = estimated_error(adjoint, found) if estimate and q.numel() else None
+    return replace(found, reused=state is not None, error=error)
 
 
 def estimated_error(adjoint: GcrState, found: AdjointSolution) -> float:

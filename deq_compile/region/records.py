@@ -30,6 +30,7 @@ class SolveRecord:
     adjoint_residual        |q + J^T w - w| / |q|, max over samples; `adjoint_residual_mean` the mean,
     adjoint_residual_batch  and the same with norms over the whole batch: the quantity refinement stops on
     adjoint_message the adjoint solver's word
+    reused         whether the backward made use of the forward's factors; None until it has run
     adjoint_error  estimate of |w - w*| / |w| over the batch, from the adjoint's own iteration; None where it made none
     gradient_error relative error of the operands' gradients when it was last measured, against a tenth of the tolerance
     bytes          held from forward to backward for the stored steps and coefficients
@@ -52,6 +53,7 @@ class SolveRecord:
     adjoint_residual_mean: float | None = None
     adjoint_residual_batch: float | None = None
     adjoint_message: str = ""
+    reused: bool | None = None
     adjoint_error: float | None = None
     gradient_error: float | None = None
     bytes: int = 0
@@ -167,6 +169,7 @@ def complete_adjoint(serial: int, q: Tensor, found: AdjointSolution, gradient_er
         adjoint_residual_mean=float(found.residuals.mean()) if some else 0.0,
         adjoint_residual_batch=float(found.residual),
         adjoint_message=found.status.message,
+        reused=found.reused,
         adjoint_error=found.error,
         gradient_error=gradient_error,
     )

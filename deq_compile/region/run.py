@@ -316,7 +316,7 @@ def _adjoint(
         engine.end_with(site)
         captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
         if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
-            return solved
+            return dataclasses.replace(solved[0], reused=state is not None), solved[1]
     linear = linear or runner.linearise(z, operands, needs)
     site.backwards += 1
     vjp, vjp_full, tol, eps = linear.vjp, linear.vjp_full, site.backward_tol, spec.body_eps
