@@ -2,6 +2,7 @@
 
 from .api import deq_compile, explain
 from .backend import register_backend as _register_backend
+from .caches import reset
 from .capture import install as _install_capture
 from .capture.solver_family import SolveInfo, register_solver
 from .config import Options
@@ -29,6 +30,7 @@ __all__ = [
     "jac_reg",
     "record_solves",
     "register_solver",
+    "reset",
     "spectral_radius",
 ]
 

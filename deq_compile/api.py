@@ -80,7 +80,8 @@ class _CompiledCall:
 
 
 def _compile_function(function: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    mark = {scope.ANNOTATION: scope.remember_function(options)}
+    name, options = scope.remember_function(options)
+    mark = {scope.ANNOTATION: name}
 
     @functools.wraps(function)
     def marked(*args: Any, **kwargs: Any) -> Any:
@@ -104,7 +105,7 @@ def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Repor
         inherited = Options()
         if isinstance(model, nn.Module):
             inherited = getattr(type(model), scope.CLASS_ATTRIBUTE, inherited)
-        backend = Backend(inherited.merge(chosen), report)
+        backend = Backend(inherited.merge(chosen), report, votes=False)
         # a decorated module would run its own compiled call: explain what it calls
         call = model._call_impl if isinstance(model, nn.Module) else getattr(model, "_torchdynamo_orig_callable", model)
         # each explanation is one more compilation of the same code, which is no sign of a model that recompiles

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import functools
+import hashlib
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch._logging._internal import trace_structured
 
+from .caches import reset
 from .capture import marker
 from .capture.marker import is_marker
 from .config import Config, Options
+from .kernels.folder import distrusted
 from .passes.ambient import ambient_at
 from .passes.base import ExitTest, Loop, Pass, PassContext, describe, is_tensor, marked, value_of
 from .passes.declared import FindDeclared
@@ -33,7 +38,7 @@ from .passes.unroll_while import SITE, UnrollWhile
 from .region.body import BodySpec
 from .region.modes import Ambient
 from .region.op import solve_op
-from .region.site import RegionSpec, Site, register
+from .region.site import RegionSpec, Site, own, register
 from .region.stop import GraphTest, NormTest, StopTest
 from .report import Region, Report
 from .scope import scoped_options
@@ -48,14 +53,17 @@ class Backend:
     """The "deq" backend with its options bound; what `@deq_compile` and `explain` hand to `torch.compile`.
 
     report: collects what is found in every graph; None for a report of each graph's own (logged, then dropped).
+    votes: whether what its regions find counts for the other ranks of a distributed run.
     """
 
     __name__ = "deq"
     takes_whole_graphs = True  # DDP must not split a graph before it arrives (capture/ddp.py)
 
-    def __init__(self, options: Mapping[str, Any] | Options | None = None, report: Report | None = None) -> None:
+    def __init__(
+        self, options: Mapping[str, Any] | Options | None = None, report: Report | None = None, *, votes: bool = True
+    ) -> None:
         self.options = Options.from_options(options)
-        self.report = report
+        self.report, self.votes = report, votes
 
     def __call__(
         self,
@@ -68,10 +76,16 @@ class Backend:
         outer = self.options.merge(Options.from_options(options))
         report = self.report if self.report is not None else Report()
         try:
-            rewrite(gm, outer, report)
+            sites = rewrite(gm, outer, report)
         finally:
             self.tell(report)
-        return compile_rest(gm, example_inputs, outer.resolve(), mode)
+        for site in sites:
+            site.votes = self.votes
+        return own(compile_rest(gm, example_inputs, outer.resolve(), mode), sites)
+
+    def reset(self) -> None:
+        """What `torch._dynamo.reset()` calls of every backend that it has seen."""
+        reset()
 
     def tell(self, report: Report) -> None:
         """Add what capture refused while it traced for this backend."""
@@ -97,32 +111,36 @@ def deq(
 
 
 deq.takes_whole_graphs = True  # type: ignore[attr-defined]
+deq.reset = reset  # type: ignore[attr-defined]
 
 
-def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> int:
-    """Replace the fixed-point regions of a Dynamo graph in place; the graph is left untouched where there are none.
+def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
+    """Replace the fixed-point regions of a Dynamo graph in place; the graph is left untouched where there are none. Returns the
+    sites, which the graph owns; what is compiled of it has to own them too.
 
     Raises:
         Retrace: capture marked a region that no pass could take; Dynamo traces the frame again without it.
     """
     report.graphs += 1
-    rows: list[Region] = []
+    rows: list[tuple[Region, Site]] = []
     left: list[str] = []
     _rewrite(gm, Ambient.now(), options, report, rows, left)
     if left:
         marker.retrace(left)
-    report.regions += rows
+    report.regions += [row for row, _ in rows]
+    sites = [site for _, site in rows]
     if rows:
         trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": "deq_rewritten_graph", "encoding": "string"},
             payload_fn=lambda: gm.print_readable(print_output=False),
         )
-    return len(rows)
+    own(gm, sites)
+    return sites
 
 
 def _rewrite(
-    gm: fx.GraphModule, start: Ambient, options: Options, report: Report, rows: list[Region], left: list[str]
+    gm: fx.GraphModule, start: Ambient, options: Options, report: Report, rows: list[tuple[Region, Site]], left: list[str]
 ) -> None:
     """One graph, and the bodies of its checkpoints. `left` collects the sites of markers that nothing consumed."""
     skip: set[str] = set()
@@ -145,7 +163,7 @@ def _rewrite(
 
 def _attempt(
     gm: fx.GraphModule, start: Ambient, options: Options, report: Report, skip: set[str]
-) -> tuple[fx.Graph, list[Region], list[str]]:
+) -> tuple[fx.Graph, list[tuple[Region, Site]], list[str]]:
     """A rewritten copy of a graph, the regions in it, and the sites of markers that nothing consumed."""
     graph = _copy_of(gm.graph)
     deduplicate_constants(graph)
@@ -162,7 +180,7 @@ def _attempt(
         InlineCheckpoints(gm), Functionalise(), UnrollWhile(gm, skip), TakeHooks(), FindDeclared(), Judge(start), Extract(gm),
     ]  # fmt: skip
     repeated: list[Pass] = [FindLoops(), Exits(gm), TakeHooks(loops=True), Judge(start), Hoist(), Extract(gm)]
-    rows: list[Region] = []
+    rows: list[tuple[Region, Site]] = []
     consumed: set[tuple[Any, ...]] = set()
     for steps in (declared, repeated):
         context.loops = []
@@ -184,7 +202,9 @@ def _copy_of(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) -> tuple[Callable[..., object], tuple[Any, ...]]:
+def _call(
+    loop: Loop, ambient: Ambient, options: Options, rows: list[tuple[Region, Site]]
+) -> tuple[Callable[..., object], tuple[Any, ...]]:
     """Register the region of a loop; the node that stands in for it."""
     chosen = scoped_options(loop.segment(0), options).merge(Options.from_options(loop.options))
     whole_batch = loop.hints.pop("whole_batch_tol", None)
@@ -192,7 +212,7 @@ def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) ->
     tests: list[StopTest] = [_stop_test(test) for test in loop.tests]
     tests += [NormTest(whole_batch, relative=False)] if whole_batch is not None else []
     spec = region_spec(loop, ambient, config, tuple(tests))
-    site = register(spec)
+    site = register(spec, _place(loop, spec, sum(known.location == loop.location for known, _ in rows)))
     states = tuple((tuple(str(s) for s in value_of(n).shape), str(value_of(n).dtype)[6:]) for n in loop.outputs)
     row = Region(
         key=site.key,
@@ -207,7 +227,7 @@ def _call(loop: Loop, ambient: Ambient, options: Options, rows: list[Region]) ->
         status=site.verdict,
         notes=(*loop.notes, *_notes(spec)),
     )
-    rows.append(row)
+    rows.append((row, site))
     count = f"{spec.iterations} iterations" if spec.iterations is not None else "until its tolerance"
     log.info("region %s at %s: %s, %s, %d operands", site.key, spec.where, loop.kind, count, len(loop.operands))
 
@@ -227,6 +247,20 @@ def _notes(spec: RegionSpec) -> list[str]:
     if spec.suspect and spec.own_loop_cap is not None:
         return ["followed, since the input reaches it through its initial state alone: it may have several fixed points"]
     return []
+
+
+def _place(loop: Loop, spec: RegionSpec, before: int) -> str:
+    """A loop's name among the ranks: the line, the operations, and how many loops of that line came before in the graph. No
+    sizes, devices or addresses, which differ among ranks that compile the same model."""
+    assert loop.body is not None
+    where, line = os.path.basename(loop.location.file), loop.location.line
+    operations = [
+        fx.node._get_qualified_name(node.target) if callable(node.target) else str(node.target)
+        for node in loop.body.graph.nodes
+        if node.op in ("call_function", "call_method") and is_tensor(node)
+    ]
+    facts = where, line, before, operations, spec.dtypes, spec.iterations, spec.config.key()
+    return f"{where}:{line}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
 
 
 def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTest, ...] = ()) -> RegionSpec:
@@ -302,6 +336,15 @@ def has_cpp_compiler() -> bool:
     return True
 
 
+@functools.cache
+def say_whose_cache() -> None:
+    """Inductor runs the code that it finds in its cache, whoever put it there: said once where that may be somebody else."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    if reason := distrusted(Path(cache_dir())):
+        log.warning("Inductor runs what it finds in its cache, and %s. Fix: set TORCHINDUCTOR_CACHE_DIR", reason)
+
+
 def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None) -> CompiledFn:
     """Hand a graph to the inner backend."""
     inputs = list(example_inputs)
@@ -315,6 +358,7 @@ def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Conf
     import torch._inductor
     from torch._inductor.compile_fx import compile_fx
 
+    say_whose_cache()
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
     compiled: CompiledFn = compile_fx(gm, inputs, config_patches=patches or None)  # type: ignore[assignment]
     return compiled

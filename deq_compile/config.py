@@ -248,6 +248,10 @@ class Options:
     def __hash__(self) -> int:
         return hash(_canonical(self.explicit()))
 
+    def key(self) -> str:
+        """16 hexadecimal digits that name what somebody set, the same in every process."""
+        return hashlib.sha256(_canonical(self.explicit()).encode()).hexdigest()[:16]
+
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | Options | None) -> Options:
         """Options from a mapping, such as the ``options=`` of ``torch.compile``.

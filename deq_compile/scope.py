@@ -18,17 +18,18 @@ ANNOTATION = "deq_compile"
 CLASS_ATTRIBUTE = "_deq_compile_options"
 
 _modules: weakref.WeakKeyDictionary[torch.nn.Module, Options] = weakref.WeakKeyDictionary()
-_functions: list[Options] = []
+_functions: weakref.WeakValueDictionary[str, Options] = weakref.WeakValueDictionary()
 
 
 def remember_module(module: torch.nn.Module, options: Options) -> None:
     _modules[module] = options
 
 
-def remember_function(options: Options) -> str:
-    """A mark for a function's nodes: a plain string, since it travels through Dynamo."""
-    _functions.append(options)
-    return str(len(_functions) - 1)
+def remember_function(options: Options) -> tuple[str, Options]:
+    """A mark for a function's nodes: a plain string, since it travels through Dynamo, and the same for equal options in every
+    process. It means something as long as the function holds the options that are returned with it."""
+    mark = options.key()
+    return mark, _functions.setdefault(mark, options)
 
 
 def scoped_options(nodes: Sequence[fx.Node], outer: Options) -> Options:
@@ -52,6 +53,7 @@ def _decorators(node: fx.Node, by_id: dict[int, Options]) -> list[Options]:
         if options is not None:
             found.append(options)
     mark = (node.meta.get("custom") or {}).get(ANNOTATION)
-    if mark is not None:
-        found.append(_functions[int(mark)])
+    options = _functions.get(mark) if mark is not None else None
+    if options is not None:
+        found.append(options)
     return found

@@ -1,7 +1,8 @@
 """The C++ kernels for a CPU: compiled once by Inductor's code cache, called through ctypes.
 
-`library()` is None where there is no compiler, where compilation fails, or where DEQ_COMPILE_NATIVE=0 is set; callers then
-use ATen. Compilation takes two to three seconds and is cached on disk by a hash of source and flags.
+There are none where there is no compiler, where compilation fails, where DEQ_COMPILE_NATIVE=0 is set, or where no folder for the
+library belongs to this user alone (`folder.py`; DEQ_COMPILE_CACHE_DIR names one); callers then use ATen. Compilation takes two
+to three seconds and is cached on disk by a hash of source and flags.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from . import workspace
+from . import folder, workspace
 
 log = logging.getLogger("deq_compile.kernels")
 
@@ -79,13 +80,18 @@ class Functions:
 
 
 def source() -> str:
-    folder = Path(__file__).resolve().parent
-    return "\n".join((folder / name).read_text() for name in _SOURCES)
+    here = Path(__file__).resolve().parent
+    return "\n".join((here / name).read_text() for name in _SOURCES)
 
 
 @functools.cache
 def _load() -> dict[torch.dtype, Functions] | None:
     if os.environ.get("DEQ_COMPILE_NATIVE") == "0":
+        return None
+    try:
+        where = folder.private()
+    except PermissionError as error:
+        log.warning("no C++ kernels, going on with ATen, which takes longer: %s", error)
         return None
     flags = ["-ffp-contract=fast"]  # Inductor's flags switch contraction off
     if platform.machine() in ("x86_64", "AMD64"):
@@ -93,7 +99,8 @@ def _load() -> dict[torch.dtype, Functions] | None:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        loaded = CppCodeCache.load(source(), device_type="cpu", extra_flags=tuple(flags))
+        with folder.inductor_writes_to(where):
+            loaded = CppCodeCache.load(source(), device_type="cpu", extra_flags=tuple(flags))
         library = getattr(loaded, "lib", loaded)
         return {dtype: Functions(library, suffix) for dtype, suffix in _SUFFIX.items()}
     except Exception as error:  # whatever a compiler or a loader may say: ATen serves

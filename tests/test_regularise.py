@@ -49,6 +49,33 @@ def test_states_of_any_shape() -> None:
         assert float(jac_reg(conv, z)) > 0
 
 
+def test_a_body_that_does_not_depend_on_its_argument() -> None:
+    """Of parameters alone, of nothing, detached, or multiplied away: the Jacobian is 0."""
+    z, w = torch.randn(3, 4), nn.Parameter(torch.randn(4))
+    unused = torch.randn(3, 4, requires_grad=True)
+    for f in (lambda z: w.expand(3, 4), lambda z: torch.ones(3, 4), lambda z: z.detach(), lambda z: unused * 2, lambda z: 0 * z):
+        assert float(jac_reg(f, z, samples=2).detach()) == 0.0
+        assert spectral_radius(f, z, iterations=4).tolist() == [0.0] * 3
+    loss = w.sum() + jac_reg(lambda z: w.expand(3, 4), z)  # still a term of a loss
+    loss.backward()
+    assert w.grad is not None
+    assert w.grad.tolist() == [1.0] * 4
+
+
+def test_a_state_of_one_number_a_sample() -> None:
+    z = torch.tensor([0.0, 1.0, -2.0], dtype=torch.float64)
+    torch.testing.assert_close(spectral_radius(lambda z: -0.5 * z.square(), z, iterations=5), z.abs())
+    found = jac_reg(lambda z: -0.5 * z.square(), z, samples=4000)
+    assert float(found.detach()) == pytest.approx(float(z.square().mean()), rel=0.1)  # 1/sqrt of the random vectors
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (0,), (3, 0), (2, 0, 3)])
+def test_empty_states(shape: tuple[int, ...]) -> None:
+    z = torch.zeros(shape)
+    assert float(jac_reg(torch.sin, z).detach()) == 0.0
+    assert spectral_radius(torch.sin, z, iterations=3).tolist() == [0.0] * shape[0]
+
+
 def test_bad_arguments() -> None:
     z = torch.randn(2, 3)
     with pytest.raises(ValueError, match="samples >= 1"):
@@ -59,3 +86,15 @@ def test_bad_arguments() -> None:
         jac_reg(lambda z: z[:, :2], z)
     with pytest.raises(ValueError, match="without dimensions"):
         spectral_radius(lambda z: z, torch.tensor(1.0))
+    for samples in (1.5, True, "1"):
+        with pytest.raises(ValueError, match="expected samples >= 1, an int, got"):
+            jac_reg(torch.sin, z, samples=samples)  # type: ignore[arg-type]
+    for call in (jac_reg, spectral_radius):
+        for returned, got in ((None, "NoneType"), ((z,), "tuple"), (z.long(), "torch.int64")):
+            with pytest.raises(TypeError, match=f"body that returns one real floating-point tensor, got {got}"):
+                call(lambda z, returned=returned: returned, z)
+        for state, got in ((z.long(), "torch.int64"), (z.to(torch.complex64), "torch.complex64"), ([z], "list")):
+            with pytest.raises(TypeError, match=f"{call.__name__}: expected a state that is one .* tensor, got {got}"):
+                call(torch.sin, state)
+        with pytest.raises(TypeError, match="expected a callable f, got int"):
+            call(0, z)

@@ -88,10 +88,22 @@ def test_their_tolerance_is_the_default() -> None:
         ({"z0": 7}, ValueError, "expected z0 among"),
         ({"tol": "accuracy"}, ValueError, "expected tol among"),
         ({"stop_mode": "norm"}, ValueError, "'rel' or 'abs'"),
+        ({"f": 0, "z0": 0}, ValueError, "expected f and z0 to be different parameters of solver, .* got 'f' for both"),
+        ({"f": "z0"}, ValueError, "expected f and z0 to be different parameters"),
+        ({"z0": -3}, ValueError, "expected f and z0 to be different parameters"),
+        ({"tol": "z0"}, ValueError, "expected z0 and tol to be different parameters"),
+        ({"max_iter": "eps", "tol": "eps"}, ValueError, "expected tol and max_iter to be different parameters"),
+        ({"f": None}, ValueError, "expected f among .* got None"),
+        ({"f": False}, ValueError, "expected f among .* got False"),
+        ({"f": 1.0}, ValueError, "expected f among .* got 1.0"),
+        ({"z0": "rest"}, ValueError, "expected z0 among"),
+        ({"result": 2.5}, TypeError, "expected result to be None, an index, a key, or a function .* got 2.5"),
+        ({"result": True}, TypeError, "expected result to be"),
+        ({"result": ["z"]}, TypeError, "expected result to be"),
     ],
 )
 def test_bad_registration(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    def solver(f: Any, z0: Tensor) -> Tensor:
+    def solver(f: Any, z0: Tensor, eps: float = 1e-3, *rest: Any) -> Tensor:
         return f(z0)
 
     with pytest.raises(error, match=message):

@@ -154,6 +154,12 @@ def refusals(backend: Any) -> list[Skipped]:
     return list(_refusals.get(backend, ()))
 
 
+def clear() -> None:
+    """Forget what was refused, and which places are left to stock Dynamo."""
+    _blocked.clear()
+    _refusals.clear()
+
+
 def retrace(sites: Sequence[str]) -> None:
     """Block `sites` and have Dynamo trace the present frame again.
 

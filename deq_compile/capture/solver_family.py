@@ -90,33 +90,54 @@ def register_solver(
         stop_mode: "rel" or "abs", what its tolerance means.
 
     Raises:
-        TypeError: no plain Python function.
-        ValueError: a parameter that it does not have, or a bad `stop_mode`.
+        TypeError: no plain Python function, or a `result` of another kind.
+        ValueError: a parameter that it does not have, one that is given two roles, or a bad `stop_mode`.
     """
     if not isinstance(function, types.FunctionType):
         raise TypeError(f"register_solver: expected a plain Python function, got {type(function).__name__}")
-    names = list(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if isinstance(result, bool) or not (result is None or isinstance(result, int | str) or callable(result)):
+        raise TypeError(
+            f"register_solver: expected result to be None, an index, a key, or a function of (z, info), got {result!r}"
+        )
     if stop_mode not in ("rel", "abs"):
         raise ValueError(f"register_solver: expected stop_mode 'rel' or 'abs', got {stop_mode!r}")
 
-    def name_of(what: str, given: int | str | None) -> str | None:
-        if isinstance(given, int) and -len(names) <= given < len(names):
+    def name_of(what: str, given: int | str | None) -> str:
+        if isinstance(given, int) and not isinstance(given, bool) and -len(names) <= given < len(names):
             return names[given]
-        if given is None or given in names:
+        if isinstance(given, str) and given in names:
             return given
         raise ValueError(f"register_solver: expected {what} among the parameters of {function.__name__}, {names}, got {given!r}")
 
+    given = {"f": f, "z0": z0, "tol": tol, "max_iter": max_iter}
+    said = {role: name_of(role, which) for role, which in given.items() if which is not None or role in ("f", "z0")}
+    for role, name in said.items():
+        twice = [other for other in said if other != role and said[other] == name]
+        if twice:
+            raise ValueError(
+                f"register_solver: expected {role} and {twice[0]} to be different parameters of {function.__name__}, {names}, "
+                f"got {name!r} for both"
+            )
+    left = [name for name in names if name not in said.values()]
     _registered[function] = {
-        "f": name_of("f", f),
-        "z0": name_of("z0", z0),
+        "f": said["f"],
+        "z0": said["z0"],
         "result": result,
-        "tol": name_of("tol", tol) or _first(names, _TOLERANCES),
-        "cap": name_of("max_iter", max_iter) or _first(names, _CAPS),
-        "mode": _first(names, _MODES),
+        "tol": said.get("tol") or _first(left, _TOLERANCES),
+        "cap": said.get("max_iter") or _first(left, _CAPS),
+        "mode": _first(left, _MODES),
         "absolute": stop_mode == "abs",
     }
     _known.pop(function, None)
     return function
+
+
+def clear() -> None:
+    """Forget what was found out about functions by looking at them and trying them out."""
+    _looks.clear()
+    _known.clear()
 
 
 def roles_of(function: Any) -> dict[str, Any] | None:

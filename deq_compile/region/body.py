@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +25,8 @@ log = logging.getLogger("deq_compile.region")
 
 # Shapes beyond this many for one body run it eagerly: a model that is called with ever new sizes must not compile forever.
 MAX_COMPILED_SHAPES = 8
+# Shapes of one body that are remembered. Eager runners cost nothing to make again, and the oldest of them goes.
+MAX_SHAPES = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,16 @@ class BodySpec:
     ambient: Ambient
     inner: str
     inductor: tuple[tuple[str, Any], ...] = ()
+
+    @functools.cached_property
+    def shapes(self) -> _Shapes:
+        """The runners of all bodies that compute the same in the same way."""
+        key = (self.hash, self.inner, self.ambient.autocast, self.inductor)
+        with _lock:
+            found = _bodies.get(key)
+            if found is None:
+                found = _bodies[key] = _Shapes()
+            return found
 
     def flat(self, layout: Layout, z: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """f on the flat state: (B, D) -> (B, D), a dense tensor of its own."""
@@ -137,36 +151,52 @@ class EagerLinearised(Linearised):
         return torch.zeros_like(w) if jtw is None else jtw, list(grads)
 
 
-_runners: dict[tuple[Any, ...], Runner] = {}
-_shapes_of: dict[tuple[Any, ...], int] = {}
+class _Shapes:
+    """The runners of one body, by shapes. `compiled` counts those that were compiled, which are never given up for new ones."""
+
+    def __init__(self) -> None:
+        self.runners: dict[tuple[Any, ...], Runner] = {}
+        self.compiled = 0
+
+
+# Held by the specs of all bodies with that hash, and gone with the last.
+_bodies: weakref.WeakValueDictionary[tuple[Any, ...], _Shapes] = weakref.WeakValueDictionary()
 _lock = threading.RLock()
 
 
 def runner_for(spec: BodySpec, layout: Layout, operands: Sequence[Tensor], sizes: Sequence[int]) -> Runner:
     """The runner of a body for these shapes. Compiled code is shared by all regions whose bodies have one hash."""
     metas = tuple((o.shape, o.stride(), o.dtype, o.device) for o in operands)
-    body = (spec.hash, spec.inner, spec.ambient.autocast, spec.inductor)
-    key = (*body, layout, metas, tuple(sizes))
-    found = _runners.get(key)
+    key = (layout, metas, tuple(sizes))
+    shapes = spec.shapes
+    found = shapes.runners.get(key)
     if found is not None:
         return found
     with _lock:
-        if key not in _runners:
-            if spec.inner == "eager":
-                _runners[key] = EagerRunner(spec, layout, sizes)
-            elif _shapes_of.get(body, 0) >= MAX_COMPILED_SHAPES:
-                log.info("body %s was compiled for %d sets of shapes: new ones run eagerly", spec.hash, MAX_COMPILED_SHAPES)
-                _runners[key] = EagerRunner(spec, layout, sizes)
-            else:
-                from .compiled import CompiledRunner
+        found = shapes.runners.get(key)
+        if found is None:
+            found = shapes.runners[key] = _new_runner(spec, shapes, layout, sizes)
+            if len(shapes.runners) > MAX_SHAPES:
+                oldest = next((k for k, r in shapes.runners.items() if isinstance(r, EagerRunner)), None)
+                shapes.runners.pop(oldest, None)  # type: ignore[arg-type]
+        return found
 
-                _shapes_of[body] = _shapes_of.get(body, 0) + 1
-                _runners[key] = CompiledRunner(spec, layout, sizes, _lock)
-        return _runners[key]
+
+def _new_runner(spec: BodySpec, shapes: _Shapes, layout: Layout, sizes: Sequence[int]) -> Runner:
+    if spec.inner == "eager":
+        return EagerRunner(spec, layout, sizes)
+    if shapes.compiled >= MAX_COMPILED_SHAPES:
+        log.info("body %s was compiled for %d sets of shapes: new ones run eagerly", spec.hash, MAX_COMPILED_SHAPES)
+        return EagerRunner(spec, layout, sizes)
+    from .compiled import CompiledRunner
+
+    shapes.compiled += 1
+    return CompiledRunner(spec, layout, sizes, _lock)
 
 
 def clear() -> None:
     """Forget all compiled bodies."""
     with _lock:
-        _runners.clear()
-        _shapes_of.clear()
+        for shapes in list(_bodies.values()):
+            shapes.runners.clear()
+            shapes.compiled = 0

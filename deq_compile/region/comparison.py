@@ -61,10 +61,8 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
         site.adjoint_misses = 0
     site.verify_gradient = good and site.spec.grad
     site.checked = own.iterations
-    verdict = mine if agreed(site.key, site.calls, good, site.spec.grad) else "kept"
-    site.follows = site.follows or verdict == "follow"
-    site.decide(verdict, distance)
-    return solution if good and verdict != "kept" and bool(finite.all()) else None
+    site.decide(agreed(site, "value", mine), distance)
+    return solution if good and site.verdict != "kept" and bool(finite.all()) else None
 
 
 def compare_call(site: Site, solution: Solution, z0: Tensor, rows: bool, solved: Solved) -> Solution:
@@ -78,9 +76,8 @@ def compare_call(site: Site, solution: Solution, z0: Tensor, rows: bool, solved:
     tol, cap = config.tol if site.spec.stop else site.tol, PLAIN_CAP * config.max_iter
     plain = solved(z0, tol, solver="picard", max_iter=cap, tested=False)
     other = _apart(site, solution, plain, everywhere, solved)
-    if other or _ends_apart(site, solution, _second_start(solution.z, rows), everywhere, solved):
-        site.follows = True
-        site.decide("follow", None)
+    several = other or _ends_apart(site, solution, _second_start(solution.z, rows), everywhere, solved)
+    site.decide(agreed(site, "value", "follow" if several else "solve"), None)
     return plain if other else solution
 
 

@@ -31,6 +31,8 @@ from .verdict import count_misses, declared_gradient_holds
 
 Body = Callable[[list[Tensor]], Sequence[Tensor]]
 
+# Sites of one function that are remembered: options may change from call to call, as an annealed tolerance does.
+MOST_SITES = 64
 _sites: weakref.WeakKeyDictionary[Any, dict[Any, Site]] = weakref.WeakKeyDictionary()
 
 
@@ -93,8 +95,15 @@ def _site(key: Any, state0: Sequence[Tensor], config: Config, where: str) -> Sit
             config=config,
             where=where,
         )
+        if len(known) >= MOST_SITES:
+            known.pop(next(iter(known)), None)
         known[facts] = Site(f"eager-{where}", spec)
     return known[facts]
+
+
+def clear() -> None:
+    """Forget what was learnt about functions."""
+    _sites.clear()
 
 
 def _layout(site: Site, f: Body, state0: Sequence[Tensor]) -> Layout:

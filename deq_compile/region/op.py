@@ -8,8 +8,9 @@ about  (B, 2) float32, stopping residual and iterations of each sample; all rows
 
 What a backward needs is an output or an input: forward, forward, backward, backward and retain_graph are right. The factors,
 whose size is known when the solve has ended, and the linearised body hang on the ticket (`run.Left`), which autograd saves for
-the backward, and die with it. Where a copy of the ticket arrives there (hooks on saved tensors), the adjoint is solved without
-factors, or, where the gradient is made of them (`backward_tol=inf`), the region is solved again.
+the backward, and die with it. So does the site, which may have no other owner by then. Where a copy of the ticket arrives there
+(hooks on saved tensors), the adjoint is solved without factors, or, where the gradient is made of them (`backward_tol=inf`), the
+region is solved again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import run
+from .site import await_backward
 from .site import site as find_site
 
 _TAGS = tuple(
@@ -41,6 +43,8 @@ _library.define(
 
 _DENSE = {torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key]).raw_repr() for key in ("CPU", "CUDA")}
 Call = Callable[..., Sequence[Tensor]]
+# Private: the hooks that tensors saved now will go through, or None.
+_saved_tensors_hooks: Callable[[bool], Any] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 EXTRAS = 2  # outputs after the state: ticket, about
 
 
@@ -50,10 +54,13 @@ def _rows(state0: Sequence[Tensor]) -> Any:
 
 
 def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> list[Tensor]:
-    done = run.run_forward(find_site(region), state0, operands, sizes)
+    site = find_site(region)
+    done = run.run_forward(site, state0, operands, sizes)
     about, rows = done.about, _rows(state0)
     ticket = torch.frombuffer(array.array("q", (done.kept, done.rows, done.serial)), dtype=torch.int64)
-    ticket.left = done.left  # type: ignore[attr-defined]
+    ticket.left, ticket.site = done.left, site  # type: ignore[attr-defined]
+    if site.spec.grad and _saved_tensors_hooks(False) is not None:
+        await_backward(site)
     if about.shape[0] != rows:
         about = about[:1].repeat(rows, 1)
     return [*done.states, ticket, about]
@@ -82,7 +89,7 @@ def _solve_backward(
 ) -> list[Tensor]:
     kept, rows, serial = ticket.tolist()
     grad_state0, grad_operands = run.run_backward(
-        find_site(region),
+        getattr(ticket, "site", None) or find_site(region),
         cotangents,
         state,
         state0,

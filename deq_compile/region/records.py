@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import threading
+import weakref
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -62,31 +63,45 @@ class SolveRecord:
     w: Tensor | None = None
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)  # two recorders with equal contents are two
 class _Recorder:
     solves: list[SolveRecord]
     tensors: bool
-    timing: bool = False
+    timing: bool
 
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a block that nobody left ends where the collector finds it, maybe in the middle of one of ours
 _active: list[_Recorder] = []
-_open: dict[int, list[tuple[SolveRecord, bool]]] = {}
+# Records that a backward may complete, by serial number and recorder, as long as somebody keeps them.
+_open: weakref.WeakValueDictionary[tuple[int, _Recorder], SolveRecord] = weakref.WeakValueDictionary()
 _serial = itertools.count(1)
 
 
-@contextlib.contextmanager
-def record_solves(tensors: bool = False, timing: bool = False) -> Iterator[list[SolveRecord]]:
+def record_solves(tensors: bool = False, timing: bool = False) -> contextlib.AbstractContextManager[list[SolveRecord]]:
     """Collect a `SolveRecord` for every region that runs inside the block, in order of the forwards.
 
-    Process-wide, since autograd runs backwards in threads of its own. With `tensors=True` the records also hold the
-    fixed point, the cotangent and the adjoint estimate, flat (B, D), detached; with `timing=True` where the time of each
-    region went. Example::
+    Process-wide, since autograd runs backwards in threads of its own: blocks may be nested, and entered in several threads,
+    and each gets all that runs as long as it is open. A long block may drop records from its list as it goes. Example::
 
         with record_solves() as solves:
             model(x).sum().backward()
         print(solves[0].iterations, solves[0].adjoint_residual)
+
+    Args:
+        tensors: whether the records also hold the fixed point, the cotangent and the adjoint estimate, flat (B, D), detached.
+        timing: whether they hold where the time of each region went.
+
+    Raises:
+        TypeError: an argument that is no bool.
     """
+    for name, value in (("tensors", tensors), ("timing", timing)):
+        if not isinstance(value, bool):
+            raise TypeError(f"record_solves: expected {name} to be True or False, got {value!r}")
+    return _recording(tensors, timing)
+
+
+@contextlib.contextmanager
+def _recording(tensors: bool, timing: bool) -> Iterator[list[SolveRecord]]:
     recorder = _Recorder([], tensors, timing)
     with _lock:
         _active.append(recorder)
@@ -95,9 +110,8 @@ def record_solves(tensors: bool = False, timing: bool = False) -> Iterator[list[
     finally:
         with _lock:
             _active.remove(recorder)
-            mine = {id(record) for record in recorder.solves}
-            for serial in [s for s, entries in _open.items() if all(id(r) in mine for r, _ in entries)]:
-                del _open[serial]
+            for key in [key for key in list(_open.keys()) if key[1] is recorder]:
+                _open.pop(key, None)
 
 
 def recording() -> bool:
@@ -105,18 +119,25 @@ def recording() -> bool:
 
 
 def wants_tensors() -> bool:
-    return any(recorder.tensors for recorder in _active)
+    return any(recorder.tensors for recorder in tuple(_active))
 
 
 def wants_timing() -> bool:
-    return bool(_active) and any(recorder.timing for recorder in _active)
+    return bool(_active) and any(recorder.timing for recorder in tuple(_active))
+
+
+def _records(serial: int) -> list[tuple[SolveRecord, _Recorder]]:
+    """The records of one forward that are still wanted."""
+    found = ((_open.get((serial, recorder)), recorder) for recorder in tuple(_active))
+    return [(record, recorder) for record, recorder in found if record is not None]
 
 
 def add_seconds(serial: int, seconds: dict[str, float]) -> None:
-    """Add what a forward or a backward took to the records of a solve."""
-    for record, _ in _open.get(serial, []):
-        before = record.seconds or {}
-        record.seconds = {part: before.get(part, 0.0) + spent for part, spent in seconds.items()}
+    """Add what a forward or a backward took to the records of a solve that ask for it."""
+    for record, recorder in _records(serial):
+        if recorder.timing:
+            before = record.seconds or {}
+            record.seconds = {part: before.get(part, 0.0) + spent for part, spent in seconds.items()}
 
 
 def open_record(record: SolveRecord) -> int:
@@ -125,26 +146,27 @@ def open_record(record: SolveRecord) -> int:
         if not _active:
             return 0
         serial = next(_serial)
-        entries = []
-        for recorder in _active:
+        for recorder in tuple(_active):
             copy = dataclasses.replace(record)
             if not recorder.tensors:
                 copy.z = None
+            elif copy.z is None:  # the block was entered in the middle of this forward
+                continue
             recorder.solves.append(copy)
-            entries.append((copy, recorder.tensors))
-        _open[serial] = entries
+            _open[serial, recorder] = copy
         return serial
 
 
 def complete_adjoint(serial: int, q: Tensor, found: AdjointSolution, gradient_error: float | None = None) -> None:
-    """Fill in what an adjoint solve for the cotangents q (B, D) came to."""
+    """Fill in what an adjoint solve for the cotangents q (B, D) came to; of no samples, a residual of zero."""
+    some = found.residuals.numel() > 0
     complete(
         serial,
         cotangent=q,
         w=found.w,
         vjps=found.vjps,
-        adjoint_residual=float(found.residuals.max()),
-        adjoint_residual_mean=float(found.residuals.mean()),
+        adjoint_residual=float(found.residuals.max()) if some else 0.0,
+        adjoint_residual_mean=float(found.residuals.mean()) if some else 0.0,
         adjoint_residual_batch=float(found.residual),
         adjoint_message=found.status.message,
         reused=found.reused,
@@ -155,8 +177,8 @@ def complete_adjoint(serial: int, q: Tensor, found: AdjointSolution, gradient_er
 
 def complete(serial: int, *, cotangent: Tensor, w: Tensor, **measured: object) -> None:
     """Fill in what the backward measured. A second backward through the same forward overwrites the first."""
-    for record, tensors in _open.get(serial, []):
+    for record, recorder in _records(serial):
         for name, value in measured.items():
             setattr(record, name, value)
-        if tensors:
+        if recorder.tensors:
             record.cotangent, record.w = cotangent.detach().clone(), w.detach().clone()

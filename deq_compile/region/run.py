@@ -15,6 +15,7 @@ from deq_compile.kernels.device import on_gpu
 
 from . import engine, records
 from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
+from .agree import look
 from .body import Linearised, Runner, runner_for
 from .comparison import compare, compare_call
 from .forward import Solution, or_plain, solve
@@ -68,6 +69,7 @@ class _Call:
         self.watch = Stopwatch() if records.wants_timing() else None
         if not self.inside:
             settle(site)
+            look(site)
         self.operands = operands = spec.arranged(operands)
         self.rows = decide_rows(site, state0, operands, sizes)
         self.layout, self.runner = _prepared(site, state0, self.rows, operands, sizes)
@@ -311,6 +313,7 @@ def _adjoint(
     measures = site.gradient_due() and not (raw or inside) and q.numel() > 0
     if on_gpu(z.device) and not (raw or inside or measures):
         settings = engine.AdjointSettings(site.backward_tol, max_iter, spec.body_eps, skip)
+        engine.end_with(site)
         captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
         if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
             return dataclasses.replace(solved[0], reused=state is not None), solved[1]
@@ -355,6 +358,7 @@ def _captured(
     settings = engine.ForwardSettings(
         site.tol, config.stop_mode, config.max_iter, config.memory, site.spec.factor_dtype, site.spec.body_eps
     )
+    engine.end_with(site)
     found = engine.captured_forward((site.key, *sizes), runner, z0, operands, settings, config.engine)
     if found is not None:
         site.use(found.name, found.reason)

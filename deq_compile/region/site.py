@@ -2,6 +2,8 @@
 
 Compiled bodies are shared by hash (`body.py`); verdicts and counters belong to a site. The key of a site is a string that
 is the same in every process that compiles the same models in the same order, so that graph caches hit across processes.
+Compiled code knows only the key. So the registry is weak, and a site belongs to what lives as long as the code: the rewritten
+graph and the compiled callable (`own`), and each autograd graph that will run the region's backward (its ticket).
 """
 
 from __future__ import annotations
@@ -9,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import logging
 import math
 import threading
-from collections import defaultdict
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -152,6 +156,10 @@ class Site:
     pending   the last captured solve, whose outcome nobody has asked for yet
     prepared  shapes of the last forward, its layout and its runner
     engine    what the iterations ran on at the last call, and why on nothing better
+    place     the loop as all ranks of a distributed run name it (agree.py)
+    finding   what this site has said to the other ranks; None where it has said nothing
+    votes     whether what it finds counts for the other ranks
+    has_captures  whether captured solves are held for it (engine/captures.py)
     on_change called with the site when a verdict, distance or engine changes (the report listens)
     """
 
@@ -178,7 +186,16 @@ class Site:
         self.pending: Solution | None = None
         self.prepared: tuple[Any, Layout, Runner] | None = None
         self.engine, self.engine_reason = "loop", ""
+        self.has_captures = False
+        self.place, self.votes = "", True
+        self.finding: str | None = None
         self.on_change: Callable[[Site], None] = lambda site: None
+
+    def restart(self) -> None:
+        """Be as before the first call."""
+        fresh = vars(Site(self.key, self.spec))
+        self.__dict__.update({name: value for name, value in fresh.items() if name not in _STAYS})
+        self.on_change(self)
 
     @property
     def solving(self) -> str:
@@ -245,6 +262,9 @@ class Site:
             self.on_change(self)
 
     def decide(self, verdict: str, distance: float | None) -> None:
+        """Go on by a verdict. Where a body was once found to have several fixed points, a solve is out of the question."""
+        self.follows = self.follows or verdict == "follow"
+        verdict = self.solving if verdict == "solve" else verdict
         if verdict != self.verdict or distance is not None:
             log.log(
                 logging.INFO if verdict != self.verdict else logging.DEBUG,
@@ -255,20 +275,67 @@ class Site:
             self.on_change(self)
 
 
-_sites: dict[str, Site] = {}
-_ordinals: dict[str, int] = defaultdict(int)
+_STAYS = ("place", "votes", "has_captures", "on_change")  # when a site begins again
+_sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
+_owned: weakref.WeakKeyDictionary[Any, tuple[Site, ...]] = weakref.WeakKeyDictionary()  # by graph module or function
+_awaited: OrderedDict[int, Site] = OrderedDict()
 _lock = threading.Lock()
+# Sites that are held for backwards to come whose ticket may be lost. Far more than one training step has.
+MOST_AWAITED = 256
 
 
-def register(spec: RegionSpec) -> Site:
-    """A new site for a region; its key is the hash of what it is, and how many like it there were before."""
+def register(spec: RegionSpec, place: str = "") -> Site:
+    """A new site for a region; its key is the hash of what it is, and which of the living ones like it it is. It lives as long
+    as somebody holds it. `place` names it among the ranks of a distributed run."""
     base = spec.fingerprint
     with _lock:
-        ordinal = _ordinals[base]
-        _ordinals[base] += 1
-        site = Site(f"{base}-{ordinal}", spec)
-        _sites[site.key] = site
+        key = next(key for n in itertools.count() if (key := f"{base}-{n}") not in _sites)
+        site = Site(key, spec)
+        site.place = place or base
+        _sites[key] = site
         return site
+
+
+def own(owner: Callable[..., Any], sites: Sequence[Site]) -> Callable[..., Any]:
+    """Let sites live as long as a callable, and as what torch has wrapped it around. Returns the callable to go on with."""
+    if not sites:
+        return owner
+    inner: Any = owner
+    while inner is not None:
+        try:  # a bound method is made anew at every look-up
+            key = getattr(inner, "__self__", inner)
+            _owned[key] = tuple(dict.fromkeys((*_owned.get(key, ()), *sites)))
+        except TypeError:  # it takes no weak references
+            return _holding(owner, tuple(sites))
+        inner = getattr(inner, "_torchdynamo_orig_callable", None)
+    return owner
+
+
+def _holding(function: Callable[..., Any], sites: tuple[Site, ...]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return function(*args)
+
+    call.sites = sites  # type: ignore[attr-defined]
+    return call
+
+
+def await_backward(site: Site) -> None:
+    """Hold a site whose backward may have to find it by its key, since hooks on saved tensors may copy the ticket."""
+    _awaited[id(site)] = site
+    if len(_awaited) > MOST_AWAITED:
+        _awaited.popitem(last=False)
+
+
+def living() -> list[Site]:
+    """All sites that somebody holds."""
+    return list(_sites.values())
+
+
+def clear() -> None:
+    """Forget what sites have learnt, and hold none any more that only a copied ticket would look for."""
+    _awaited.clear()
+    for known in living():
+        known.restart()
 
 
 def site(key: str) -> Site:
@@ -276,7 +343,8 @@ def site(key: str) -> Site:
     if found is None:
         raise RuntimeError(
             f"deq::solve: expected a region registered in this process, got the unknown key {key!r}. A graph that was "
-            "exported or cached elsewhere does not carry the bodies of its regions. Fix: compile the model in this "
-            "process, with torch.compile(model, backend='deq') or @deq_compile"
+            "exported or cached elsewhere does not carry the bodies of its regions, and they end with the compiled function. "
+            "Fix: compile the model in this process, with torch.compile(model, backend='deq') or @deq_compile, and keep it as "
+            "long as it is called"
         )
     return found

@@ -79,7 +79,7 @@ def count_misses(site: Site, solution: Solution) -> bool:
             stacklevel=2,
         )
     if site.compares and site.misses >= MISSES_BEFORE_KEPT:
-        site.decide("kept", None)
+        site.decide(agreed(site, "misses", "kept"), None)
     return True
 
 
@@ -114,9 +114,8 @@ def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution
             w = linear.vjp(w)
         norms = torch.linalg.vector_norm(found.w, dim=1)
         left = (torch.linalg.vector_norm(w, dim=1) / norms).masked_fill(norms == 0, 0.0)
-        good = bool((left <= (1.0 if site.spec.start_trained else GRADIENT_MARGIN) * site.loose).all())
-        if not agreed(f"{site.key}/adjoint", site.calls, good, site.spec.grad):
-            site.decide("kept", None)
+        if not bool((left <= (1.0 if site.spec.start_trained else GRADIENT_MARGIN) * site.loose).all()):
+            site.decide(agreed(site, "gradient", "kept"), None)
             return False
     if site.spec.iterations is None:
         return True
@@ -124,7 +123,7 @@ def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution
     missed = config.backward_max_iter > 0 and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR)
     site.adjoint_misses = site.adjoint_misses + 1 if missed else 0
     if site.adjoint_misses >= MISSES_BEFORE_KEPT:
-        site.decide("kept", None)
+        site.decide(agreed(site, "gradient's misses", "kept"), None)
     return not missed
 
 

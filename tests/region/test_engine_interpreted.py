@@ -5,6 +5,7 @@ Needs TRITON_INTERPRET=1 from the start: tests/kernels/test_triton.py runs it in
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import warnings
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from bench.gpu.rehearse import RehearsalDevice, rehearsed
 from deq_compile import explain, record_solves
+from deq_compile.backend import Backend
 from deq_compile.region import engine
 from deq_compile.region.compiled import CompiledLinearised, CompiledRunner
 from deq_compile.region.engine import captures
@@ -242,3 +244,27 @@ def test_what_a_solve_came_to_is_told_at_the_next_call(device: type[RehearsalDev
         call(x)
     assert solves[0].converged == 0.0
     assert solves[0].iterations_max == 6
+
+
+def test_captured_solves_go_with_their_region(device: type[RehearsalDevice]) -> None:
+    """One that is still at work stays until another region goes, or a solve is looked up."""
+    options = {"inner": "aot_eager", "tol": 0.5, "max_iter": 3, "semantics": "equilibrium"}
+    made: list[Any] = []
+
+    def spy(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        made.append(Backend(options)(gm, inputs))
+        return lambda *args: made[0](*args)
+
+    x = torch.randn(2, 5)
+    with torch.no_grad():
+        call = torch.compile(Loop(5), backend=spy)
+        for _ in range(2):
+            call(x)
+        (forward,) = engine.held(captures.Captured)
+        forward.busy.acquire()
+        made.clear()
+        gc.collect()
+        assert engine.held(captures.Captured) == [forward]
+        forward.busy.release()
+        captures._orphan("another region")
+    assert engine.held(captures.Captured) == []

@@ -68,20 +68,20 @@ def test_the_order_in_memory_changes_no_result(inner: str, iterations: int | Non
     weight, x, c = 0.1 * torch.randn(3, 3, 3, 3), torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
     for channels_last in (False, True):
         spec: Any = BodySpec(body, f"conv-{inner}", Ambient.now(), inner)
-        key = register(
+        conv = register(
             RegionSpec(
                 spec, (torch.float64,), ((0, 1, 2, 3),), iterations, True, config, needs=(True, True), channels_last=channels_last
             )
-        ).key
+        )
         w, u = weight.double().requires_grad_(), x.double().requires_grad_()
-        z, *_ = solve_op([torch.zeros(2, 3, 4, 5, dtype=torch.float64)], [w, u], [], key)
+        z, *_ = solve_op([torch.zeros(2, 3, 4, 5, dtype=torch.float64)], [w, u], [], conv.key)
         assert z.is_contiguous()
         (z * c).sum().backward()
         assert w.grad is not None
         assert u.grad is not None
         assert w.grad.is_contiguous()
         assert u.grad.is_contiguous()
-        assert (site(key).verdict == "kept") == (iterations is not None)
+        assert (conv.verdict == "kept") == (iterations is not None)
         found.append([z.detach(), w.grad, u.grad])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)

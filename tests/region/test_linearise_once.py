@@ -217,8 +217,8 @@ def test_a_solve_that_plain_iteration_bettered_is_linearised_again(calls: dict[s
     x = torch.randn(3, 4, dtype=torch.float64)
     config = Options(tol=1e-12, max_iter=5, backward_tol=1e-9, verify="never").resolve()
     spec = BodySpec(body, "test-bettered", Ambient.now(), "aot_eager")
-    key = register(RegionSpec(spec, (x.dtype,), ((0, 1),), None, True, config, needs=(True, False))).key
-    found = solve_op([torch.zeros_like(x)], [w, x], [], key)[0]
+    site = register(RegionSpec(spec, (x.dtype,), ((0, 1),), None, True, config, needs=(True, False)))
+    found = solve_op([torch.zeros_like(x)], [w, x], [], site.key)[0]
     (mine,) = torch.autograd.grad(found.square().sum(), w)
     assert calls["linearise"] == 1
     z = torch.zeros_like(x)

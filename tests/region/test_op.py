@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from deq_compile.region.body import BodySpec
 from deq_compile.region.modes import Ambient
 from deq_compile.region.op import solve_op
 from deq_compile.region.run import Left
-from deq_compile.region.site import RegionSpec, register, site
+from deq_compile.region.site import RegionSpec, Site, register, site
 
 TIGHT = {"tol": 1e-11, "backward_tol": 1e-11, "inner": "eager", "verify": "never", "max_iter": 60, "backward_max_iter": 60}
 
@@ -28,11 +29,22 @@ def pair_body(z: Tensor, y: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
     return torch.tanh(z @ w + 0.3 * y), torch.tanh(y @ w + 0.5 * z + x)
 
 
+_held: list[Site] = []  # by nothing else, since no graph was compiled
+
+
+@pytest.fixture(autouse=True)
+def _let_go() -> Iterator[None]:
+    yield
+    _held.clear()
+
+
 def key_of(call: Any, states: int, iterations: int | None = None, **options: Any) -> str:
     config = Options.from_options({**TIGHT, **options}).resolve()
     spec = BodySpec(call, f"test-{call.__name__}", Ambient.now(), config.inner)
     orders = ((0, 1),) * states
-    return register(RegionSpec(spec, (torch.float64,) * states, orders, iterations, True, config)).key
+    made = register(RegionSpec(spec, (torch.float64,) * states, orders, iterations, True, config))
+    _held.append(made)
+    return made.key
 
 
 def inputs(batch: int = 3, d: int = 5) -> tuple[Tensor, Tensor, Tensor]:

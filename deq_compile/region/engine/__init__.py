@@ -9,7 +9,7 @@ down: while, chunks, loop. The reason is kept and shown.
 """
 
 from .adjoint import AdjointSettings, CapturedAdjoint, captured_adjoint
-from .captures import Captured, capturing, clear, held, under_capture, used
+from .captures import Captured, capturing, clear, end_with, held, under_capture, used
 from .device import Refused
 from .forward import CapturedForward, ForwardSettings, captured_forward
 
@@ -24,6 +24,7 @@ __all__ = [
     "captured_forward",
     "capturing",
     "clear",
+    "end_with",
     "held",
     "under_capture",
     "used",

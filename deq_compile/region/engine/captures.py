@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -79,6 +80,7 @@ class _Seen:
 
 T = TypeVar("T", bound=Captured)
 _found: OrderedDict[Any, Captured | _Seen] = OrderedDict()
+_orphans: deque[str] = deque()  # keys of regions that are gone, whose captured solves may go
 _lock = threading.Lock()
 device_class: type[Device] = Device
 
@@ -102,6 +104,8 @@ def find(
         tuple((o.shape, o.stride(), o.dtype) for o in operands),
     )  # fmt: skip
     with _lock:
+        if _orphans:
+            _sweep()
         entry = _found.get(full)
         if entry is None:
             _make_room()
@@ -152,6 +156,37 @@ def _make_room() -> None:
             return
 
 
+def end_with(site: Site) -> None:
+    """Let the captured solves of a region go when its site does."""
+    if not site.has_captures:
+        site.has_captures = True
+        weakref.finalize(site, _orphan, site.key).atexit = False
+
+
+def _orphan(key: str) -> None:
+    """Runs wherever the last reference to a site dies, maybe in the middle of what holds the lock: then `find` sweeps."""
+    _orphans.append(key)
+    if _lock.acquire(blocking=False):
+        try:
+            _sweep()
+        finally:
+            _lock.release()
+
+
+def _sweep() -> None:
+    """Drop the captured solves of regions that are gone; those still at work wait for the next time."""
+    for _ in range(len(_orphans)):
+        key, busy = _orphans.popleft(), False
+        for full, entry in list(_found.items()):
+            if full[0] == key:
+                if isinstance(entry, _Seen) or entry.finished():
+                    del _found[full]
+                else:
+                    busy = True
+        if busy:
+            _orphans.append(key)
+
+
 def held(kind: type[T]) -> list[T]:
     """All captured solves of a kind, those that ended up in the loop included."""
     return [entry for entry in _found.values() if isinstance(entry, kind)]
@@ -167,5 +202,6 @@ def clear() -> None:
     """Forget all captured solves; waits for none, so only to be called when the device is idle."""
     with _lock:
         _found.clear()
+        _orphans.clear()
 
 

@@ -1,0 +1,35 @@
+"""Forget what this process has learnt."""
+
+from __future__ import annotations
+
+import torch
+
+from .capture import functions, hook_source, marker, solver_family
+from .kernels import workspace
+from .region import agree, body, eager, engine, layout, site
+
+
+def reset() -> None:
+    """Forget all that was compiled and learnt in this process, and give its memory back.
+
+    Gone are compiled bodies, captured CUDA graphs, spare memory, what was refused while tracing, and what was learnt about
+    solvers (not the names given by `register_solver`). Models that are compiled stay so and go on working: their regions begin
+    as at a first call, compare with the user's loop again and decide again. A forward whose backward is still to come keeps
+    what it needs, but where hooks on saved tensors copied all that it saved. Files on disk stay.
+
+    `torch._dynamo.reset()`, which drops the compiled models themselves, calls this too where a model was compiled with this
+    backend. Not to be called while another thread runs a compiled model.
+    """
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # captured solves may be at work
+    engine.clear()
+    body.clear()
+    site.clear()
+    eager.clear()
+    agree.clear()
+    workspace.clear()
+    marker.clear()
+    solver_family.clear()
+    layout.layout_of.cache_clear()
+    hook_source.read_hook.cache_clear()
+    functions.differentiates_inside.cache_clear()
