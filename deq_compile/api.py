@@ -9,14 +9,13 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
-from torch.fx.traceback import annotate
 
 from . import scope
 from .backend import Backend
 from .capture import OFF
 from .config import Options
 from .report import Report
+from .torch_parts import annotate, counters
 
 T = TypeVar("T", bound=Callable[..., Any])
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._logging._internal import trace_structured
 
 from .capture import marker
 from .capture.marker import is_marker
@@ -36,6 +35,7 @@ from .region.site import RegionSpec, Site, register
 from .region.stop import GraphTest, NormTest, StopTest
 from .report import Region, Report
 from .scope import scoped_options
+from .torch_parts import trace_structured
 
 log = logging.getLogger("deq_compile.backend")
 

@@ -7,7 +7,7 @@ known. Lists of residuals hold the last one; Python numbers become tensors of on
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,12 @@ from deq_compile.report import Location, Reason, Skipped
 
 from . import calls, dynamo, marker
 from .solver_family import Family, SolveInfo, family_of, roles_of
+
+
+def install() -> Callable[[], None]:
+    """Have calls looked at; returns what ends that."""
+    calls.add(recognise)
+    return lambda: calls.remove(recognise)
 
 
 def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -124,6 +130,3 @@ def _fill(what: Any, z: Any, about: Any, tol: Any, cap: Any, absolute: Any) -> A
     whole = torch.linalg.vector_norm(lengths)
     number = whole if what.startswith("absolute") or (what.startswith("residual") and absolute) else whole / size
     return [number] if what.endswith("list") else number
-
-
-calls.add(recognise)

@@ -116,7 +116,8 @@ class CompiledRunner(Runner):
         graph.graph.eliminate_dead_code()
         graph.recompile()
         if self.spec.inner != "inductor":
-            return lambda inputs: graph(*inputs)
+            forward = graph.forward  # below the hooks of modules, whose users expect tensors that autograd made
+            return lambda inputs: forward(*inputs)
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
 
