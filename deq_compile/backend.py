@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from .capture import marker
+from .capture import OFF, marker
+from .capture.install import EVERYTHING
 from .capture.marker import is_marker
-from .config import Config, Options
+from .config import Config, OptionError, Options
 from .passes.ambient import ambient_at
 from .passes.base import ExitTest, Loop, Pass, PassContext, describe, is_tensor, marked, value_of
 from .passes.declared import FindDeclared
@@ -36,6 +37,7 @@ from .region.stop import GraphTest, NormTest, StopTest
 from .report import Region, Report
 from .scope import scoped_options
 from .torch_parts import trace_structured
+from .unexpected import survive
 
 log = logging.getLogger("deq_compile.backend")
 
@@ -67,7 +69,7 @@ class Backend:
         outer = self.options.merge(Options.from_options(options))
         report = self.report if self.report is not None else Report()
         try:
-            rewrite(gm, outer, report)
+            rewrite_if_possible(gm, outer, report)
         finally:
             self.tell(report)
         return compile_rest(gm, example_inputs, outer.resolve(), mode)
@@ -96,6 +98,32 @@ def deq(
 
 
 deq.takes_whole_graphs = True  # type: ignore[attr-defined]
+
+
+def rewrite_if_possible(gm: fx.GraphModule, options: Options, report: Report) -> int:
+    """As `rewrite`; where a pass fails, for whatever cause, the graph is as it was, and the report says so.
+
+    Raises:
+        OptionError: options of the user's, in the graph, that are none.
+        Retrace: as `rewrite`; or the graph holds markers, which only passes understand.
+    """
+    if EVERYTHING in OFF:
+        return 0
+    bodies = [(module, module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    try:
+        return rewrite(gm, options, report)
+    except (OptionError, marker.Retrace):
+        raise
+    except Exception as error:
+        report.skipped.append(survive(error, "rewriting a graph"))
+        for module, graph in bodies:
+            if module.graph is not graph:
+                module.graph = graph
+                module.recompile()
+        sites = [marked(node) for node in gm.graph.nodes if is_marker(node.target)]
+        if sites:
+            marker.retrace(sites)
+        return 0
 
 
 def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> int:

@@ -56,6 +56,12 @@ counters: Any = find("torch._dynamo.utils", "counters", defaultdict(Counter))
 enter_autocast = find("torch.amp.autocast_mode", "_enter_autocast")
 exit_autocast = find("torch.amp.autocast_mode", "_exit_autocast")
 FakeTensorMode = find("torch._subclasses.fake_tensor", "FakeTensorMode")
+FakeTensor = find("torch._subclasses.fake_tensor", "FakeTensor")
+is_functorch_wrapped = find("torch._C._functorch", "is_functorch_wrapped_tensor")
+is_wrapper_subclass = find("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
 TorchDispatchMode = find("torch.utils._python_dispatch", "TorchDispatchMode", object)
 free_unbacked_symbols = find("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")
-NEEDED = ("_enter_autocast", "_exit_autocast", "FakeTensorMode", "TorchDispatchMode", "free_unbacked_symbols")
+NEEDED = (
+    "_enter_autocast", "_exit_autocast", "FakeTensorMode", "FakeTensor", "is_functorch_wrapped_tensor",
+    "is_traceable_wrapper_subclass", "TorchDispatchMode", "free_unbacked_symbols",
+)  # fmt: skip
