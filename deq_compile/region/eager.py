@@ -61,18 +61,19 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
     if not bool(converged(solution.status).all()):
         solution = better_of(solution, lambda: solve_for(site, flat, z0, solver="picard"))
     count_misses(site, solution)
-    states = layout.outputs(solution.z)
     serial = record_forward(site, solution, solution.z, solution.evaluations, solution.state)
     if not torch.is_grad_enabled():
-        return states
+        return layout.outputs(solution.z)
     inputs = [s.detach().requires_grad_() for s in layout.unflatten(solution.z)]
     images = list(f(inputs))
     if not _reads_more_than(images, inputs):
-        return states
+        return layout.outputs(solution.z)
     for z in inputs:  # the engine also brings J^T w here, where nobody wants it
         z.register_post_accumulate_grad_hook(_forget)
     factors = None if solution.state is None else solution.state.alone()
     adjoint = _Adjoint(layout, inputs, images, factors, config, site, serial)
+    # of its own memory: the user may write to it, and `inputs` are views of z
+    states = layout.outputs(solution.z, fresh=True)
     return list(_Implicit.apply(adjoint, states, *images))
 
 

@@ -30,7 +30,7 @@ def iterate_and_linearise(
     for _ in range(times if z.numel() else 0):
         z, linear = runner.evaluate_and_linearise(z, operands, needs)
         linears.append(linear)
-    return z.clone(), linears  # a body may save its result, and nothing that is saved may be what is returned (run.Left)
+    return z, linears
 
 
 def own_iterations(

@@ -1,10 +1,12 @@
 """The region as a pair of opaque operators, `deq::solve` and `deq::solve_backward`, in one whole graph.
 
-    solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> [state..., ticket, about]
+    solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> [state..., ticket, about, held...]
 
 state  fresh tensors of the shapes of state0, in the memory orders of the region
 ticket (3,) int64 on the CPU: kept, rows, serial number of the record
 about  (B, 2) float32, stopping residual and iterations of each sample; all rows are equal where the batch is one system
+held   one tensor where the region records gradients, none otherwise: the flat state in one dimension and in the solver's dtype,
+       in memory of its own. The backward reads this one: the user may write to `state`, or through a view of it
 
 What a backward needs is an output or an input: forward, forward, backward, backward and retain_graph are right. The factors,
 whose size is known when the solve has ended, and the linearised body hang on the ticket (`run.Left`), which autograd saves for
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from . import run
+from .layout import flat_dtype
 from .site import site as find_site
 
 _TAGS = tuple(
@@ -41,7 +44,7 @@ _library.define(
 
 _DENSE = {torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key]).raw_repr() for key in ("CPU", "CUDA")}
 Call = Callable[..., Sequence[Tensor]]
-EXTRAS = 2  # outputs after the state: ticket, about
+EXTRAS = 2  # outputs after the state, before what is held: ticket, about
 
 
 def _rows(state0: Sequence[Tensor]) -> Any:
@@ -56,7 +59,7 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
     ticket.left = done.left  # type: ignore[attr-defined]
     if about.shape[0] != rows:
         about = about[:1].repeat(rows, 1)
-    return [*done.states, ticket, about]
+    return [*done.states, ticket, about] if done.held is None else [*done.states, ticket, about, done.held]
 
 
 def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:
@@ -66,7 +69,11 @@ def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], 
         for s, order, dtype in zip(state0, spec.orders, spec.dtypes, strict=True)
     ]
     about = state0[0].new_empty((_rows(state0), 2), dtype=torch.float32)
-    return [*states, torch.empty(3, dtype=torch.int64, device="cpu"), about]
+    found = [*states, torch.empty(3, dtype=torch.int64, device="cpu"), about]
+    if spec.grad:
+        elements = sum(s.numel() for s in state0)
+        found.append(state0[0].new_empty((elements,), dtype=flat_dtype(spec.dtypes)))
+    return found
 
 
 def _solve_backward(
@@ -139,24 +146,23 @@ class _Solve(torch.autograd.Function):
             found = call(list(tensors[:count]), list(tensors[count:]), sizes, region)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found[count:])
-        ctx.save_for_backward(*found, *tensors)
+        ticket, held = found[count], found[count + EXTRAS :] or found[:count]
+        ctx.save_for_backward(ticket, *held, *tensors)
         ctx.sizes, ctx.region, ctx.count = sizes, region, count
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved, k = ctx.saved_tensors, ctx.count
+        (ticket, *saved), k = ctx.saved_tensors, ctx.count
         cotangents, needs = list(grads[:k]), ctx.needs_input_grad[4:]
         if all(c is None for c in cotangents):
             return (None,) * (4 + len(needs))
-        ticket, _ = saved[k : k + EXTRAS]
-        tensors = saved[k + EXTRAS :]
+        held, tensors = saved[: -len(needs)], saved[-len(needs) :]
         found = iter(
             torch.ops.deq.solve_backward.default(
-                cotangents, list(saved[:k]), ticket, list(tensors[:k]), list(tensors[k:]), ctx.sizes, ctx.region, list(needs[:k]),
-                list(needs[k:]),
+                cotangents, held, ticket, tensors[:k], tensors[k:], ctx.sizes, ctx.region, list(needs[:k]), list(needs[k:])
             )
-        )  # fmt: skip
+        )
         return (None, None, None, None, *(next(found) if need else None for need in needs))
 
 

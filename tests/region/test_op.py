@@ -59,9 +59,9 @@ def test_opcheck(call: Any, states: int, iterations: int | None) -> None:
 def test_opcheck_of_the_backward() -> None:
     z, w, x = inputs()
     key = key_of(pair_body, 2)
-    *states, ticket, _ = solve_op([z, z], [w, x], [], key)
+    *_, ticket, _, held = solve_op([z, z], [w, x], [], key)
     q = torch.randn_like(z)
-    args = ([q, None], states, ticket, [z, z], [w, x], [], key, [False, False], [True, True])
+    args = ([q, None], [held], ticket, [z, z], [w, x], [], key, [False, False], [True, True])
     torch.library.opcheck(torch.ops.deq.solve_backward.default, args)
 
 
@@ -139,7 +139,7 @@ def left_of(ticket: Tensor) -> Left:
 def test_what_hangs_on_the_ticket(implementation: str) -> None:
     """Factors as large as the solve needed, up to `memory`; nothing that autograd would differentiate."""
     z, w, x = inputs(3, 5)
-    state, ticket, about = solve_op([z], [w.requires_grad_(), x], [], key_of(body, 1, memory=7))
+    state, ticket, about, _ = solve_op([z], [w.requires_grad_(), x], [], key_of(body, 1, memory=7))
     assert state.requires_grad
     assert not ticket.requires_grad
     assert not about.requires_grad
