@@ -180,7 +180,7 @@ class Foreign:
 
 def value_of(node: fx.Node) -> Any:
     """The fake value Dynamo computed for a node (a FakeTensor, a SymInt, ...), a `Foreign`, or None."""
-    value = node.meta.get("example_value")
+    value: Any = node.meta.get("example_value")
     if isinstance(value, torch.Tensor):
         return _foreign(value) or value
     if type(value) in (tuple, list) and any(isinstance(v, torch.Tensor) and _foreign(v) for v in value):

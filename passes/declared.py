@@ -123,12 +123,12 @@ def region_at(graph: fx.Graph, exit: fx.Node) -> Declared | Skipped:
         for user in node.users:
             if user not in inside and user is not exit:
                 return skip(Reason.ESCAPES, node, f"used by {describe(user)}")
+    assert isinstance(results, tuple | list)
     strange = foreign_among((*items, *nodes, *results))
     if strange is not None:
         return skip(Reason.NOT_PLAIN, *strange)
     if entry in inside_transforms(graph):
         return skip(Reason.NOT_PLAIN, entry, "inside of a torch.func transform")
-    assert isinstance(results, tuple | list)
     for state, result in zip(items, results, strict=True):
         before, after = value_of(state), value_of(result)
         if _meta(before) != _meta(after):

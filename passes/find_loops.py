@@ -24,8 +24,18 @@ from deq_compile.capture.marker import UNROLLED, may_exit
 from deq_compile.report import Reason, Skipped
 
 from .base import (
-    Foreign, Loop, Pass, PassContext, common_location, describe, foreign_among, hint, inside_transforms, is_tensor,
-    location_of, value_of,
+    Foreign,
+    Loop,
+    Pass,
+    PassContext,
+    common_location,
+    describe,
+    foreign_among,
+    hint,
+    inside_transforms,
+    is_tensor,
+    location_of,
+    value_of,
 )  # fmt: skip
 from .hashes import argument_nodes, candidate_periods, constants, meta_key, signature
 
@@ -171,8 +181,11 @@ class Chain:
         return int(min_repeats(loop.nodes))
 
     def _strange(self, loop: Loop) -> tuple[fx.Node, str] | None:
+        found = foreign_among(loop.segment(-1))
         inside = next((node for node in loop.segment(-1) if node in self.transformed), None)
-        return foreign_among(loop.segment(-1)) or (inside and (inside, "inside of a torch.func transform"))
+        if found is None and inside is not None:
+            return inside, "inside of a torch.func transform"
+        return found
 
     def _nested_exit(self, loop: Loop) -> fx.Node | None:
         """A test that a segment holds more than once: that of a loop inside of this one."""

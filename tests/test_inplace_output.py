@@ -1,4 +1,4 @@
-"""The result of a region belongs to the user: written to before the backward, in whole or through a view, the gradient is right."""
+"""The result of a region belongs to the user: written to in place, in whole or through a view, its gradient is right."""
 
 from __future__ import annotations
 

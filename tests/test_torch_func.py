@@ -1,4 +1,4 @@
-"""Tensors that are not plain: torch.func's, DTensor, nested, sparse. Loops on them are left alone; loops beside them are solved."""
+"""Tensors that are not plain: torch.func's, DTensor, nested, sparse. Loops on them are left alone, loops beside them not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exception that nobody foresaw never fails the user's compile, and is never silent; options that are none always come through."""
+"""An exception that nobody foresaw never fails the user's compile, and is never silent; wrong options come through."""
 
 from __future__ import annotations
 

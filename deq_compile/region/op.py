@@ -18,15 +18,18 @@ from __future__ import annotations
 
 import array
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from . import run
 from .layout import flat_dtype
 from .site import site as find_site
+from .surroundings import NO_TANGENT, NO_VMAP, NotHere, any_tangent, for_each_of_batch
 
 _TAGS = tuple(
     tag
@@ -178,18 +181,47 @@ def _solve_autograd(
 ) -> Sequence[Tensor]:
     """By hand: torch.library's own takes lists apart with pytree and always goes through the dispatcher once more."""
     call = _below_autograd(keyset, torch.ops.deq.solve.default, _solve)
+    if forward_ad._current_level >= 0 and any_tangent((*state0, *operands)):
+        return _loop_itself(region, state0, operands, sizes)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*state0, *operands)):
         return list(_Solve.apply(call, len(state0), sizes, region, *state0, *operands))
     with torch._C._AutoDispatchBelowAutograd():
         return call(state0, operands, sizes, region)
 
 
-class Once(torch.autograd.Function):
+def _loop_itself(region: str, state0: list[Tensor], operands: list[Tensor], sizes: list[int]) -> Sequence[Tensor]:
+    """Forward-mode AD: the user's own iterations, through which tangents flow, and gradients as well.
+
+    Raises:
+        NotHere: a region that has no count of iterations of its own.
+    """
+    spec = find_site(region).spec
+    if spec.iterations is None or spec.config.semantics != "loop":
+        raise NotHere(NO_TANGENT)
+    states: Sequence[Tensor] = [s.clone() for s in state0]
+    with spec.body.ambient.autocast_entered():
+        for _ in range(spec.iterations):
+            states = spec.body.call(*states, *operands, *sizes)
+    about = state0[0].new_full((_rows(state0), 2), -1.0, dtype=torch.float32)
+    held = [torch.cat([s.detach().flatten() for s in states]).to(flat_dtype(spec.dtypes))] if spec.grad else []
+    return [*states, torch.tensor((1, 0, 0)), about, *held]
+
+
+def once(grads: Sequence[Tensor], sources: Iterable[Tensor | None]) -> list[Tensor]:
+    """Gradients that nobody can differentiate with respect to `sources`, or to anything that those were made of.
+
+    Autograd skips a node that leads to none of the inputs it is asked about: the node that raises has to lead to all of them.
+    """
+    anchors = [s for s in sources if isinstance(s, Tensor) and s.requires_grad]
+    return list(_Once.apply(len(grads), *grads, *anchors)) if anchors and grads else list(grads)
+
+
+class _Once(torch.autograd.Function):
     """Passes gradients on, and raises where somebody differentiates them."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in grads)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
@@ -206,9 +238,26 @@ def _solve_backward_autograd(keyset: Any, *args: Any) -> Sequence[Tensor]:
         return call(*args)
     with torch.no_grad():
         grads = call(*args)
-    tensors = [t for a in args if isinstance(a, list) for t in a if isinstance(t, Tensor)]
-    anchor = next((t for t in tensors if t.requires_grad), None)
-    return grads if anchor is None or not grads else list(Once.apply(anchor, *grads))
+    return once(grads, (t for a in args if isinstance(a, list) for t in a))
+
+
+def _solve_backward_batched(*args: Any) -> list[Tensor]:
+    """Batched cotangents (`is_grads_batched`, `jacobian(vectorize=True)`): one backward after the other."""
+    return for_each_of_batch(torch.ops.deq.solve_backward.default, *args)
+
+
+def _solve_backward_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[list[Tensor], list[int]]:
+    """The same for torch.func.vmap, which has taken its tensors apart already."""
+
+    def select(index: int) -> Any:
+        return pytree.tree_map(lambda t, d: t if d is None else t.select(d, index), args, in_dims, is_leaf=lambda t: t is None)
+
+    found = [torch.ops.deq.solve_backward.default(*select(i)) for i in range(info.batch_size)]
+    return [torch.stack(parts) for parts in zip(*found, strict=True)], [0] * len(found[0])
+
+
+def _solve_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    raise NotHere(NO_VMAP)
 
 
 _library.impl("solve", _solve, "CompositeExplicitAutograd")
@@ -217,4 +266,7 @@ _library.impl("solve_backward", _solve_backward, "CompositeExplicitAutograd")
 _library.impl("solve_backward", _solve_backward_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("deq::solve", _solve_fake, lib=_library)
 torch.library.register_fake("deq::solve_backward", _solve_backward_fake, lib=_library)
+_library.impl("solve_backward", _solve_backward_batched, "Batched")
+torch.library.register_vmap("deq::solve_backward", _solve_backward_vmap, lib=_library)
+torch.library.register_vmap("deq::solve", _solve_vmap, lib=_library)
 solve_op = torch.ops.deq.solve.default
