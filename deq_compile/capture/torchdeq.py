@@ -107,8 +107,10 @@ def _implicit(
         note = "implicit gradient, solved with the forward's factors in place of " + self.b_solver.__name__
         backward: Any = (("backward_tol", b_tol), ("backward_max_iter", b_cap))
         states, about = _solve(site, self, func, z, asked, f_tol, f_cap, backward, note)
-    else:
-        states, about = _solve(site, self, func, z, asked, f_tol, eval_cap, (), "")
+    else:  # the library solves without gradients then
+        with torch.no_grad():
+            states, about = _solve(site, self, func, z, asked, f_tol, eval_cap, (), "")
+            states = tuple(state.detach() for state in states)
     return [_as_given(states, z)], _statistics(self, states, about)
 
 
