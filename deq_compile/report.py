@@ -40,6 +40,7 @@ class Reason(enum.Enum):
     SOLVER = "a solver is called whose result cannot be built from a solve of ours"
     HOOK = "a backward hook stays as it is"
     AUTOGRAD_FUNCTION = "an implicit gradient in a torch.autograd.Function stays outside of the graph, and as it is"
+    NOT_TRACED = "Python ran this function, outside of every graph, so that no compiler saw its loop"
     UNEXPECTED = "an exception that nobody foresaw; the code is compiled as it is"
     NOT_CAUGHT = "the call was marked as a fixed point, but the graph was cut inside of it"
 
