@@ -114,7 +114,8 @@ def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Repor
     """
     chosen = Options.from_options(options)
     if isinstance(model, type):
-        raise TypeError(f"explain: expected a model, got the class {model.__name__}. Fix: explain({model.__name__}(...))(*inputs)")
+        name = model.__name__
+        raise TypeError(f"explain: expected a model, got the class {name}. Fix: explain({name}(...))(*inputs)")
     _refuse_script(model, "explain")
     if not callable(model):
         raise TypeError(f"explain: expected an nn.Module or a function, got {model!r}. Fix: explain(model)(*inputs)")

@@ -49,7 +49,7 @@ class Onlooker:
         self._installed = False
         self._inside = 0
 
-    def __enter__(self) -> Onlooker:
+    def __enter__(self) -> Onlooker:  # noqa: PYI034 (typing.Self is Python 3.11's)
         self._before = Counter(counters["unimplemented"])
         if sys.getprofile() is None:
             self._installed = True
@@ -59,7 +59,8 @@ class Onlooker:
     def __exit__(self, *_: object) -> None:
         if self._installed:
             sys.setprofile(None)
-        self.given_up = [" ".join(text.split("\n", 1)[0].split()) for text in Counter(counters["unimplemented"]) - self._before]
+        new = Counter(counters["unimplemented"]) - self._before
+        self.given_up = [" ".join(text.split("\n", 1)[0].split()) for text in new]
 
     def _see(self, frame: types.FrameType, event: str, _: object) -> None:
         code = frame.f_code
@@ -82,20 +83,21 @@ class Onlooker:
                 why = f"Dynamo gave {code.co_name} up: {self.given_up[-1] if self.given_up else 'it does not say why'}"
             else:
                 why = (
-                    f"Dynamo did not look at {code.co_name}: it stands under torch.compiler.disable, or an earlier compilation in "
-                    f"this process, whatever its backend, has given it up; then {_AGAIN}"
+                    f"Dynamo did not look at {code.co_name}: it stands under torch.compiler.disable, or an earlier compilation "
+                    f"in this process, whatever its backend, has given it up; then {_AGAIN}"
                 )
             if sharded:
-                why += f". FSDP2 gathers the parameters of {sharded} around each of its calls: shard the module that holds the loop"
+                why += f". FSDP2 gathers the parameters of {sharded} around each of its calls: "
+                why += "shard the module that holds the loop"
             found.append(Skipped(Reason.NOT_TRACED, Location(code.co_filename, code.co_firstlineno, code.co_name), why))
         return found
 
 
 @functools.lru_cache(maxsize=65536)
 def _kind(code: types.CodeType) -> str:
-    """ "compiler": whatever runs below it is no run of the model; "loop": a function of the user's that holds one."""
+    """ "compiler": whatever runs below it (or below an import) is no run of the model; "loop": a function of the user's that holds one."""
     file = code.co_filename
-    if file.startswith(_SOLVER) or (code.co_name == "_compile" and file.endswith("convert_frame.py")):
+    if file.startswith((*_SOLVER, "<frozen importlib")) or (code.co_name == "_compile" and file.endswith("convert_frame.py")):
         return "compiler"
     return "loop" if _may_be_the_users(code) and _loops(code) else ""
 
