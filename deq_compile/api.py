@@ -135,7 +135,7 @@ def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Repor
         with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30), Onlooker() as onlooker:
             compiled(*args, **kwargs)
         backend.tell(report)
-        report.skipped += onlooker.told(original)
+        report.skipped += onlooker.told(original, report.skipped)
         report.features_off = dict(OFF)
         report.graph_breaks = list((Counter(counters["graph_break"]) - before).elements())
         return report

@@ -12,7 +12,7 @@ import os
 import sys
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,11 @@ class Onlooker:
         elif what == "loop" and event == "call" and self._inside <= 0 and _calls_models(frame.f_back):
             self.ran[code] = None
 
-    def told(self, model: Any) -> list[Skipped]:
-        """A line for each of them."""
+    def told(self, model: Any, known: Sequence[Skipped] = ()) -> list[Skipped]:
+        """A line for each of them that `known` does not speak of already."""
         sharded = _sharded(model)
-        found = []
-        for code in list(self.ran)[:MOST]:
+        found: list[Skipped] = []
+        for code in [code for code in self.ran if not any(_within(code, skipped.location) for skipped in known)][:MOST]:
             if code in self.tried:
                 why = f"Dynamo gave {code.co_name} up: {self.given_up[-1] if self.given_up else 'it does not say why'}"
             else:
@@ -93,9 +93,14 @@ class Onlooker:
         return found
 
 
+def _within(code: types.CodeType, place: Location) -> bool:
+    lines = [line for _, _, line in code.co_lines() if line is not None]
+    return place.file == code.co_filename and min(lines) <= place.line <= max(lines)
+
+
 @functools.lru_cache(maxsize=65536)
 def _kind(code: types.CodeType) -> str:
-    """ "compiler": whatever runs below it (or below an import) is no run of the model; "loop": a function of the user's that holds one."""
+    """ "compiler": what runs below it, or below an import, is no run of the model; "loop": a function of the user's with one."""
     file = code.co_filename
     if file.startswith((*_SOLVER, "<frozen importlib")) or (code.co_name == "_compile" and file.endswith("convert_frame.py")):
         return "compiler"
