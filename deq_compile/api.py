@@ -9,14 +9,14 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
-from torch.fx.traceback import annotate
 
 from . import scope
 from .backend import Backend
 from .capture import OFF
 from .config import Options
+from .onlooker import Onlooker, original_of
 from .report import Report
+from .torch_parts import annotate, counters
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -39,7 +39,7 @@ def deq_compile(target: Any = None, /, **options: Any) -> Any:
 
     Raises:
         ValueError: an unknown option or a bad value, at once.
-        TypeError: a target that is none of the three.
+        TypeError: a target that is none of the three, or TorchScript.
     """
     chosen = Options.from_options(options)
     if target is None:
@@ -52,6 +52,7 @@ def _decorate(target: Any, options: Options) -> Any:
         setattr(target, scope.CLASS_ATTRIBUTE, options)
         target._compiled_call_impl = _CompiledCall(options)  # type: ignore[assignment]
         return target
+    _refuse_script(target, "deq_compile")
     if isinstance(target, nn.Module):
         scope.remember_module(target, options)
         target.compile(backend=Backend(options))
@@ -62,6 +63,14 @@ def _decorate(target: Any, options: Options) -> Any:
         f"deq_compile: expected an nn.Module class, an nn.Module or a function, got {target!r}. "
         "Options are keywords: @deq_compile(tol=1e-5)"
     )
+
+
+def _refuse_script(target: Any, who: str) -> None:
+    if isinstance(target, torch.jit.ScriptModule | torch.jit.ScriptFunction):
+        raise TypeError(
+            f"{who}: expected an nn.Module or a function that Dynamo can trace, got TorchScript ({type(target).__name__}). "
+            "Fix: the eager module or function that it was made of"
+        )
 
 
 class _CompiledCall:
@@ -96,23 +105,38 @@ def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Repor
 
     Compiles and runs one forward, in the gradient mode of the caller. `report.regions` holds the regions with their
     status (solve or kept, decided by this very call), `report.skipped` every candidate that was left alone with a Reason
-    and the user's file and line; `str(report)` is a table, `report.to_json()` JSON.
+    and the user's file and line, and the functions with a loop that no compiler saw; `str(report)` is a table,
+    `report.to_json()` JSON. Of a model that is compiled already, what it was made of is explained, with the options it was
+    compiled with.
+
+    Raises:
+        TypeError: a class, a TorchScript module or function, or what cannot be called.
+        ValueError: an unknown option or a bad value.
     """
     chosen = Options.from_options(options)
+    if isinstance(model, type):
+        name = model.__name__
+        raise TypeError(f"explain: expected a model, got the class {name}. Fix: explain({name}(...))(*inputs)")
+    _refuse_script(model, "explain")
+    if not callable(model):
+        raise TypeError(f"explain: expected an nn.Module or a function, got {model!r}. Fix: explain(model)(*inputs)")
+    original, said = original_of(model)
 
     def run(*args: Any, **kwargs: Any) -> Report:
         report = Report()
         inherited = Options()
-        if isinstance(model, nn.Module):
-            inherited = getattr(type(model), scope.CLASS_ATTRIBUTE, inherited)
-        backend = Backend(inherited.merge(chosen), report, votes=False)
+        if isinstance(original, nn.Module):
+            inherited = getattr(type(original), scope.CLASS_ATTRIBUTE, inherited)
+        backend = Backend(inherited.merge(Options.from_options(said)).merge(chosen), report, votes=False)
         # a decorated module would run its own compiled call: explain what it calls
-        call = model._call_impl if isinstance(model, nn.Module) else getattr(model, "_torchdynamo_orig_callable", model)
+        call = original._call_impl if isinstance(original, nn.Module) else original
         # each explanation is one more compilation of the same code, which is no sign of a model that recompiles
         before = Counter(counters["graph_break"])
-        with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30):
-            torch.compile(call, backend=backend)(*args, **kwargs)
+        compiled = torch.compile(call, backend=backend)
+        with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30), Onlooker() as onlooker:
+            compiled(*args, **kwargs)
         backend.tell(report)
+        report.skipped += onlooker.told(original, report.skipped)
         report.features_off = dict(OFF)
         report.graph_breaks = list((Counter(counters["graph_break"]) - before).elements())
         return report

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._logging._internal import trace_structured
 
 from .caches import reset
-from .capture import marker
+from .capture import OFF, marker
+from .capture.install import EVERYTHING
 from .capture.marker import is_marker
-from .config import Config, Options
+from .config import Config, OptionError, Options
 from .kernels.folder import distrusted
 from .passes.ambient import ambient_at
 from .passes.base import ExitTest, Loop, Pass, PassContext, describe, is_tensor, marked, value_of
@@ -36,12 +36,15 @@ from .passes.replace import Replace
 from .passes.take_hooks import TakeHooks
 from .passes.unroll_while import SITE, UnrollWhile
 from .region.body import BodySpec
+from .region.layout import CHANNELS_LAST
 from .region.modes import Ambient
 from .region.op import solve_op
 from .region.site import RegionSpec, Site, own, register
 from .region.stop import GraphTest, NormTest, StopTest
 from .report import Region, Report
 from .scope import scoped_options
+from .torch_parts import FakeTensorMode, trace_structured
+from .unexpected import survive
 
 log = logging.getLogger("deq_compile.backend")
 
@@ -76,7 +79,7 @@ class Backend:
         outer = self.options.merge(Options.from_options(options))
         report = self.report if self.report is not None else Report()
         try:
-            sites = rewrite(gm, outer, report)
+            sites = rewrite_if_possible(gm, outer, report)
         finally:
             self.tell(report)
         for site in sites:
@@ -112,6 +115,32 @@ def deq(
 
 deq.takes_whole_graphs = True  # type: ignore[attr-defined]
 deq.reset = reset  # type: ignore[attr-defined]
+
+
+def rewrite_if_possible(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
+    """As `rewrite`; where a pass fails, for whatever cause, the graph is as it was, and the report says so.
+
+    Raises:
+        OptionError: options of the user's, in the graph, that are none.
+        Retrace: as `rewrite`; or the graph holds markers, which only passes understand.
+    """
+    if EVERYTHING in OFF:
+        return []
+    bodies = [(module, module.graph) for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    try:
+        return rewrite(gm, options, report)
+    except (OptionError, marker.Retrace):
+        raise
+    except Exception as error:
+        report.skipped.append(survive(error, "rewriting a graph"))
+        for module, graph in bodies:
+            if module.graph is not graph:
+                module.graph = graph
+                module.recompile()
+        sites = [marked(node) for node in gm.graph.nodes if is_marker(node.target)]
+        if sites:
+            marker.retrace(sites)
+        return []
 
 
 def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
@@ -278,7 +307,7 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
     return RegionSpec(
         body=body,
         dtypes=tuple(v.dtype for v in outputs),
-        orders=tuple(dim_order(v) for v in outputs),
+        orders=tuple(_order(v, value_of(n), loop.body) for v, n in zip(outputs, loop.initial, strict=True)),
         iterations=None if loop.declared else loop.count,
         grad=ambient.grad and any(t.requires_grad for t in tensors),
         config=config,
@@ -303,6 +332,25 @@ def _turns_images(body: fx.GraphModule, config: Config) -> bool:
     names = (target_name(n.target) for n in body.graph.nodes if n.op == "call_function")
     wanted = config.inductor.get("layout_optimization", inductor.layout_optimization)
     return bool(wanted) and any("conv2d" in name or "conv_transpose2d" in name for name in names)
+
+
+def _order(value: torch.Tensor, start: Any, body: fx.GraphModule) -> tuple[int, ...]:
+    """The memory order of a state. Where the fake tensors of this torch are wrong about group_norm, that of the initial state."""
+    if value.dim() == 4 and value.device.type == "cpu" and isinstance(start, torch.Tensor) and start.dim() == 4:
+        wrong = dim_order(value) != CHANNELS_LAST == dim_order(start) and not _fake_group_norm_is_right()
+        if wrong and any("group_norm" in target_name(n.target) for n in body.graph.nodes if n.op == "call_function"):
+            return CHANNELS_LAST
+    return dim_order(value)
+
+
+@functools.cache
+def _fake_group_norm_is_right() -> bool:
+    """Whether fake tensors know that group_norm keeps channels-last images so on a CPU. Those of torch 2.14 do not."""
+    image = torch.empty(1, 4, 2, 2).contiguous(memory_format=torch.channels_last)
+    mode = FakeTensorMode()
+    with torch.no_grad(), mode:
+        fake = torch.nn.functional.group_norm(mode.from_tensor(image), 2)
+    return bool(fake.stride() == torch.nn.functional.group_norm(image, 2).stride())
 
 
 def _stop_test(test: ExitTest) -> GraphTest:

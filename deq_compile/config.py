@@ -32,6 +32,10 @@ BACKWARD_TOL_EXACT = 1e-6  # what backward="exact" stands for
 BACKWARD_TOL_DEFAULT = 1e-2
 
 
+class OptionError(ValueError):
+    """An option that is none, or a value that an option cannot have: the user's to repair, so it always comes through."""
+
+
 class _Rule:
     """One option: its default, and how a value is checked and brought to its type.
 
@@ -86,9 +90,18 @@ def _floating_dtype(value: Any) -> torch.dtype:
 
 
 def _patches(value: Any) -> dict[str, Any]:
-    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-        return dict(value)
-    raise ValueError("expected a dict of Inductor settings, such as {'max_autotune': True}")
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ValueError("expected a dict of Inductor settings, such as {'max_autotune': True}")
+    if value:  # another inner backend would never look at them
+        import torch._inductor
+
+        known = torch._inductor.list_options()
+        for key in value:
+            if key.replace("-", "_") not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                suggestion = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ValueError(f"expected settings of Inductor (torch._inductor.list_options()), not {key!r}{suggestion}")
+    return dict(value)
 
 
 _positive = _real("a finite number above 0", lambda x: x > 0 and math.isfinite(x))
@@ -130,7 +143,7 @@ def _check_name(name: object, what: str = "option") -> None:
         return
     near = difflib.get_close_matches(str(name), _RULES, n=1) or [rule for rule in _RULES if str(name).startswith(rule)]
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(
+    raise OptionError(
         f"unknown {what} {name!r} for the 'deq' backend{suggestion}\n"
         f"  known: {', '.join(_RULES)}\n"
         f"  (settings of Inductor go into the option inductor={{...}})"
@@ -142,7 +155,7 @@ def _parse(name: str, value: Any, what: str = "option") -> Any:
         return _RULES[name].parse(value)
     except ValueError as error:
         got = f"got {value!r} of type {type(value).__name__}"
-        raise ValueError(f"bad value for {what} {name!r} of the 'deq' backend: {error}; {got}") from None
+        raise OptionError(f"bad value for {what} {name!r} of the 'deq' backend: {error}; {got}") from None
 
 
 def _plain(value: Any) -> Any:
@@ -239,7 +252,7 @@ class Options:
         for name, value in self.explicit().items():
             object.__setattr__(self, name, _parse(name, value))
         if self.backward == "exact" and self.backward_tol not in (None, BACKWARD_TOL_EXACT):
-            raise ValueError(
+            raise OptionError(
                 f"options 'backward' and 'backward_tol' of the 'deq' backend contradict each other: 'exact' is "
                 f"backward='reuse' with backward_tol={BACKWARD_TOL_EXACT:g}; got backward_tol={self.backward_tol:g}. "
                 f"Fix: drop one of them"
@@ -263,6 +276,11 @@ class Options:
             return cls()
         if isinstance(options, Options):
             return options
+        if not isinstance(options, Mapping):
+            raise OptionError(
+                f"expected the options of the 'deq' backend as a dict such as {{'tol': 1e-5}}, got {options!r} of type "
+                f"{type(options).__name__}"
+            )
         for name in options:
             _check_name(name)
         return cls(**options)

@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from .capture import calls, marker
 from .config import Options
 from .region.eager import solve_eagerly
+from .region.surroundings import NO_TANGENT, NotHere, any_tangent, plain, values_are_known
 
 S = TypeVar("S")
 
@@ -37,9 +39,11 @@ def fixed_point(f: Callable[[S], S], z0: S, /, **options: Any) -> S:
         `RegionWarning` and in `record_solves`.
 
     Raises:
-        ValueError: an unknown option or bad value, or an f that changes structure, shape or dtype of its argument.
-        TypeError: a state that is no tensor, or not real floating point.
-        RuntimeError: a double backward.
+        ValueError: an unknown option or bad value, or an f that changes structure, shape, dtype or device of its argument.
+        TypeError: a state that is no tensor, not real floating point, or a wrapper of other tensors (DTensor, ...); an f that
+            cannot be called.
+        RuntimeError: a double backward, forward-mode AD, a torch.func transform or a tracer around it. Under fake and meta
+            tensors f is evaluated once, for shapes.
     """
     if torch.compiler.is_dynamo_compiling():  # not by our backend, or where it found no region: outside of the graph
         return _outside(f, z0, options)
@@ -48,7 +52,9 @@ def fixed_point(f: Callable[[S], S], z0: S, /, **options: Any) -> S:
 
 def _eager(f: Callable[[S], S], z0: S, options: dict[str, Any]) -> S:
     config = Options.from_options(options).resolve()
+    _check_callable(f)
     leaves, structure = pytree.tree_flatten(z0)
+    known = values_are_known([leaf for leaf in leaves if isinstance(leaf, Tensor)])
     _check_state(leaves)
 
     def body(states: list[Tensor]) -> list[Tensor]:
@@ -57,11 +63,22 @@ def _eager(f: Callable[[S], S], z0: S, options: dict[str, Any]) -> S:
         _check_result(leaves, structure, results, made)
         return results
 
+    if not known:
+        return pytree.tree_unflatten(body([leaf.detach() for leaf in leaves]), structure)
+    if forward_ad._current_level >= 0 and any_tangent([*leaves, *body([leaf.detach() for leaf in leaves])]):
+        raise NotHere(NO_TANGENT)
     found = solve_eagerly(body, leaves, config, key=getattr(f, "__code__", type(f)), where=_caller())
     return pytree.tree_unflatten(found, structure)
 
 
-_outside = torch._dynamo.disable(_eager)
+_outside = torch._dynamo.disable(
+    _eager, reason="deq_compile.fixed_point: only backend='deq' makes it a part of the graph; elsewhere it is solved outside"
+)
+
+
+def _check_callable(f: Any) -> None:
+    if not callable(f):
+        raise TypeError(f"fixed_point: expected f to be a function of the state, got {type(f).__name__}. Fix: fixed_point(f, z0)")
 
 
 def _check_state(leaves: list[Any]) -> None:
@@ -69,6 +86,12 @@ def _check_state(leaves: list[Any]) -> None:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             what = str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
             raise TypeError(f"fixed_point: expected z0 of real floating-point tensors, got {what}")
+        if not plain(leaf):
+            what = type(leaf).__name__ if leaf.layout is torch.strided else str(leaf.layout)
+            raise TypeError(
+                f"fixed_point: expected z0 of plain dense tensors, got {what}. Fix: solve on its parts (to_local() of a DTensor, "
+                "values() of a nested tensor)"
+            )
     if not leaves:
         raise TypeError("fixed_point: expected z0 of at least one tensor, got an empty structure")
 
@@ -77,13 +100,19 @@ def _check_result(leaves: list[Tensor], structure: Any, results: list[Any], made
     if made != structure:
         raise ValueError(f"fixed_point: expected f to return the structure of z0, {structure}, got {made}")
     for before, after in zip(leaves, results, strict=True):
-        same = isinstance(after, Tensor) and after.shape == before.shape
+        same = isinstance(after, Tensor) and after.shape == before.shape and after.device == before.device and plain(after)
         if not same or (after.dtype != before.dtype and not torch.is_autocast_enabled(before.device.type)):
-            got = f"{tuple(after.shape)} in {after.dtype}" if isinstance(after, Tensor) else type(after).__name__
             raise ValueError(
-                f"fixed_point: expected f to keep shape and dtype of its state, {tuple(before.shape)} in {before.dtype}, "
-                f"got {got}"
+                f"fixed_point: expected f to keep shape, dtype and device of its state, {_described(before)}, "
+                f"got {_described(after)}"
             )
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    kind = "" if plain(value) else f" ({type(value).__name__}, {value.layout})"
+    return f"{tuple(value.shape)} in {value.dtype} on {value.device}{kind}"
 
 
 def _caller() -> str:
@@ -99,8 +128,17 @@ _TORCH = torch.__path__[0]
 def _traced(site: str, f: Any, z0: Any, **options: Any) -> Any:
     """What Dynamo traces in place of `fixed_point` for our backend."""
     pairs = tuple((name, value) for name, value in options.items())
+    _check_callable(f)
     if isinstance(z0, Tensor):
-        (found,), _ = marker.region(lambda z: (f(z[0]),), (z0,), site, "fixed_point", (), pairs)
+
+        def single(states: tuple[Tensor, ...]) -> Any:
+            out = f(states[0])
+            if not isinstance(out, Tensor):
+                what = f"a {type(out).__name__}" if out is not None else "None"
+                raise ValueError("fixed_point: expected f to return a tensor like z0, got " + what)
+            return (out,)
+
+        (found,), _ = marker.region(single, (z0,), site, "fixed_point", (), pairs)
         return found
     leaves, structure = pytree.tree_flatten(z0)
 

@@ -27,6 +27,7 @@ class Reason(enum.Enum):
     OTHER_CONSTANT = "a constant changes from iteration to iteration"
     GRAD_MODE = "the body switches gradients on or off, or detaches its state"
     NOT_FLOATING = "the state is not a real floating-point tensor"
+    NOT_PLAIN = "the loop works on tensors with insides of their own (torch.func, DTensor, nested or sparse tensors)"
     NON_TENSOR = "the body reads a value from outside that is neither a tensor nor an integer size"
     CONTROL_FLOW = "the body contains a higher-order operator (cond, while_loop, a custom autograd.Function)"
     UNTRACEABLE = "the body could not be executed on fake tensors"
@@ -39,6 +40,8 @@ class Reason(enum.Enum):
     SOLVER = "a solver is called whose result cannot be built from a solve of ours"
     HOOK = "a backward hook stays as it is"
     AUTOGRAD_FUNCTION = "an implicit gradient in a torch.autograd.Function stays outside of the graph, and as it is"
+    NOT_TRACED = "Python ran this function, outside of every graph, so that no compiler saw its loop"
+    UNEXPECTED = "an exception that nobody foresaw; the code is compiled as it is"
     NOT_CAUGHT = "the call was marked as a fixed point, but the graph was cut inside of it"
 
 

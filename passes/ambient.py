@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 
 from deq_compile.region.modes import Ambient
+from deq_compile.torch_parts import enter_autocast, exit_autocast
 
 GRAD_TARGETS = (torch._C._set_grad_enabled, torch.set_grad_enabled)
-AUTOCAST_TARGETS = (_enter_autocast, _exit_autocast)
+AUTOCAST_TARGETS = (enter_autocast, exit_autocast)
 
 
 def ambient_at(graph: fx.Graph, place: fx.Node, start: Ambient) -> Ambient:
@@ -23,12 +23,12 @@ def ambient_at(graph: fx.Graph, place: fx.Node, start: Ambient) -> Ambient:
             break
         if node.target in GRAD_TARGETS:
             grad = bool(node.args[0])
-        elif node.target is _enter_autocast:
+        elif node.target is enter_autocast:
             device, dtype, enabled = _enter_arguments(node)
             if device in cast:
                 entered[node] = (device, cast[device])
                 cast[device] = (enabled, dtype or torch.get_autocast_dtype(device))
-        elif node.target is _exit_autocast and isinstance(node.args[0], fx.Node) and node.args[0] in entered:
+        elif node.target is exit_autocast and isinstance(node.args[0], fx.Node) and node.args[0] in entered:
             device, before = entered.pop(node.args[0])
             cast[device] = before
     return Ambient(grad, tuple((d, e, t) for d, (e, t) in cast.items()))

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import fx
 
 from deq_compile.capture.marker import NOT_THE_USERS, may_exit
 from deq_compile.report import Location, Report, Skipped
+from deq_compile.torch_parts import FakeTensor, is_functorch_wrapped, is_wrapper_subclass
 
 from .ambient import AUTOCAST_TARGETS
 
@@ -169,9 +170,66 @@ def marked(node: fx.Node) -> str:
     return str(node.args[names[node.target.__name__]])  # type: ignore[union-attr]
 
 
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """In place of a value that passes cannot look into: a tensor of torch.func's, which has no storage, a subclass that wraps
+    other tensors, or a layout without strides. No isinstance takes it for a tensor; a loop that touches it is left alone."""
+
+    what: str
+
+
 def value_of(node: fx.Node) -> Any:
-    """The fake value Dynamo computed for a node (a FakeTensor, a SymInt, ...), or None."""
-    return node.meta.get("example_value")
+    """The fake value Dynamo computed for a node (a FakeTensor, a SymInt, ...), a `Foreign`, or None."""
+    value: Any = node.meta.get("example_value")
+    if isinstance(value, torch.Tensor):
+        return _foreign(value) or value
+    if type(value) in (tuple, list) and any(isinstance(v, torch.Tensor) and _foreign(v) for v in value):
+        return type(value)((isinstance(v, torch.Tensor) and _foreign(v)) or v for v in value)
+    return value
+
+
+def _foreign(value: torch.Tensor) -> Foreign | None:
+    if value.layout is not torch.strided:
+        return Foreign(str(value.layout))
+    if type(value) is FakeTensor:
+        return None
+    if is_functorch_wrapped(value):
+        return Foreign("inside of torch.func")
+    return Foreign(type(value).__name__) if is_wrapper_subclass(value) else None
+
+
+def foreign_among(nodes: Iterable[fx.Node]) -> tuple[fx.Node, str] | None:
+    """The first node whose value, or that of an argument, is no plain tensor, or that stands inside of a torch.func transform;
+    and what it is."""
+    for node in nodes:
+        for n in (node, *node.all_input_nodes):
+            value = value_of(n)
+            for v in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(v, Foreign):
+                    return node, v.what
+        if _TRANSFORM.match(target_of(node)):
+            return node, "a torch.func transform"
+    return None
+
+
+def inside_transforms(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that run while a torch.func transform is open: an operator of ours cannot stand there."""
+    found, depth = set(), 0
+    for node in graph.nodes:
+        match = _TRANSFORM.match(target_of(node))
+        if match is not None:
+            depth += 1 if match[1] == "increment" else -1
+        if depth > 0:
+            found.add(node)
+    return found
+
+
+def target_of(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", "")
+
+
+# Dynamo writes each transform out as a pair of these.
+_TRANSFORM = re.compile(r"_(?:vmap|grad|jvp|func)_(increment|decrement)_nesting$")
 
 
 def hint(size: int | torch.SymInt) -> int:

@@ -13,7 +13,7 @@ from deq_compile.capture.marker import enter, leave
 from deq_compile.report import Reason, Skipped
 
 from .ambient import AUTOCAST_TARGETS, GRAD_TARGETS
-from .base import Loop, Pass, PassContext, describe, location_of, value_of
+from .base import Loop, Pass, PassContext, describe, foreign_among, inside_transforms, location_of, value_of
 
 
 @dataclasses.dataclass
@@ -124,6 +124,11 @@ def region_at(graph: fx.Graph, exit: fx.Node) -> Declared | Skipped:
             if user not in inside and user is not exit:
                 return skip(Reason.ESCAPES, node, f"used by {describe(user)}")
     assert isinstance(results, tuple | list)
+    strange = foreign_among((*items, *nodes, *results))
+    if strange is not None:
+        return skip(Reason.NOT_PLAIN, *strange)
+    if entry in inside_transforms(graph):
+        return skip(Reason.NOT_PLAIN, entry, "inside of a torch.func transform")
     for state, result in zip(items, results, strict=True):
         before, after = value_of(state), value_of(result)
         if _meta(before) != _meta(after):

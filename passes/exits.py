@@ -221,7 +221,7 @@ def _others(reads: Sequence[fx.Node]) -> list[Any] | None:
 
 def _number(value: Any) -> float | None:
     """What a symbolic float is in this call."""
-    known = value.node.hint if isinstance(value, torch.SymFloat) else None
+    known: Any = value.node.hint if isinstance(value, torch.SymFloat) else None
     return None if known is None else float(known)
 
 

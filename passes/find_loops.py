@@ -23,7 +23,20 @@ from torch import fx
 from deq_compile.capture.marker import UNROLLED, may_exit
 from deq_compile.report import Reason, Skipped
 
-from .base import Loop, Pass, PassContext, common_location, describe, hint, is_tensor, location_of, value_of
+from .base import (
+    Foreign,
+    Loop,
+    Pass,
+    PassContext,
+    common_location,
+    describe,
+    foreign_among,
+    hint,
+    inside_transforms,
+    is_tensor,
+    location_of,
+    value_of,
+)  # fmt: skip
 from .hashes import argument_nodes, candidate_periods, constants, meta_key, signature
 
 # A body of two like halves (two sublayers of one shape) shows its half as a period: also try multiples.
@@ -75,6 +88,7 @@ class Chain:
         self.strict = [signature(n, identity=True) for n in self.nodes]
         self.loose = [signature(n, identity=False) for n in self.nodes]
         self.operation = [hash((n.op, str(n.target))) for n in self.nodes]
+        self.transformed = inside_transforms(graph)
         self.exits = Counter(n.args[1:3] for n in self.nodes if n.target is may_exit)
 
     # ---- step 1 and 2: periodic runs
@@ -130,6 +144,9 @@ class Chain:
             built = self._build(start, stop, period)
             if built is None or isinstance(built, Skipped):
                 return why or built
+            strange = self._strange(built)
+            if strange is not None:
+                return self._skip(Reason.NOT_PLAIN, built, strange[1], strange[0]) if built.count > 2 else None
             first = self.position[built.nodes[0]]
             needed = self._needed(built, min_repeats)
             nested = self._nested_exit(built)
@@ -163,6 +180,13 @@ class Chain:
             return min(min_repeats(loop.nodes), SEGMENTS_OF_A_CUT_LOOP)
         return int(min_repeats(loop.nodes))
 
+    def _strange(self, loop: Loop) -> tuple[fx.Node, str] | None:
+        found = foreign_among(loop.segment(-1))
+        inside = next((node for node in loop.segment(-1) if node in self.transformed), None)
+        if found is None and inside is not None:
+            return inside, "inside of a torch.func transform"
+        return found
+
     def _nested_exit(self, loop: Loop) -> fx.Node | None:
         """A test that a segment holds more than once: that of a loop inside of this one."""
         seen: set[str] = set()
@@ -193,7 +217,7 @@ class Chain:
             loop = Loop(nodes, period, count, tuple(carried), tuple(carried.values()), tuple(invariants))
             # A run ends where its loop does, and may begin too early: what stood before may look like the body's end.
             left_over = (stop - t) % period
-            key = (len(carried), loss_of_precision(loop), width(loop), -count, left_over, t)
+            key = (no_state(loop), len(carried), loss_of_precision(loop), width(loop), -count, left_over, t)
             if best is None or key < best[0]:
                 best = key, loop
         if best is not None:
@@ -219,7 +243,7 @@ class Chain:
                         return None
                     invariants[final] = None
                 elif where >= last - p:
-                    if not is_tensor(final):
+                    if not isinstance(value_of(final), torch.Tensor | Foreign):
                         return None  # a context manager or a counter: this rotation cuts through it
                     made = where - (last - p)
                     if self.position.get(first, -1) >= t or carried.get(made, first) is not first:
@@ -321,6 +345,12 @@ def width(loop: Loop) -> int:
         if isinstance(value, torch.Tensor):
             total += math.prod(hint(s) for s in value.shape)
     return total
+
+
+def no_state(loop: Loop) -> bool:
+    """Whether what is carried is no real floating-point tensor: a rotation through an rfft, or through a mask."""
+    values = (value_of(loop.segment(-1)[offset]) for offset in loop.carried)
+    return not all(isinstance(v, torch.Tensor) and v.is_floating_point() for v in values)
 
 
 def loss_of_precision(loop: Loop) -> int:

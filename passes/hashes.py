@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from deq_compile.torch_parts import free_unbacked_symbols
 
 from .base import value_of
 

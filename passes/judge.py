@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from deq_compile.region.modes import Ambient
 from deq_compile.report import Reason, Skipped
+from deq_compile.torch_parts import FakeTensorMode, TorchDispatchMode
 
 from .ambient import GRAD_TARGETS, ambient_at
 from .base import Loop, Pass, PassContext, describe, hint, location_of, value_of

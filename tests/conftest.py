@@ -59,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return  # the tests run in other processes
     import torch
 
+    os.environ.setdefault("DEQ_COMPILE_RAISE", "1")  # an exception that a user's compile would survive is a bug here
     # One thread: the tensors of the tests are too small to share out, and the order of a reduction (hence a bitwise
     # comparison) must not depend on the machine. Tests of threading set their own number.
     torch.set_num_threads(1)

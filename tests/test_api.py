@@ -283,7 +283,7 @@ def loop(x):
     return z
 print([r.key for r in deq_compile.explain(loop, inner="eager")(torch.ones(2, 4)).regions])
 from deq_compile.config import Options
-print(Options(factor_dtype="bfloat16", inductor={"b": 1, "a": [2]}, backward_tol=float("inf")).resolve().key())
+print(Options(factor_dtype="bfloat16", inductor={"dce": 1, "comment_origin": [2]}, backward_tol=float("inf")).resolve().key())
 """
 
 
@@ -378,6 +378,6 @@ def test_version() -> None:
 
 
 def test_key_of_options_is_the_same_in_another_process(no_compiler: subprocess.CompletedProcess[str]) -> None:
-    here = Options(factor_dtype=torch.bfloat16, inductor={"a": [2], "b": 1}, backward_tol=math.inf).resolve().key()
+    here = Options(factor_dtype=torch.bfloat16, inductor={"comment_origin": [2], "dce": 1}, backward_tol=math.inf).resolve().key()
     assert no_compiler.stdout.splitlines()[-1] == here
     assert len(here) == 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,10 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from deq_compile import explain
 from deq_compile.capture import OFF
 from deq_compile.capture.bytecode import Code
 from deq_compile.capture.install import _FEATURES
+from deq_compile.torch_parts import MISSING, NEEDED
 from tests.helpers import compiled
+
+install: Any = importlib.import_module("deq_compile.capture.install")
 
 UNKNOWN_TORCH = """
 {damage}
@@ -61,19 +66,70 @@ def test_all_features_are_on() -> None:
     assert OFF == {}
 
 
-def test_a_missing_module_switches_capture_off() -> None:
+def test_what_is_missing_costs_its_own_feature() -> None:
+    """A module and a function of Dynamo's, DDPOptimizer, and two conveniences, none of which stops the import."""
     damage = (
-        "import importlib\n"
+        "import importlib, torch._dynamo.backends.distributed as distributed, torch.fx.traceback, torch._logging._internal\n"
+        "del distributed.DDPOptimizer, torch.fx.traceback.annotate\n"
         "found = importlib.import_module\n"
         "def without(name, *more, **named):\n"
-        "    if name == 'torch._dynamo.bytecode_analysis':\n"
+        "    if name in ('torch._dynamo.bytecode_analysis', 'torch._logging._internal'):\n"
         "        raise ImportError(name)\n"
         "    return found(name, *more, **named)\n"
         "importlib.import_module = without\n"
     )
     regions, none, off, shown = run(damage)
     assert (regions, none) == ("1", "0")
-    assert off == shown == str(len(_FEATURES))
+    assert off == shown == "3"  # loops with a test, allclose in their tests, whole graphs under DDP
+
+
+@pytest.mark.parametrize("name", sorted({*NEEDED, *(need for feature in _FEATURES for need in feature.needs)}))
+def test_a_missing_name_switches_its_features_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "_installed", False)
+    monkeypatch.setattr(install, "_try", lambda *_: None)
+    monkeypatch.setattr(install, "OFF", off := {})
+    monkeypatch.setitem(MISSING, name, f"no {name}")
+    install.install()
+    every = {install.EVERYTHING, *(feature.name for feature in _FEATURES)}
+    assert set(off) == (every if name in NEEDED else {feature.name for feature in _FEATURES if name in feature.needs})
+    assert set(off.values()) == {f"no {name}"}
+
+
+def test_without_a_needed_name_nothing_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OFF, install.EVERYTHING, "no FakeTensorMode")
+
+    def loop(x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(20):
+            z = 0.5 * z + x
+        return z
+
+    x = torch.randn(2, 3)
+    report = explain(loop, inner="eager")(x)
+    assert not report.regions
+    assert "off         regions: no FakeTensorMode" in str(report)
+    torch.testing.assert_close(compiled(loop)[0](x), loop(x))
+
+
+@pytest.mark.parametrize("read", ["item", "float", "bool"])
+def test_self_tests_stand_for_every_way_to_read_a_number(read: str) -> None:
+    """That these are one region on this very torch is what the self-test of loops vouches for."""
+
+    def until(x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(60):
+            new = 0.5 * z + x
+            gap = (new - z).norm()
+            small = gap.item() < 1e-5 if read == "item" else float(gap) < 1e-5 if read == "float" else gap < 1e-5
+            z = new
+            if small:
+                break
+        return z
+
+    x = torch.randn(2, 3)
+    run, report = compiled(until, fullgraph=False)
+    torch.testing.assert_close(run(x), 2 * x, rtol=1e-4, atol=1e-5)
+    assert len(report.regions) == 1
 
 
 def test_a_changed_method_switches_one_feature_off() -> None:

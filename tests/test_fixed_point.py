@@ -151,8 +151,8 @@ def test_a_missed_tolerance_is_said() -> None:
 @pytest.mark.parametrize(
     ("f", "z0", "error", "message"),
     [
-        (lambda z: z[:1], torch.zeros(2, 3), ValueError, "keep shape and dtype"),
-        (lambda z: z.double(), torch.zeros(2, 3), ValueError, "keep shape and dtype"),
+        (lambda z: z[:1], torch.zeros(2, 3), ValueError, "keep shape, dtype and device"),
+        (lambda z: z.double(), torch.zeros(2, 3), ValueError, "keep shape, dtype and device"),
         (lambda z: (z, z), torch.zeros(2, 3), ValueError, "structure"),
         (lambda z: z, torch.zeros(2, dtype=torch.long), TypeError, "floating"),
         (lambda z: z, [1.0], TypeError, "got float"),

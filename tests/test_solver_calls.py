@@ -229,3 +229,55 @@ def test_what_counts_as_an_adjoint_solve() -> None:
     loop = read_hook(two_names.__code__)
     assert loop is not None
     assert loop.loop_tol == 1e-7
+
+
+def within_no_grad(f: Any, x0: Tensor, tol: float = 1e-6, max_iter: int = 80) -> Tensor:
+    with torch.no_grad():
+        z = x0
+        for _ in range(max_iter):
+            new = f(z)
+            if (new - z).norm() < tol * new.norm():
+                break
+            z = new
+    return z
+
+
+@torch.no_grad()
+def decorated(f: Any, x0: Tensor, tol: float = 1e-6, max_iter: int = 80) -> tuple[Tensor, list[float]]:
+    z, residuals = x0, []
+    for _ in range(max_iter):
+        new = f(z)
+        residuals.append(float((new - z).norm() / new.norm()))
+        z = new
+        if residuals[-1] < tol:
+            break
+    return z, residuals
+
+
+def with_gradients(f: Any, x0: Tensor, tol: float = 1e-6, max_iter: int = 80) -> Tensor:
+    z = x0
+    for _ in range(max_iter):
+        new = f(z)
+        if (new - z).norm() < tol * new.norm():
+            break
+        z = new
+    return z
+
+
+@pytest.mark.parametrize("solver", [within_no_grad, decorated, with_gradients])
+def test_a_result_has_a_gradient_where_the_solvers_own_has(solver: Any) -> None:
+    """A solver that works under no_grad of its own returns a constant."""
+    layer = torch.nn.Linear(4, 4)
+    torch.nn.init.orthogonal_(layer.weight, gain=0.5)
+
+    def model(x: Tensor) -> Tensor:
+        found = solver(lambda z: torch.tanh(layer(z) + x), torch.zeros_like(x))
+        return (found[0] if isinstance(found, tuple) else found) * layer.bias
+
+    run, report = compiled(model, fullgraph=False, tol=None)
+    x = torch.randn(3, 4, requires_grad=True)
+    mine = torch.autograd.grad(run(x).sum(), [x, layer.bias], allow_unused=True)
+    right = torch.autograd.grad(model(x).sum(), [x, layer.bias], allow_unused=True)
+    assert len(report.regions) == 1
+    assert (mine[0] is None) == (right[0] is None) == (solver is not with_gradients)
+    torch.testing.assert_close(mine[1], right[1], rtol=1e-3, atol=1e-4)

@@ -7,7 +7,7 @@ import torch
 
 from deq_compile import explain
 from tests.helpers import compiled, largest_error, reference, value_and_grads
-from tests.models.library import IFT, Library, One
+from tests.models.library import HOOK, IFT, Library, One, Two
 
 
 @pytest.mark.parametrize("mode", ["abs", "rel"])
@@ -51,3 +51,20 @@ def test_explain_says_what_becomes_of_the_gradient() -> None:
     for config, word in ((IFT, "implicit gradient"), ({"grad": 2}, "phantom gradient stays")):
         model, x = Library(One, config).make()
         assert word in str(explain(model, inner="eager")(x))
+
+
+@pytest.mark.parametrize("config", [IFT, HOOK, {"grad": 2}])
+@pytest.mark.parametrize("kind", [One, Two])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_gradient_where_the_library_has_one(kind: type[torch.nn.Module], config: dict[str, object], train: bool) -> None:
+    """In eval it solves without gradients, whatever it does in training; parts of the model beside it have theirs."""
+    model, x = Library(kind, config, train=train).make()
+    x.requires_grad_()
+    run, report = compiled(model, tol=None)
+    found, theirs = run(x), model(x)
+    assert found.requires_grad is theirs.requires_grad is train
+    torch.testing.assert_close(found, theirs, rtol=1e-3, atol=1e-4)
+    assert len(report.regions) == 1
+    beside, _ = compiled(lambda x: model(x) + x)
+    (grad,) = torch.autograd.grad(beside(x).sum(), x)
+    assert torch.equal(grad, torch.ones_like(x)) is not train

@@ -39,14 +39,13 @@ def install() -> Callable[[], None]:
             return None  # Dynamo goes on as if there were no such method
         return dynamo.UserFunctionVariable(all_close).call_function(tx, [self, *args], kwargs)
 
-    had = hasattr(dynamo.TensorVariable, "method_allclose")
     dynamo.TorchInGraphFunctionVariable.call_function = patched
-    if not had:
-        dynamo.TensorVariable.method_allclose = method_allclose
+    # a torch that has a method of its own for it keeps that
+    restore = dynamo.trace_tensor_method("allclose", method_allclose) if dynamo.tensor_method("allclose") is None else None
 
     def remove() -> None:
         dynamo.TorchInGraphFunctionVariable.call_function = call_function
-        if not had:
-            del dynamo.TensorVariable.method_allclose
+        if restore is not None:
+            restore()
 
     return remove

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deq_compile.report import Reason, Skipped
+from deq_compile.unexpected import survive
 
 from . import dynamo, effects, marker
 
@@ -40,6 +41,11 @@ def add(recogniser: Recogniser) -> None:
     _recognisers.append(recogniser)
 
 
+def remove(recogniser: Recogniser) -> None:
+    """The opposite of `add`."""
+    _recognisers.remove(recogniser)
+
+
 def install() -> Callable[[], None]:
     """Patch Dynamo; returns what takes the patch out again."""
     original = dynamo.UserFunctionVariable.call_function
@@ -56,24 +62,27 @@ def install() -> Callable[[], None]:
                 elif not marker.blocked(tx, site):
                     if isinstance(found, tuple):
                         (found, arguments), kwargs = found, {}
-                    before = effects.snapshot(tx, tx.symbolic_locals, tensors=False)
-                    adapted = dynamo.UserFunctionVariable(found)
-                    result = adapted.call_function(tx, [dynamo.build(tx, site), *arguments], kwargs)
-                    # the body was traced once and will run many times: tensors that get out of it are for the passes to see
-                    what = effects.changed(before, effects.snapshot(tx, tx.symbolic_locals, tensors=False))
-                    if what is not None:
-                        detail = f"{what} changes whenever f is called"
-                        marker.tell(tx, Skipped(Reason.SIDE_EFFECT, marker.location(tx), detail))
-                        marker.retrace([site])
-                    return result
+                    with marker.guarded(tx, "tracing a call as a fixed point"):
+                        return _adapted(tx, site, found, arguments, kwargs)
         return original(self, tx, args, kwargs)
 
     dynamo.UserFunctionVariable.call_function = call_function
 
-    def remove() -> None:
+    def take_out() -> None:
         dynamo.UserFunctionVariable.call_function = original
 
-    return remove
+    return take_out
+
+
+def _adapted(tx: Any, site: str, adapter: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    before = effects.snapshot(tx, tx.symbolic_locals, tensors=False)
+    result = dynamo.UserFunctionVariable(adapter).call_function(tx, [dynamo.build(tx, site), *arguments], kwargs)
+    # the body was traced once and will run many times: tensors that get out of it are for the passes to see
+    what = effects.changed(before, effects.snapshot(tx, tx.symbolic_locals, tensors=False))
+    if what is not None:
+        marker.tell(tx, Skipped(Reason.SIDE_EFFECT, marker.location(tx), f"{what} changes whenever f is called"))
+        marker.retrace([site])
+    return result
 
 
 def _ask(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Found:
@@ -81,10 +90,16 @@ def _ask(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[str, 
         found: Found = _by_function.get(function)
     except TypeError:  # not hashable
         return None
-    for recogniser in _recognisers:
-        if found is not None:
-            break
-        found = recogniser(tx, function, arguments, kwargs)
+    try:
+        for recogniser in _recognisers:
+            if found is not None:
+                break
+            found = recogniser(tx, function, arguments, kwargs)
+    except dynamo.DynamoException:
+        raise
+    except Exception as error:  # it has only looked: Dynamo goes on with the user's function
+        marker.tell(tx, survive(error, "looking at a call", marker.location(tx)))
+        return None
     return found
 
 

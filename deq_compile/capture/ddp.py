@@ -7,6 +7,7 @@ Dynamo's DDPOptimizer splits a graph by gradient buckets before a backend sees i
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 
@@ -26,13 +27,15 @@ def takes_whole_graphs(backend: Any) -> bool:
     return bool(getattr(innermost(backend), "takes_whole_graphs", False))
 
 
-def install() -> None:
-    """Patch DDPOptimizer once; all other backends see it unchanged."""
+def install() -> Callable[[], None]:
+    """Patch DDPOptimizer; returns what takes the patch out again. All other backends see it unchanged.
+
+    Raises:
+        ImportError, AttributeError: a torch whose DistributedDataParallel has no such thing.
+    """
     from torch._dynamo.backends.distributed import DDPOptimizer
 
     original = DDPOptimizer.compile_fn
-    if getattr(original, "hands_over_whole_graphs", False):
-        return
 
     @functools.wraps(original)
     def compile_fn(self: Any, gm: Any, example_inputs: Any, **configs: Any) -> Any:
@@ -40,5 +43,9 @@ def install() -> None:
             return self.backend_compile_fn(gm, example_inputs, **configs)
         return original(self, gm, example_inputs, **configs)
 
-    compile_fn.hands_over_whole_graphs = True  # type: ignore[attr-defined]
     DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]
+
+    def remove() -> None:
+        DDPOptimizer.compile_fn = original  # type: ignore[method-assign]
+
+    return remove

@@ -1,47 +1,86 @@
-"""The one place that names Dynamo's private parts (torch 2.11 to 2.13). Everything is `Any`: none of it is a promise.
+"""The one place that names Dynamo's private parts (torch 2.11 to 2.14). Everything is `Any`: none of it is a promise.
 
-On a torch where one of these names is gone, `MISSING` says which, and capture stays off.
+A name that a torch does not have is an `Absent` (torch_parts.py): the feature of capture that needs it stays off.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from deq_compile.torch_parts import find, free_unbacked_symbols
 
-MISSING: list[str] = []
-
-
-def _find(module: str, name: str, otherwise: Any = None) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        MISSING.append(str(error))
-        return otherwise
-
-
-config = _find("torch._dynamo", "config")
-reset_code = _find("torch._dynamo", "reset_code")
-InstructionTranslator = _find("torch._dynamo.symbolic_convert", "InstructionTranslator")
-InliningInstructionTranslator = _find("torch._dynamo.symbolic_convert", "InliningInstructionTranslator")
-InliningGeneratorInstructionTranslator = _find("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
-livevars_analysis = _find("torch._dynamo.bytecode_analysis", "livevars_analysis")
-VariableTracker = _find("torch._dynamo.variables.base", "VariableTracker")
-CellVariable = _find("torch._dynamo.variables", "CellVariable")
-LazyVariableTracker = _find("torch._dynamo.variables", "LazyVariableTracker")
-SymNodeVariable = _find("torch._dynamo.variables", "SymNodeVariable")
-TensorVariable = _find("torch._dynamo.variables", "TensorVariable")
-TorchInGraphFunctionVariable = _find("torch._dynamo.variables", "TorchInGraphFunctionVariable")
-UserFunctionVariable = _find("torch._dynamo.variables", "UserFunctionVariable")
-AutogradFunctionVariable = _find("torch._dynamo.variables", "AutogradFunctionVariable")
-RangeIteratorVariable = _find("torch._dynamo.variables.lists", "RangeIteratorVariable")
-RemovableHandleVariable = _find("torch._dynamo.variables", "RemovableHandleVariable")
-ValueMutationNew = _find("torch._dynamo.variables.base", "ValueMutationNew")
-wrap_fx_proxy = _find("torch._dynamo.variables.builder", "wrap_fx_proxy")
-AttributeMutationExisting = _find("torch._dynamo.variables.base", "AttributeMutationExisting")
+config = find("torch._dynamo", "config")
+reset_code = find("torch._dynamo", "reset_code")
+InstructionTranslator = find("torch._dynamo.symbolic_convert", "InstructionTranslator")
+InliningInstructionTranslator = find("torch._dynamo.symbolic_convert", "InliningInstructionTranslator")
+InliningGeneratorInstructionTranslator = find("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
+livevars_analysis = find("torch._dynamo.bytecode_analysis", "livevars_analysis")
+VariableTracker = find("torch._dynamo.variables.base", "VariableTracker")
+CellVariable = find("torch._dynamo.variables", "CellVariable")
+LazyVariableTracker = find("torch._dynamo.variables", "LazyVariableTracker")
+SymNodeVariable = find("torch._dynamo.variables", "SymNodeVariable")
+TensorVariable = find("torch._dynamo.variables", "TensorVariable")
+TorchInGraphFunctionVariable = find("torch._dynamo.variables", "TorchInGraphFunctionVariable")
+UserFunctionVariable = find("torch._dynamo.variables", "UserFunctionVariable")
+AutogradFunctionVariable = find("torch._dynamo.variables", "AutogradFunctionVariable")
+RangeIteratorVariable = find("torch._dynamo.variables.lists", "RangeIteratorVariable")
+RemovableHandleVariable = find("torch._dynamo.variables", "RemovableHandleVariable")
+ValueMutationNew = find("torch._dynamo.variables.base", "ValueMutationNew")
+wrap_fx_proxy = find("torch._dynamo.variables.builder", "wrap_fx_proxy")
+AttributeMutationExisting = find("torch._dynamo.variables.base", "AttributeMutationExisting")
+DynamoException = find("torch._dynamo.exc", "TorchDynamoException")
 # the one exception by which a backend can have a frame traced again
-RestartFromBackend = _find("torch._dynamo.exc", "TensorifyScalarRestartAnalysis", RuntimeError)
+RestartFromBackend = find("torch._dynamo.exc", "TensorifyScalarRestartAnalysis")
+
+
+def tensor_method(name: str) -> Any:
+    """What traces a method of a tensor, (variable, tx, *args, **kwargs) -> variable; None where nothing special does.
+
+    Torch 2.14 has a table of them, {name: Method(handler)}; before that they are attributes, `method_<name>`.
+    """
+    table = getattr(TensorVariable, "tp_methods", None)
+    if table is None:
+        return getattr(TensorVariable, f"method_{name}", None)
+    return table[name].handler if name in table else None
+
+
+def trace_tensor_method(name: str, handler: Callable[..., Any]) -> Callable[[], None]:
+    """Have a method of a tensor traced by `handler`; returns what brings the former state back.
+
+    A handler that returns None hands the call to what Dynamo does with a method that it does not know.
+    """
+    table = getattr(TensorVariable, "tp_methods", None)
+    if table is not None:
+        places, key, value = table, name, importlib.import_module("torch._dynamo.variables.base").Method(handler)
+        had, before = key in places, places.get(key)
+        places[key] = value
+
+        def restore() -> None:
+            if had:
+                places[key] = before
+            else:
+                places.pop(key, None)
+    else:
+        attribute = f"method_{name}"
+        had, before = hasattr(TensorVariable, attribute), getattr(TensorVariable, attribute, None)
+        setattr(TensorVariable, attribute, handler)
+
+        def restore() -> None:
+            if had:
+                setattr(TensorVariable, attribute, before)
+            else:
+                delattr(TensorVariable, attribute)
+
+    return restore
+
+
+def attribute(tx: Any, variable: Any, name: str) -> Any:
+    """Dynamo's variable for an attribute of what a variable stands for. Torch 2.14 has a function of its own for that."""
+    if hasattr(variable, "var_getattr"):
+        return variable.var_getattr(tx, name)
+    return importlib.import_module("torch._dynamo.variables.object_protocol").generic_getattr(tx, variable, name)
 
 
 def translators() -> list[Any]:

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from deq_compile.torch_parts import free_unbacked_symbols
 
 from . import dynamo
 

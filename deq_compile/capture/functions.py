@@ -26,9 +26,10 @@ def install() -> Callable[[], None]:
 
     @functools.wraps(original)
     def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if marker.ours(tx) and differentiates_inside(self.fn_cls):
-            detail = _FIX.format(name=self.fn_cls.__name__)
-            marker.tell(tx, Skipped(Reason.AUTOGRAD_FUNCTION, marker.location(tx), detail))
+        with marker.guarded(tx, "looking at an autograd function"):
+            if marker.ours(tx) and differentiates_inside(self.fn_cls):
+                detail = _FIX.format(name=self.fn_cls.__name__)
+                marker.tell(tx, Skipped(Reason.AUTOGRAD_FUNCTION, marker.location(tx), detail))
         return original(self, tx, args, kwargs)
 
     dynamo.AutogradFunctionVariable.call_apply = call_apply

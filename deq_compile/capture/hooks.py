@@ -25,12 +25,13 @@ COUNT_ONLY_TOL = 1e-4  # where the hook's solve has a count and no tolerance
 
 def install() -> Callable[[], None]:
     """Patch Dynamo; returns what takes the patches out again."""
-    register_hook, requires_grad_ = dynamo.TensorVariable.method_register_hook, dynamo.TensorVariable.method_requires_grad_
+    register_hook, requires_grad_ = dynamo.tensor_method("register_hook"), dynamo.tensor_method("requires_grad_")
 
     @functools.wraps(register_hook)
     def patched_register_hook(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.source and len(args) == 1 and not kwargs and marker.ours(tx):
-            handle = _take(self, tx, args[0])
+            with marker.guarded(tx, "looking at a backward hook"):
+                handle = _take(self, tx, args[0])
             if handle is not None:
                 return handle
         return register_hook(self, tx, *args, **kwargs)
@@ -38,18 +39,21 @@ def install() -> Callable[[], None]:
     @functools.wraps(requires_grad_)
     def patched_requires_grad_(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.source and not args and not kwargs and marker.ours(tx):
-            site = marker.site_of(tx, "requires_grad_")
-            if not marker.blocked(tx, site) and not self.as_proxy().node.meta["example_value"].requires_grad:
-                _replace(self, tx, marker.adjoint_input, (self.as_proxy(), site))
-                return self
+            with marker.guarded(tx, "tracing requires_grad_()"):
+                site = marker.site_of(tx, "requires_grad_")
+                if not marker.blocked(tx, site) and not self.as_proxy().node.meta["example_value"].requires_grad:
+                    _replace(self, tx, marker.adjoint_input, (self.as_proxy(), site))
+                    return self
         return requires_grad_(self, tx, *args, **kwargs)
 
-    dynamo.TensorVariable.method_register_hook = patched_register_hook
-    dynamo.TensorVariable.method_requires_grad_ = patched_requires_grad_
+    restore = [
+        dynamo.trace_tensor_method("register_hook", patched_register_hook),
+        dynamo.trace_tensor_method("requires_grad_", patched_requires_grad_),
+    ]
 
     def remove() -> None:
-        dynamo.TensorVariable.method_register_hook = register_hook
-        dynamo.TensorVariable.method_requires_grad_ = requires_grad_
+        for back in restore:
+            back()
 
     return remove
 

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 
-from . import allclose, calls, ddp, dynamo, functions, hooks, loop_exit, marker
-from . import solver_calls as _solver_calls  # noqa: F401 (they add themselves to `calls`)
-from . import torchdeq as _torchdeq  # noqa: F401
+from deq_compile.torch_parts import MISSING, NEEDED, counters
+
+from . import allclose, calls, ddp, dynamo, functions, hooks, loop_exit, marker, solver_calls, torchdeq
 
 log = logging.getLogger("deq_compile.capture")
 
 OFF: dict[str, str] = {}  # feature -> why it is off
+EVERYTHING = "regions"  # the feature without which no graph is rewritten
 _installed = False
 
 
@@ -31,12 +32,16 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    ddp.install()
-    for feature, switch_on, test in _FEATURES:
-        if dynamo.MISSING:
-            OFF[feature] = dynamo.MISSING[0]
-            continue
-        _try(feature, switch_on, test)
+    absent = [MISSING[name] for name in NEEDED if name in MISSING]
+    if absent:
+        OFF[EVERYTHING] = absent[0]
+    for feature in _FEATURES:
+        absent += [MISSING[name] for name in feature.needs if name in MISSING]
+        if absent:
+            OFF[feature.name] = absent[0]
+        else:
+            _try(feature.name, feature.switch_on, feature.test)
+        absent = [MISSING[name] for name in NEEDED if name in MISSING]
 
 
 def _try(feature: str, switch_on: Callable[[], Callable[[], None]], test: Callable[[], None]) -> None:
@@ -73,13 +78,14 @@ class _Probe:
         self.targets: list[Any] = []
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        self.targets = [node.target for node in gm.graph.nodes]
+        self.targets = self.targets or [node.target for node in gm.graph.nodes]  # of the first graph
         return gm.forward
 
 
-def _targets(function: Callable[[Tensor], Tensor]) -> list[Any]:
+def _targets(function: Callable[..., Tensor], *more: Any) -> list[Any]:
+    """What stands in the graph of a function, compiled as users compile: where Dynamo breaks the graph, half of it is missing."""
     probe = _Probe()
-    torch.compile(function, backend=probe, fullgraph=True)(torch.ones(2))
+    torch.compile(function, backend=probe)(torch.ones(2), *more)
     dynamo.reset_code(function.__code__)
     return probe.targets
 
@@ -101,7 +107,7 @@ def _halved(z: Tensor) -> Tensor:
 
 def _halved_until_close(z: Tensor) -> Tensor:
     new = 0.5 * z
-    while not torch.allclose(z, new, atol=1e-3):  # any would do: how it is traced is looked at
+    while not (torch.allclose(z, new, atol=1e-3) & z.allclose(new, atol=1e-3)):  # the function and the method
         z, new = new, 0.5 * new
     return new
 
@@ -125,6 +131,39 @@ def _test_calls() -> None:
         found = _targets(_called)
     finally:
         calls.give_back(_halved)
+    _expect(found.count(marker.enter) + found.count(marker.leave), 2, "markers")
+
+
+class _Settings(torch.nn.Module):
+    """The attributes of a TorchDEQ module that its adapter reads."""
+
+    f_tol, f_max_iter, eval_f_max_iter, b_tol, b_max_iter = 1e-3, 7, 8, 1e-4, 9
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z
+
+
+def _with_settings(z: Tensor, module: _Settings) -> Tensor:
+    return module(z)
+
+
+def _adapter_of_settings(site: str, z: Tensor, f_tol: Any, f_cap: Any, eval_cap: Any, b_tol: Any, b_cap: Any) -> Tensor:
+    hints = (("tol", f_tol), ("max_iter", f_cap + eval_cap), ("backward_tol", b_tol), ("backward_max_iter", b_cap))
+    (found,), _ = marker.region(lambda states: (0.5 * states[0],), (z,), site, "self-test", hints)
+    return found
+
+
+def _test_torchdeq() -> None:
+    def recognise(tx: Any, function: Any, arguments: Any, kwargs: Any) -> Any:
+        if function is not _Settings.forward:
+            return None
+        return _adapter_of_settings, [arguments[1], *torchdeq.settings(tx, arguments[0])]
+
+    calls.add(recognise)
+    try:
+        found = _targets(_with_settings, _Settings())
+    finally:
+        calls.remove(recognise)
     _expect(found.count(marker.enter) + found.count(marker.leave), 2, "markers")
 
 
@@ -152,10 +191,38 @@ def _test_allclose() -> None:
     _expect(_targets(_halved_until_close).count(marker.may_exit), marker.UNROLLED + 1, "markers")
 
 
-_FEATURES: list[tuple[str, Callable[[], Callable[[], None]], Callable[[], None]]] = [
-    ("loops whose exit depends on data", loop_exit.install, _test_loop_exit),
-    ("calls of solvers", calls.install, _test_calls),
-    ("backward hooks", hooks.install, _test_hooks),
-    ("autograd functions in the report", functions.install, lambda: None),
-    ("torch.allclose as a loop's test", allclose.install, _test_allclose),
+@dataclasses.dataclass(frozen=True)
+class _Feature:
+    """switch_on patches and returns what undoes that; `test` fails where the patch does not do its work; `needs` are the names
+    of Dynamo's without which the feature would be wrong, or could not be taken back."""
+
+    name: str
+    switch_on: Callable[[], Callable[[], None]]
+    test: Callable[[], None]
+    needs: tuple[str, ...] = ()
+
+
+# To mark a region, to see what its body changes, and to have a frame traced again where a mark was in vain.
+_MARKS = (
+    "InstructionTranslator", "TorchDynamoException", "TensorifyScalarRestartAnalysis", "VariableTracker", "TensorVariable",
+    "SymNodeVariable", "CellVariable", "LazyVariableTracker", "AttributeMutationExisting",
+)  # fmt: skip
+_CALLS = (*_MARKS, "UserFunctionVariable")
+_LOOPS = (
+    *_MARKS, "InliningInstructionTranslator", "InliningGeneratorInstructionTranslator", "livevars_analysis",
+    "RangeIteratorVariable", "config",
+)  # fmt: skip
+_HOOKS = (*_CALLS, "RemovableHandleVariable", "ValueMutationNew", "wrap_fx_proxy")
+
+_FEATURES = [
+    _Feature("loops whose exit depends on data", loop_exit.install, _test_loop_exit, _LOOPS),
+    _Feature("calls of solvers", calls.install, _test_calls, _CALLS),
+    _Feature("calls of solvers that are known by their looks", solver_calls.install, lambda: None, _CALLS),
+    _Feature("TorchDEQ", torchdeq.install, _test_torchdeq, _CALLS),
+    _Feature("backward hooks", hooks.install, _test_hooks, _HOOKS),
+    _Feature("autograd functions in the report", functions.install, lambda: None, ("AutogradFunctionVariable",)),
+    _Feature(
+        "torch.allclose as a loop's test", allclose.install, _test_allclose, (*_LOOPS, "TorchInGraphFunctionVariable")
+    ),
+    _Feature("whole graphs under DistributedDataParallel", ddp.install, lambda: None),
 ]

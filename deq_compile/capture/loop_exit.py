@@ -66,22 +66,26 @@ def install() -> Callable[[], None]:
         opcode = dis.opmap["COMPARE_OP"]
         undo.append((cls, opcode, cls.dispatch_table[opcode]))
         cls.dispatch_table[opcode] = counters.handler(cls.dispatch_table[opcode])
-    method_item = dynamo.TensorVariable.method_item
+    method_item = dynamo.tensor_method("item")
 
     @functools.wraps(method_item)
     def item(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        if tx.one_graph or dynamo.config.capture_scalar_outputs or not marker.ours(tx) or not _in_loop(tx):
+        if tx.one_graph or dynamo.config.capture_scalar_outputs or not marker.ours(tx):
             return method_item(self, tx, *args, **kwargs)
-        _allow_scalars(tx)
+        with marker.guarded(tx, "reading a number in a loop"):
+            if in_loop := _in_loop(tx):
+                _allow_scalars(tx)
+        if not in_loop:
+            return method_item(self, tx, *args, **kwargs)
         with dynamo.config.patch(capture_scalar_outputs=True):
             return method_item(self, tx, *args, **kwargs)
 
-    dynamo.TensorVariable.method_item = item
+    restore = dynamo.trace_tensor_method("item", item)
 
     def remove() -> None:
         for cls, opcode, handler in undo:
             cls.dispatch_table[opcode] = handler
-        dynamo.TensorVariable.method_item = method_item
+        restore()
 
     return remove
 
@@ -91,9 +95,10 @@ def _handler(original: Callable[..., Any], jumps_if_true: bool) -> Callable[...,
     def handle(self: Any, inst: Any) -> Any:
         value = self.stack[-1]
         if effects.depends_on_data(value) and marker.ours(self):
-            found = _exit(self, inst)
-            if found is not None and _pass_by(self, inst, found, jumps_if_true):
-                return None
+            with marker.guarded(self, "following a loop whose exit depends on data"):
+                found = _exit(self, inst)
+                if found is not None and _pass_by(self, inst, found, jumps_if_true):
+                    return None
         return original(self, inst)
 
     return handle

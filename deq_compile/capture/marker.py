@@ -8,10 +8,11 @@ that place blocked, so that the user's own code is compiled as under any other b
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from deq_compile.report import Location, Skipped
+from deq_compile.torch_parts import Absent
+from deq_compile.unexpected import survive
 
 from . import dynamo
 from .ddp import innermost, takes_whole_graphs
@@ -38,7 +41,11 @@ _blocked: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 _refusals: weakref.WeakKeyDictionary[Any, list[Skipped]] = weakref.WeakKeyDictionary()
 
 
-class Retrace(dynamo.RestartFromBackend):
+_EVERYWHERE = "*"  # among the blocked sites: nothing is captured any more for that torch.compile
+_Restart: Any = RuntimeError if isinstance(dynamo.RestartFromBackend, Absent) else dynamo.RestartFromBackend
+
+
+class Retrace(_Restart):
     """Dynamo traces the frame again. The base class is the one restart that may come from a backend."""
 
 
@@ -106,8 +113,22 @@ def ours(tx: Any) -> bool:
     output = tx.output
     known = getattr(output, "_deq_compile_ours", None)
     if known is None:
-        known = output._deq_compile_ours = takes_whole_graphs(output.compiler_fn)
+        known = takes_whole_graphs(output.compiler_fn) and _EVERYWHERE not in _blocked.get(_key(tx), ())
+        output._deq_compile_ours = known
     return bool(known)
+
+
+@contextlib.contextmanager
+def guarded(tx: Any, doing: str) -> Iterator[None]:
+    """Code that works within a trace. Dynamo's own exceptions steer it and pass; any other one ends capture for this
+    torch.compile, and Dynamo traces the frame again without it: what was traced so far may be half of something."""
+    try:
+        yield
+    except (dynamo.DynamoException, Retrace):
+        raise
+    except Exception as error:
+        tell(tx, survive(error, doing, location(tx)))
+        retrace([_EVERYWHERE])
 
 
 def frames_of(tx: Any) -> list[tuple[str, int]]:

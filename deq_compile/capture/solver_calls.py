@@ -7,7 +7,7 @@ known. Lists of residuals hold the last one; Python numbers become tensors of on
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,12 @@ from deq_compile.report import Location, Reason, Skipped
 
 from . import calls, dynamo, marker
 from .solver_family import Family, SolveInfo, family_of, roles_of
+
+
+def install() -> Callable[[], None]:
+    """Have calls looked at; returns what ends that."""
+    calls.add(recognise)
+    return lambda: calls.remove(recognise)
 
 
 def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -40,7 +46,8 @@ def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[
         return None  # a tolerance that is computed
     absolute = mode == "abs" if mode is not None else family.absolute
     form = f"call of {function.__name__}"
-    own = [given[family.f], given[family.z0], *(dynamo.build(tx, v) for v in (form, tol, cap, absolute, family.shape))]
+    facts = (form, tol, cap, absolute, family.detached, family.shape)
+    own = [given[family.f], given[family.z0], *(dynamo.build(tx, v) for v in facts)]
     if family.build is None:
         return _adapter, own
     return _adapter_with_build, [*own, dynamo.build(tx, family.build)]
@@ -75,25 +82,29 @@ def _number(tx: Any, name: str | None, given: Mapping[str, Any], function: Any) 
 # ---- traced by Dynamo from here on: a global number would become an input of the graph under dynamic=True
 
 
-def _solve(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any) -> Any:
+def _solve(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any, detached: Any) -> Any:
     if absolute:
         # of the whole batch: a tolerance for each sample would have to know how many there are
         hints: Any = (("whole_batch_tol", tol), ("max_iter", cap))
     else:
         hints = (("tol", tol), ("stop_mode", "rel"), ("max_iter", cap))
+    if detached:  # the function works without gradients, and so does what stands in for it
+        with torch.no_grad():
+            (z,), about = marker.region(lambda states: (f(states[0]),), (z0,), site, form, hints)
+        return z.detach(), about.detach()
     (z,), about = marker.region(lambda states: (f(states[0]),), (z0,), site, form, hints)
     return z, about.detach()
 
 
-def _adapter(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any, shape: Any) -> Any:
-    z, about = _solve(site, f, z0, form, tol, cap, absolute)
+def _adapter(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any, detached: Any, shape: Any) -> Any:
+    z, about = _solve(site, f, z0, form, tol, cap, absolute, detached)
     return z if shape == "z" else _build(shape, z, about, tol, cap, absolute)
 
 
 def _adapter_with_build(
-    site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any, shape: Any, build: Any
+    site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any, detached: Any, shape: Any, build: Any
 ) -> Any:
-    z, about = _solve(site, f, z0, form, tol, cap, absolute)
+    z, about = _solve(site, f, z0, form, tol, cap, absolute, detached)
     return build(z, SolveInfo(about[:, 0], about[:, 1]))
 
 
@@ -124,6 +135,3 @@ def _fill(what: Any, z: Any, about: Any, tol: Any, cap: Any, absolute: Any) -> A
     whole = torch.linalg.vector_norm(lengths)
     number = whole if what.startswith("absolute") or (what.startswith("residual") and absolute) else whole / size
     return [number] if what.endswith("list") else number
-
-
-calls.add(recognise)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,7 @@ class Family:
     absolute  its tolerance is one for |f(z) - z| of the whole batch, in the absence of a mode
     shape     what it returns, with "z" where the fixed point is: a word, ("tuple", part, ...) or ("dict", (key, part), ...)
     build     a function of (z, SolveInfo) that makes what it returns, in place of `shape`
+    detached  it works under a no_grad of its own: its result has no gradient
     """
 
     f: str
@@ -59,6 +61,7 @@ class Family:
     absolute: bool
     shape: Any
     build: Callable[[Any, SolveInfo], Any] | None = None
+    detached: bool = False
 
 
 _registered: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -221,7 +224,8 @@ class _Problem:
         return 0.6 * torch.roll(z, 1, -1) + self.b
 
     def residual(self, z: Tensor) -> float:
-        return float(torch.linalg.vector_norm(self.map(z) - z))
+        with torch.no_grad():
+            return float(torch.linalg.vector_norm(self.map(z) - z))
 
 
 def _run(function: Callable[..., Any], facts: Mapping[str, Any], problem: _Problem, tol: float) -> Any:
@@ -247,7 +251,20 @@ def _try_out(function: Callable[..., Any], facts: dict[str, Any], dims: int, pat
         small = _Problem(dims, 1e-4)
         z = _nearest(_run(function, facts, small, _LOOSE), small)
         facts = {**facts, "absolute": z is not None and small.residual(z) > 0.1 * float(small.z.norm())}
-    return Family(**facts, shape=shape)
+    return Family(**facts, shape=shape, detached=_drops_gradients(function, facts, dims))
+
+
+def _drops_gradients(function: Callable[..., Any], facts: Mapping[str, Any], dims: int) -> bool:
+    """Whether a solver's result has no gradient where its map has: it works under no_grad of its own."""
+    problem = _Problem(dims, 1.0)
+    problem.b.requires_grad_()
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of numbers that are read from tensors with a history
+            z = _nearest(_run(function, facts, problem, _LOOSE), problem)
+    except Exception:  # one that cannot be differentiated says so to the user
+        return False
+    return z is not None and not z.requires_grad
 
 
 def _is_z(value: Any, problem: _Problem) -> bool:

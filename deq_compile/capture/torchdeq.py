@@ -12,7 +12,7 @@ radius; a writer for the backward's statistics; `return_final`; and `simple_fixe
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,12 @@ _HARMLESS = {"f_max_iter", "tau", "m", "lam", "beta", "LBFGS_thres", "ls"}
 _IMPLICIT = ("func_ift", "hook_ift_grad")
 # Their backward tolerance is 1e-6, absolute, by default; below this a relative one means nothing in fp32.
 _LEAST_BACKWARD_TOL = 1e-6
+
+
+def install() -> Callable[[], None]:
+    """Have calls looked at; returns what ends that."""
+    calls.add(recognise)
+    return lambda: calls.remove(recognise)
 
 
 def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -44,14 +50,14 @@ def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[
     if refusal is not None:
         reason, detail = refusal
         return Skipped(reason, Location(), detail)
-    own = [*arguments[:3], given.get("solver_kwargs") or dynamo.build(tx, None), *_settings(tx, arguments[0])]
+    own = [*arguments[:3], given.get("solver_kwargs") or dynamo.build(tx, None), *settings(tx, arguments[0])]
     return _implicit if _is_implicit(module) else _attached, own
 
 
-def _settings(tx: Any, module: Any) -> list[Any]:
+def settings(tx: Any, module: Any) -> list[Any]:
     """The numbers of a module, held to what they are: they become constants of the region."""
     names = ("f_tol", "f_max_iter", "eval_f_max_iter", "b_tol", "b_max_iter")
-    values = {name: dynamo.constant(tx, module.var_getattr(tx, name)) for name in names}
+    values = {name: dynamo.constant(tx, dynamo.attribute(tx, module, name)) for name in names}
     values["b_tol"] = max(values["b_tol"], _LEAST_BACKWARD_TOL)
     return [dynamo.build(tx, value) for value in values.values()]
 
@@ -101,8 +107,10 @@ def _implicit(
         note = "implicit gradient, solved with the forward's factors in place of " + self.b_solver.__name__
         backward: Any = (("backward_tol", b_tol), ("backward_max_iter", b_cap))
         states, about = _solve(site, self, func, z, asked, f_tol, f_cap, backward, note)
-    else:
-        states, about = _solve(site, self, func, z, asked, f_tol, eval_cap, (), "")
+    else:  # the library solves without gradients then
+        with torch.no_grad():
+            states, about = _solve(site, self, func, z, asked, f_tol, eval_cap, (), "")
+            states = tuple(state.detach() for state in states)
     return [_as_given(states, z)], _statistics(self, states, about)
 
 
@@ -155,6 +163,3 @@ def _statistics(self: Any, states: Any, about: Any) -> Any:
     if not self.training:
         info["sradius"] = torch.zeros(1, device=stopped.device)
     return info
-
-
-calls.add(recognise)

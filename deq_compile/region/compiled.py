@@ -16,11 +16,13 @@ from torch import Tensor, fx
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
 from .body import BodySpec, Evaluations, Linearised, Runner
 from .layout import Layout
-from .modes import autograd_recording
+from .modes import autograd_recording, functionalising
 
 Call = Callable[[list[Any]], Sequence[Any]]
 
@@ -106,7 +108,16 @@ class CompiledRunner(Runner):
 
             decompositions = select_decomp_table()
         args = inputs if len(inputs) > 1 else tuple(inputs[0])
-        return make_fx(fn, decomposition_table=decompositions, tracing_mode="fake")(*args)
+        graph = make_fx(fn, decomposition_table=decompositions, tracing_mode="fake")(*args)
+        if not _writes(graph):
+            return graph
+        # The partitioner and Inductor expect graphs without writes; a derivative may hold them (that of std does).
+
+        def run(*tensors: Any) -> Any:
+            return fx.Interpreter(graph).run(*tensors, enable_io_processing=False)
+
+        with functionalising():
+            return make_fx(functionalize(run, remove="mutations"), tracing_mode="fake")(*pytree.tree_leaves(args))
 
     def _retrace(self, graph: fx.GraphModule, inputs: list[Any]) -> fx.GraphModule:
         return make_fx(graph, tracing_mode="fake")(*_distinct(inputs))
@@ -116,7 +127,8 @@ class CompiledRunner(Runner):
         graph.graph.eliminate_dead_code()
         graph.recompile()
         if self.spec.inner != "inductor":
-            return lambda inputs: graph(*inputs)
+            forward = graph.forward  # below the hooks of modules, whose users expect tensors that autograd made
+            return lambda inputs: forward(*inputs)
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
 
@@ -183,6 +195,12 @@ def _fake_mode(graph: fx.GraphModule) -> FakeTensorMode:
         if isinstance(value, torch._subclasses.FakeTensor):
             return value.fake_mode
     raise RuntimeError("expected at least one fake tensor in a traced body")
+
+
+def _writes(graph: fx.GraphModule) -> bool:
+    """Whether an operation of an ATen graph changes a tensor in place."""
+    targets = (node.target for node in graph.graph.nodes if node.op == "call_function")
+    return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets)
 
 
 def _name_placeholders(graph: fx.GraphModule, primals: int) -> None:

@@ -6,6 +6,7 @@ replaces the cotangent q by the adjoint w = q + J^T w. Whatever f reads, closure
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,19 +16,22 @@ from torch import Tensor
 
 from deq_compile.config import Config
 from deq_compile.kernels.broyden import Factors
+from deq_compile.kernels.device import on_gpu
 
 from . import records
-from .adjoint import phantom, solve_adjoint
+from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
 from .body import BodySpec
 from .forward import or_plain
 from .layout import Layout
 from .modes import Ambient
-from .op import Once
+from .op import once
 from .probe import rows_are_independent
 from .run import record_forward, solve_for
 from .site import RegionSpec, Site
 from .status import converged
+from .surroundings import for_each_of_batch, is_batched
 from .verdict import count_misses, declared_gradient_holds
+from .worth import factors_pay
 
 Body = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -64,18 +68,20 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
         relative = config.stop_mode == "rel"
         solution = or_plain(solution, flat, z0, cap=config.max_iter, tol=site.tol, relative=relative)
     count_misses(site, solution)
-    states = layout.outputs(solution.z)
-    serial = record_forward(site, solution, solution.z, solution.evaluations, solution.state)
+    factors = solution.state.alone() if solution.state is not None and site.spec.stores_steps else None
+    serial = record_forward(site, solution, solution.z, solution.evaluations, factors)
     if not torch.is_grad_enabled():
-        return states
-    inputs = [s.detach().requires_grad_() for s in layout.unflatten(solution.z)]
+        return layout.outputs(solution.z)
+    starts = [s.detach().requires_grad_() for s in layout.unflatten(solution.z)]
+    inputs = [s.view_as(s) for s in starts]  # no leaves: hooks of modules do not expect those under `autograd.grad`
     images = list(f(inputs))
-    if not _reads_more_than(images, inputs):
-        return states
-    for z in inputs:  # the engine also brings J^T w here, where nobody wants it
+    if not _reads_more_than(images, starts):
+        return layout.outputs(solution.z)
+    for z in starts:  # the engine also brings J^T w here, where nobody wants it
         z.register_post_accumulate_grad_hook(_forget)
-    factors = None if solution.state is None else solution.state.alone()
     adjoint = _Adjoint(layout, inputs, images, factors, config, site, serial)
+    # of its own memory: the user may write to it, and `inputs` are views of z
+    states = layout.outputs(solution.z, fresh=True)
     return list(_Implicit.apply(adjoint, states, *images))
 
 
@@ -164,28 +170,50 @@ class _Adjoint:
         self.layout, self.inputs, self.images, self.factors = layout, inputs, images, factors
         self.config, self.site, self.serial = config, site, serial
 
+    def of(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
+        """What goes on to the attached evaluation of f, for the cotangents of the fixed point."""
+        given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, self.inputs, strict=True)]
+        w = self.solve(self.layout.flatten(given))
+        return [g.to(image.dtype) for g, image in zip(self.layout.unflatten(w), self.images, strict=True)]
+
     def solve(self, q: Tensor) -> Tensor:
         config = self.config
-        if config.backward in ("phantom", "neumann"):
+        if config.backward == "jfb":
+            if not self.serial:
+                return q  # only a record wants its residual
+            found = jacobian_free(self._certified, q)
+        elif config.backward in ("phantom", "neumann"):
             damping = config.backward_damping if config.backward == "phantom" else 1.0
             found = phantom(self.vjp, self._certified, q, config.backward_steps, damping)
         else:
-            found = solve_adjoint(
-                self.vjp,
-                self._certified,
-                q,
-                self.factors,
-                tol=config.backward_tol,
-                max_iter=max(1, config.backward_max_iter),
-                expected=self.site.expected_vjps,
-                body_eps=self.site.spec.body_eps,
-                skip=2 if config.memory < config.max_iter else 0,  # a restart may have left two pairs that are not exact
-            )
+            found = self._refined(q)
             self.site.expected_vjps = found.needed
             declared_gradient_holds(self.site, found)
         if self.serial:
             records.complete_adjoint(self.serial, q, found)
         return found.w
+
+    def _refined(self, q: Tensor) -> AdjointSolution:
+        config, site = self.config, self.site
+        tol, max_iter, eps = config.backward_tol, max(1, config.backward_max_iter), site.spec.body_eps
+        skip = 2 if config.memory < config.max_iter else 0  # a restart may have left two pairs that are not exact
+
+        def attempt(factors: Factors | None) -> AdjointSolution:
+            return solve_adjoint(
+                self.vjp, self._certified, q, factors, tol=tol, max_iter=max_iter, expected=site.expected_vjps, body_eps=eps,
+                skip=skip,
+            )  # fmt: skip
+
+        asks = self.factors is not None and not math.isinf(tol) and not on_gpu(q.device)
+        due = asks and site.reuse_due()
+        factors = None if asks and not (due or site.reuses) else self.factors
+        site.backwards += 1
+        found = attempt(factors)
+        if due and factors is not None and q.numel():
+            site.reuse(factors_pay(self.vjp, q, factors, found, tol=tol, max_iter=max_iter, body_eps=eps))
+            if not site.reuses:  # this very call's gradient is that of the calls after it
+                found = attempt(None)
+        return found
 
     def _certified(self, w: Tensor) -> tuple[Tensor, None]:
         return self.vjp(w), None  # the operands' gradients come from the attached evaluation of f
@@ -215,10 +243,7 @@ class _Implicit(torch.autograd.Function):
         if all(c is None for c in cotangents):
             return (None, None, *([None] * len(cotangents)))
         with torch.no_grad():
-            given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, adjoint.inputs, strict=True)]
-            q = adjoint.layout.flatten(given)
-            w = q if adjoint.config.backward == "jfb" else adjoint.solve(q)
-            found = [g.to(image.dtype) for g, image in zip(adjoint.layout.unflatten(w), adjoint.images, strict=True)]
+            found = for_each_of_batch(adjoint.of, cotangents) if is_batched(cotangents) else adjoint.of(cotangents)
         if torch.is_grad_enabled():
-            found = list(Once.apply(adjoint.inputs[0], *found))
+            found = once(found, (*adjoint.images, *cotangents))
         return (None, None, *found)

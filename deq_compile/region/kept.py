@@ -54,8 +54,7 @@ def own_loop(
             linears.append(linear)
         passed = stop is not None and stop(z, f)
         z, k = f, k + 1
-    # An output may not share memory with an input, nor with what a body saves.
-    return OwnLoop(z.clone() if linears or k == 0 else z, k or cap, passed, linears)
+    return OwnLoop(z.clone() if k == 0 else z, k or cap, passed, linears)  # an output may not share memory with an input
 
 
 def loop_gradient(

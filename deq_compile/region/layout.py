@@ -90,6 +90,12 @@ class Layout:
     def _strides(self) -> tuple[int, ...]:
         return torch.empty_permuted(self.shapes[0], self.orders[0], device="meta").stride()
 
+    def held(self, states: Sequence[Tensor]) -> Tensor:
+        """The (B, D) matrix of what a forward handed to its backward: the flat state in one dimension, or the state tensors."""
+        if len(states) == 1 and states[0].dim() == 1 and states[0].dtype == self.dtype:
+            return states[0].view(self.batch, self.width)
+        return self.matrix(states)
+
     def matrix(self, states: Sequence[Tensor]) -> Tensor:
         """As `flatten`; where the one state is a contiguous matrix already, that very tensor."""
         if self._contiguous and (state := states[0]).dtype == self.dtype and state.is_contiguous():
@@ -114,15 +120,16 @@ class Layout:
             states.append(part.reshape([shape[d] for d in order]).permute(inverse).to(dtype))
         return states
 
-    def outputs(self, flat: Tensor) -> list[Tensor]:
-        """As `unflatten`, with exactly the strides of `empty_permuted(shape, order)` and sharing nothing."""
+    def outputs(self, flat: Tensor, fresh: bool = False) -> list[Tensor]:
+        """As `unflatten`, with exactly the strides of `empty_permuted(shape, order)` and sharing nothing with each other; with
+        `fresh` nor with `flat`, and none of them a view."""
         if self._contiguous and flat.shape == self.shapes[0] and flat.stride() == self._strides:
-            return [flat]
+            return [flat.clone() if fresh else flat]
         if self._contiguous and flat.is_contiguous() and (view := flat.view(self.shapes[0])).stride() == self._strides:
-            return [view]
+            return [view.clone() if fresh else view]
         found: list[Tensor] = []
         for state, order in zip(self.unflatten(flat), self.orders, strict=True):
-            fresh = torch.empty_permuted(state.shape, order, dtype=state.dtype, device=state.device)
-            single = len(self.shapes) == 1 and state.stride() == fresh.stride()
-            found.append(state if single else fresh.copy_(state))
+            made = torch.empty_permuted(state.shape, order, dtype=state.dtype, device=state.device)
+            single = len(self.shapes) == 1 and state.stride() == made.stride() and not fresh
+            found.append(state if single else made.copy_(state))
         return found

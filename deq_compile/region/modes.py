@@ -45,10 +45,22 @@ class Ambient:
 def autograd_recording() -> Iterator[None]:
     """Autograd records inside, also within an operator's kernel: there the dispatcher leaves autograd's keys out, and
     `torch.autograd.grad` would find no graph."""
+    with _dispatching("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"), torch.enable_grad():
+        yield
+
+
+def functionalising() -> contextlib.AbstractContextManager[None]:
+    """`torch.func.functionalize` works inside, also within an operator's kernel."""
+    return _dispatching("Functionalize", "FuncTorchDynamicLayerBackMode", "FuncTorchDynamicLayerFrontMode")
+
+
+@contextlib.contextmanager
+def _dispatching(*keys: str) -> Iterator[None]:
+    """The dispatcher heeds these keys again, which it leaves out below the kernel of an operator."""
     included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"):
+    for key in keys:
         excluded = excluded.remove(torch._C.DispatchKey.__members__[key])
-    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+    with torch._C._ForceDispatchKeyGuard(included, excluded):
         yield
 
 

@@ -1,10 +1,12 @@
 """The region as a pair of opaque operators, `deq::solve` and `deq::solve_backward`, in one whole graph.
 
-    solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> [state..., ticket, about]
+    solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> [state..., ticket, about, held...]
 
 state  fresh tensors of the shapes of state0, in the memory orders of the region
 ticket (3,) int64 on the CPU: iterations of a loop that was kept (0: solved), rows, serial number of the record
 about  (B, 2) float32, stopping residual and iterations of each sample; all rows are equal where the batch is one system
+held   one tensor where the region records gradients, none otherwise: the flat state in one dimension and in the solver's dtype,
+       in memory of its own. The backward reads this one: the user may write to `state`, or through a view of it
 
 What a backward needs is an output or an input: forward, forward, backward, backward and retain_graph are right. The factors,
 whose size is known when the solve has ended, and the linearised body hang on the ticket (`run.Left`), which autograd saves for
@@ -17,15 +19,19 @@ from __future__ import annotations
 
 import array
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 
 from . import run
+from .layout import flat_dtype
 from .site import await_backward
 from .site import site as find_site
+from .surroundings import NO_TANGENT, NO_VMAP, NotHere, any_tangent, for_each_of_batch
 
 _TAGS = tuple(
     tag
@@ -45,7 +51,7 @@ _DENSE = {torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key]).raw_rep
 Call = Callable[..., Sequence[Tensor]]
 # Private: the hooks that tensors saved now will go through, or None.
 _saved_tensors_hooks: Callable[[bool], Any] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
-EXTRAS = 2  # outputs after the state: ticket, about
+EXTRAS = 2  # outputs after the state, before what is held: ticket, about
 
 
 def _rows(state0: Sequence[Tensor]) -> Any:
@@ -63,7 +69,7 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
         await_backward(site)
     if about.shape[0] != rows:
         about = about[:1].repeat(rows, 1)
-    return [*done.states, ticket, about]
+    return [*done.states, ticket, about] if done.held is None else [*done.states, ticket, about, done.held]
 
 
 def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:
@@ -73,7 +79,11 @@ def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], 
         for s, order, dtype in zip(state0, spec.orders, spec.dtypes, strict=True)
     ]
     about = state0[0].new_empty((_rows(state0), 2), dtype=torch.float32)
-    return [*states, torch.empty(3, dtype=torch.int64, device="cpu"), about]
+    found = [*states, torch.empty(3, dtype=torch.int64, device="cpu"), about]
+    if spec.grad:
+        elements = sum(s.numel() for s in state0)
+        found.append(state0[0].new_empty((elements,), dtype=flat_dtype(spec.dtypes)))
+    return found
 
 
 def _solve_backward(
@@ -146,24 +156,23 @@ class _Solve(torch.autograd.Function):
             found = call(list(tensors[:count]), list(tensors[count:]), sizes, region)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found[count:])
-        ctx.save_for_backward(*found, *tensors)
+        ticket, held = found[count], found[count + EXTRAS :] or found[:count]
+        ctx.save_for_backward(ticket, *held, *tensors)
         ctx.sizes, ctx.region, ctx.count = sizes, region, count
         return tuple(found)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        saved, k = ctx.saved_tensors, ctx.count
+        (ticket, *saved), k = ctx.saved_tensors, ctx.count
         cotangents, needs = list(grads[:k]), ctx.needs_input_grad[4:]
         if all(c is None for c in cotangents):
             return (None,) * (4 + len(needs))
-        ticket, _ = saved[k : k + EXTRAS]
-        tensors = saved[k + EXTRAS :]
+        held, tensors = saved[: -len(needs)], saved[-len(needs) :]
         found = iter(
             torch.ops.deq.solve_backward.default(
-                cotangents, list(saved[:k]), ticket, list(tensors[:k]), list(tensors[k:]), ctx.sizes, ctx.region, list(needs[:k]),
-                list(needs[k:]),
+                cotangents, held, ticket, tensors[:k], tensors[k:], ctx.sizes, ctx.region, list(needs[:k]), list(needs[k:])
             )
-        )  # fmt: skip
+        )
         return (None, None, None, None, *(next(found) if need else None for need in needs))
 
 
@@ -179,18 +188,47 @@ def _solve_autograd(
 ) -> Sequence[Tensor]:
     """By hand: torch.library's own takes lists apart with pytree and always goes through the dispatcher once more."""
     call = _below_autograd(keyset, torch.ops.deq.solve.default, _solve)
+    if forward_ad._current_level >= 0 and any_tangent((*state0, *operands)):
+        return _loop_itself(region, state0, operands, sizes)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*state0, *operands)):
         return list(_Solve.apply(call, len(state0), sizes, region, *state0, *operands))
     with torch._C._AutoDispatchBelowAutograd():
         return call(state0, operands, sizes, region)
 
 
-class Once(torch.autograd.Function):
+def _loop_itself(region: str, state0: list[Tensor], operands: list[Tensor], sizes: list[int]) -> Sequence[Tensor]:
+    """Forward-mode AD: the user's own iterations, through which tangents flow, and gradients as well.
+
+    Raises:
+        NotHere: a region that has no count of iterations of its own.
+    """
+    spec = find_site(region).spec
+    if spec.iterations is None or spec.config.semantics != "loop":
+        raise NotHere(NO_TANGENT)
+    states: Sequence[Tensor] = [s.clone() for s in state0]
+    with spec.body.ambient.autocast_entered():
+        for _ in range(spec.iterations):
+            states = spec.body.call(*states, *operands, *sizes)
+    about = state0[0].new_full((_rows(state0), 2), -1.0, dtype=torch.float32)
+    held = [torch.cat([s.detach().flatten() for s in states]).to(flat_dtype(spec.dtypes))] if spec.grad else []
+    return [*states, torch.tensor((1, 0, 0)), about, *held]
+
+
+def once(grads: Sequence[Tensor], sources: Iterable[Tensor | None]) -> list[Tensor]:
+    """Gradients that nobody can differentiate with respect to `sources`, or to anything that those were made of.
+
+    Autograd skips a node that leads to none of the inputs it is asked about: the node that raises has to lead to all of them.
+    """
+    anchors = [s for s in sources if isinstance(s, Tensor) and s.requires_grad]
+    return list(_Once.apply(len(grads), *grads, *anchors)) if anchors and grads else list(grads)
+
+
+class _Once(torch.autograd.Function):
     """Passes gradients on, and raises where somebody differentiates them."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in grads)
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
@@ -207,9 +245,26 @@ def _solve_backward_autograd(keyset: Any, *args: Any) -> Sequence[Tensor]:
         return call(*args)
     with torch.no_grad():
         grads = call(*args)
-    tensors = [t for a in args if isinstance(a, list) for t in a if isinstance(t, Tensor)]
-    anchor = next((t for t in tensors if t.requires_grad), None)
-    return grads if anchor is None or not grads else list(Once.apply(anchor, *grads))
+    return once(grads, (t for a in args if isinstance(a, list) for t in a))
+
+
+def _solve_backward_batched(*args: Any) -> list[Tensor]:
+    """Batched cotangents (`is_grads_batched`, `jacobian(vectorize=True)`): one backward after the other."""
+    return for_each_of_batch(torch.ops.deq.solve_backward.default, *args)
+
+
+def _solve_backward_vmap(info: Any, in_dims: Any, *args: Any) -> tuple[list[Tensor], list[int]]:
+    """The same for torch.func.vmap, which has taken its tensors apart already."""
+
+    def select(index: int) -> Any:
+        return pytree.tree_map(lambda t, d: t if d is None else t.select(d, index), args, in_dims, is_leaf=lambda t: t is None)
+
+    found = [torch.ops.deq.solve_backward.default(*select(i)) for i in range(info.batch_size)]
+    return [torch.stack(parts) for parts in zip(*found, strict=True)], [0] * len(found[0])
+
+
+def _solve_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+    raise NotHere(NO_VMAP)
 
 
 _library.impl("solve", _solve, "CompositeExplicitAutograd")
@@ -218,4 +273,7 @@ _library.impl("solve_backward", _solve_backward, "CompositeExplicitAutograd")
 _library.impl("solve_backward", _solve_backward_autograd, "Autograd", with_keyset=True)
 torch.library.register_fake("deq::solve", _solve_fake, lib=_library)
 torch.library.register_fake("deq::solve_backward", _solve_backward_fake, lib=_library)
+_library.impl("solve_backward", _solve_backward_batched, "Batched")
+torch.library.register_vmap("deq::solve_backward", _solve_backward_vmap, lib=_library)
+torch.library.register_vmap("deq::solve", _solve_vmap, lib=_library)
 solve_op = torch.ops.deq.solve.default

@@ -16,6 +16,8 @@ def rows_are_independent(body: Callable[[Tensor], Tensor], z: Tensor, eps: float
     when others change, hence a threshold of a thousand units of the body's round-off `eps`. A coupling weaker than that
     is not seen. Where the noise leaves the body's domain (a logarithm's, say), z is disturbed by a part of itself.
     """
+    if not z.numel():
+        return True
     batch = z.shape[0]
     generator = torch.Generator(device="cpu").manual_seed(0)
 

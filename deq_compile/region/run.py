@@ -49,7 +49,7 @@ class Left:
 class Forward:
     """What one forward gives: fresh state tensors, the iterations of the loop where its own result is given and 0 elsewhere, over
     which rows, and what it leaves. `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a
-    loop."""
+    loop. `held` is the flat state in one dimension, for the backward: who gets `states` may change them in place."""
 
     states: list[Tensor]
     kept: int
@@ -57,6 +57,7 @@ class Forward:
     serial: int
     about: Tensor
     left: Left
+    held: Tensor | None = None
 
 
 class _Call:
@@ -153,7 +154,8 @@ def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor]
     if solution is None or first is None or solution.z is not first.z:
         linear = None
     about = z.new_full((call.layout.batch, 2), -1.0, dtype=torch.float32) if solution is None else solution.about()
-    done = Forward(call.layout.outputs(z), kept, call.rows, serial, about, Left(linear, linears, factors))
+    states, held = call.layout.outputs(z, fresh=spec.grad), z.reshape(-1) if spec.grad else None
+    done = Forward(states, kept, call.rows, serial, about, Left(linear, linears, factors), held)
     if call.watch is not None:
         records.add_seconds(serial, call.watch.read())
     return done
@@ -234,7 +236,8 @@ def run_backward(
     needs: tuple[bool, ...],
     left: Left,
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
-    """Gradients of the initial state (None: zero) and of the operands marked in `needs`; `left` is empty where it got lost."""
+    """Gradients of the initial state (None: zero) and of the operands marked in `needs`. `states` is what the forward `held`;
+    `left` is empty where it got lost."""
     serial = forward[2]
     watch = Stopwatch() if serial and records.wants_timing() else None
     try:
@@ -250,8 +253,13 @@ def _gradients(
     watch: Stopwatch | None,
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:  # fmt: skip
     spec, (kept, rows, serial), linear = site.spec, forward, left.linear
-    layout = spec.layout([s.shape for s in states], rows)
-    q = layout.matrix([torch.zeros_like(s) if c is None else c for s, c in zip(states, cotangents, strict=True)])
+    layout = spec.layout([s.shape for s in state0], rows)
+    q = layout.matrix(
+        [
+            torch.zeros(s.shape, dtype=dtype, device=s.device) if c is None else c
+            for s, dtype, c in zip(state0, spec.dtypes, cotangents, strict=True)
+        ]
+    )
     if linear is not None and linear.source is not None:
         runner, operands = linear.source
     else:
@@ -261,7 +269,7 @@ def _gradients(
         linears = left.loop if kept and needs == spec.needs else ()
         count = kept or spec.iterations or spec.config.max_iter
         return loop_gradient(layout, runner, layout.flatten(state0), q, operands, needs, serial, count, spec.config, linears)
-    z = layout.matrix(states)
+    z = layout.held(states)
     config = spec.config
     if needs != spec.needs:
         linear = None

@@ -15,7 +15,6 @@ from deq_compile import record_solves
 from deq_compile.config import Options
 from deq_compile.region.body import BodySpec, Linearised
 from deq_compile.region.compiled import CompiledLinearised, CompiledRunner, LinearisingEvaluations
-from deq_compile.region.kept import own_loop
 from deq_compile.region.modes import Ambient
 from deq_compile.region.op import solve_op
 from deq_compile.region.site import RegionSpec, register
@@ -160,22 +159,26 @@ def test_what_a_kept_loop_saved_goes_with_the_graph(inner: str) -> None:
     assert alive() == before
 
 
-def test_what_a_kept_loop_returns_is_not_what_it_saved() -> None:
-    """A body may save its result; the region's result holds what was saved, and may not hold itself."""
-    saved: list[Tensor] = []
+@pytest.mark.parametrize("iterations", [None, 4])
+def test_what_a_region_returns_is_not_what_it_saved(iterations: int | None) -> None:
+    """A body may save its result; the region's result holds what was saved, may not hold itself, and is the user's to change."""
 
-    def doubled(z: Tensor) -> tuple[Tensor, Tensor]:
-        saved.append(2 * z)
-        return saved[-1], saved[-1]
+    def body(z: Tensor, w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        return (torch.tanh(0.4 * z * w + x),)
 
-    config = Options().resolve()
-    body = BodySpec(lambda z: (2 * z,), "doubled", Ambient.now(), "eager")
-    spec = RegionSpec(body, (torch.float32,), ((0, 1),), 4, True, config)
-    found = own_loop(spec, doubled, torch.ones(2, 3), None, linearise=True)
-    z = found.z
-    assert [id(t) for t in found.linears] == [id(t) for t in saved]
-    assert torch.equal(z, saved[-1])
-    assert z.untyped_storage().data_ptr() not in [t.untyped_storage().data_ptr() for t in saved]
+    w, x = torch.ones(4, dtype=torch.float64, requires_grad=True), torch.randn(3, 4, dtype=torch.float64)
+    config = Options(tol=1e-9, verify="first").resolve()
+    spec = BodySpec(body, "test-returns", Ambient.now(), "aot_eager")
+    key = register(RegionSpec(spec, (x.dtype,), ((0, 1),), iterations, True, config, needs=(True, False))).key
+    for _ in range(2):  # a loop is compared first, and linearised from then on
+        state, ticket, _, held = solve_op([torch.zeros_like(x)], [w, x], [], key)
+    left: Any = ticket.left
+    linears = left.loop if iterations else [left.linear]
+    assert len(linears) == (iterations or 1)
+    kept = [t.untyped_storage().data_ptr() for linear in linears for t in linear.saved if isinstance(t, Tensor)]
+    assert kept
+    assert state.untyped_storage().data_ptr() not in [*kept, held.untyped_storage().data_ptr()]
+    assert torch.equal(state.flatten(), held)
 
 
 def test_a_solve_that_misses_is_linearised_where_it_ends(calls: dict[str, int]) -> None:

@@ -1,0 +1,118 @@
+"""Where a fixed point is asked for: a solver looks at numbers, and not every place has them.
+
+Fake and meta tensors have shapes only, and one evaluation of f tells those. A tracer would record the steps of one solve, or
+f once, as if they were the model; a torch.func transform and forward-mode AD would differentiate through the solver's steps, or
+not at all. These get one sentence each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
+
+from deq_compile.torch_parts import FakeTensor, find, is_functorch_wrapped, is_wrapper_subclass
+
+_is_jit_tracing = find("torch.jit", "is_tracing", lambda: False)
+_is_batched = find("torch._C._functorch", "is_batchedtensor", lambda tensor: False)
+_is_batched_by_autograd = find("torch._C._functorch", "is_legacy_batchedtensor", lambda tensor: False)
+_get_proxy_mode = find("torch.fx.experimental.proxy_tensor", "get_proxy_mode", lambda: None)
+_transform = find("torch._C._functorch", "peek_interpreter_stack", lambda: None)
+_transforms_put_aside = find("torch._functorch.pyfunctorch", "temporarily_clear_interpreter_stack", None)
+
+NO_TANGENT = (
+    "a fixed point has no forward-mode derivative: the tangent that f's inputs carry would be lost. Fix: reverse mode "
+    "(torch.autograd.grad, torch.autograd.functional.jacobian), or the loop itself in eager mode"
+)
+NO_VMAP = (
+    "torch.func.vmap around a compiled fixed-point region is not implemented. Fix: vmap inside of the compiled function, or a "
+    "batch in dimension 0"
+)
+_COMPILE = "Fix: torch.compile(model, backend='deq'), which makes it one operator of a graph"
+
+
+class NotHere(RuntimeError):
+    """A fixed point was asked for where it can be neither solved nor given a shape."""
+
+
+def values_are_known(states: Sequence[Tensor]) -> bool:
+    """Whether a solver can run on these tensors here. False: they have shapes and no values.
+
+    Raises:
+        NotHere: inside of a tracer or of a torch.func transform.
+    """
+    if _is_jit_tracing():
+        raise NotHere(
+            "fixed_point cannot be traced by torch.jit.trace: the number of its iterations depends on data, and the trace would "
+            f"hold that of one example. {_COMPILE}"
+        )
+    if _get_proxy_mode() is not None:
+        raise NotHere(
+            "fixed_point cannot be traced by torch.export or make_fx: the number of its iterations depends on data. "
+            f"{_COMPILE}; for an export, write the loop out"
+        )
+    transform = _transform()
+    if transform is not None:
+        name = str(transform.key()).rpartition(".")[2].lower()
+        raise NotHere(
+            f"fixed_point cannot run inside of a torch.func transform ({name}): the transform would go through the solver's own "
+            "steps. Fix: torch.autograd.grad or torch.autograd.functional.jacobian around it in place of torch.func; in place "
+            "of vmap, a batch in dimension 0 of z0"
+        )
+    return not (_inside_fake_mode() or any(s.device.type == "meta" or isinstance(s, FakeTensor) for s in states))
+
+
+def any_tangent(tensors: Sequence[Any]) -> bool:
+    """Whether forward-mode AD is at work on one of the tensors."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+
+
+def for_each_of_batch(function: Callable[..., list[Tensor]], *given: Any) -> list[Tensor]:
+    """function(*given), where some tensors in `given` are vmap's: called for one of the batch after the other, outside of it.
+
+    There are two kinds of such tensors: those of torch.func.vmap, and those of `torch.autograd.grad(is_grads_batched=True)`.
+
+    Raises:
+        NotHere: vmap inside of vmap.
+    """
+    functorch: Any = torch._C._functorch
+    batched = [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and is_batched((t,))]
+    wrap: Callable[[Tensor, int, int], Tensor]
+    if _is_batched_by_autograd(batched[0]):
+        level, outside, wrap = torch._C._vmapmode_increment_nesting() - 1, contextlib.nullcontext, torch._add_batch_dim
+        torch._C._vmapmode_decrement_nesting()
+        whole = {id(t): torch._remove_batch_dim(t, level, 1, 0) for t in batched}
+    else:
+        level, outside, wrap = functorch.maybe_get_level(batched[0]), _transforms_put_aside, functorch._add_batch_dim
+        whole = {id(t): functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0) for t in batched}
+    if is_batched(list(whole.values())):
+        raise NotHere("fixed point: gradients that are batched twice are not implemented. Fix: one torch.autograd.grad for each")
+    with outside():
+        found = [
+            function(*pytree.tree_map(lambda t: whole[id(t)][i] if id(t) in whole else t, given))  # noqa: B023 (called at once)
+            for i in range(len(next(iter(whole.values()))))
+        ]
+        stacked = [torch.stack(parts) for parts in zip(*found, strict=True)]
+    return [wrap(s, 0, level) for s in stacked]
+
+
+def is_batched(tensors: Sequence[Any]) -> bool:
+    """Whether vmap is at work on one of the tensors."""
+    return any(isinstance(t, Tensor) and (_is_batched(t) or _is_batched_by_autograd(t)) for t in tensors)
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether a tensor has numbers of its own, in strides: what a solver's kernels can be given the address of."""
+    return tensor.layout is torch.strided and not is_wrapper_subclass(tensor) and not is_functorch_wrapped(tensor)
+
+
+def _inside_fake_mode() -> bool:
+    keys = getattr(torch._C, "_TorchDispatchModeKey", None)
+    return keys is not None and torch._C._get_dispatch_mode(keys.FAKE) is not None
