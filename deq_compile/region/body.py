@@ -158,10 +158,14 @@ def runner_for(spec: BodySpec, layout: Layout, operands: Sequence[Tensor], sizes
                 log.info("body %s was compiled for %d sets of shapes: new ones run eagerly", spec.hash, MAX_COMPILED_SHAPES)
                 _runners[key] = EagerRunner(spec, layout, sizes)
             else:
-                from .compiled import CompiledRunner
-
                 _shapes_of[body] = _shapes_of.get(body, 0) + 1
-                _runners[key] = CompiledRunner(spec, layout, sizes, _lock)
+                try:
+                    from .compiled import CompiledRunner
+
+                    _runners[key] = CompiledRunner(spec, layout, sizes, _lock)
+                except ImportError as error:  # a torch without a part that it takes to trace bodies
+                    log.warning("bodies run eagerly on torch %s: %s", torch.__version__, error)
+                    _runners[key] = EagerRunner(spec, layout, sizes)
         return _runners[key]
 
 
