@@ -145,6 +145,23 @@ def test_a_changed_method_switches_one_feature_off() -> None:
     assert int(off) == 2  # allclose is tested by a loop
 
 
+def test_bodies_run_eagerly_where_they_cannot_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deq_compile.region.compiled", None)  # as if an import in it had failed
+    weight = (torch.eye(3) * 0.37).requires_grad_()
+
+    def loop(x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(20):
+            z = torch.sin(z @ weight) + x
+        return z
+
+    x = torch.randn(2, 3)
+    run, report = compiled(loop, inner="aot_eager")
+    (found,), (expected,) = (torch.autograd.grad(f(x).sum(), weight) for f in (run, loop))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert [region.status for region in report.regions] == ["solve"]
+
+
 def test_another_backend_sees_nothing_of_it() -> None:
     def until(x: Tensor) -> Tensor:
         z = torch.zeros_like(x)

@@ -188,9 +188,12 @@ def _new_runner(spec: BodySpec, shapes: _Shapes, layout: Layout, sizes: Sequence
     if shapes.compiled >= MAX_COMPILED_SHAPES:
         log.info("body %s was compiled for %d sets of shapes: new ones run eagerly", spec.hash, MAX_COMPILED_SHAPES)
         return EagerRunner(spec, layout, sizes)
-    from .compiled import CompiledRunner
-
     shapes.compiled += 1
+    try:
+        from .compiled import CompiledRunner
+    except ImportError as error:  # a torch without a part that it takes to trace bodies
+        log.warning("bodies run eagerly on torch %s: %s", torch.__version__, error)
+        return EagerRunner(spec, layout, sizes)
     return CompiledRunner(spec, layout, sizes, _lock)
 
 

@@ -21,6 +21,11 @@ from .state import DEPENDENT_EPS, GcrState
 EXTEND_COLUMNS, EXTEND_WARPS = 1024, 8
 
 
+def extend_columns(cut: Tiles) -> int:
+    """Of `extend`'s dot products. With the 512 columns of few steps ptxas holds it to 64 registers on sm_80, and spills."""
+    return min(cut.BD, 256)
+
+
 def project_columns(cut: Tiles) -> int:
     """`project` loads five vectors beside the tile of images: half the columns of other dot products."""
     return max(cut.BD // 2, 16)
@@ -151,7 +156,7 @@ class TritonGcr(GcrState):
                 self.norms, self.norm_of_batch, *counters, self.z_best, self.residuals, self.outcome, self.gram, self.squares,
                 self._buffer("c", B * slabs * own.BM), part, squares, part2, ints, floats, handle, D, self.row, s_row, slab,
                 float(self.tol), float(self.floor), max_iter,
-                M=M, BK=own.BM, BP=BP, BD=steps.BD, BD2=EXTEND_COLUMNS, STAGES=steps.stages, COND=cond,
+                M=M, BK=own.BM, BP=BP, BD=extend_columns(steps), BD2=EXTEND_COLUMNS, STAGES=steps.stages, COND=cond,
                 **{**constants, "num_warps": EXTEND_WARPS},
             )  # fmt: skip
         launch(

@@ -38,17 +38,26 @@ def test_interpreter_lane(names: list[str], least: int) -> None:
     assert int(passed[1]) >= least
 
 
+def test_few_steps_do_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 8 steps the tiles are widest."""
+    from bench import kernels
+
+    monkeypatch.setattr(kernels, "kernels", lambda found=kernels.kernels: {"extend": found()["extend"]})
+    (row,) = kernels.rows((80,), (8,), ("fp32",))
+    assert kernels.within_budget(row), row
+    assert kernels.BUDGETS[80] == (168, 0)
+
+
 @pytest.mark.parametrize("arch", [80, 89, 90])
 def test_ahead_of_time_budgets(arch: int) -> None:
     """No spills, at most 168 registers, 16-byte loads of the steps, pipelined dot products, shared memory within 48 KB."""
-    from bench.kernels import rows
+    from bench.kernels import rows, within_budget
 
     seen = set()
     largest = rows((arch,), (65,), ("fp32",)) if arch == 90 else ()  # a memory of 64
     for row in (*rows((arch,), (41,)), *largest):
         seen.add((row.kernel, row.form))
-        assert row.spills == 0, row
-        assert row.registers <= 168, row
+        assert within_budget(row), row
         assert row.shared_bytes <= 48 * 1024, row
         if row.kernel != "summarise":  # reads one number a sample
             assert row.load_width == 16, row

@@ -169,9 +169,9 @@ def test_what_a_region_returns_is_not_what_it_saved(iterations: int | None) -> N
     w, x = torch.ones(4, dtype=torch.float64, requires_grad=True), torch.randn(3, 4, dtype=torch.float64)
     config = Options(tol=1e-9, verify="first").resolve()
     spec = BodySpec(body, "test-returns", Ambient.now(), "aot_eager")
-    key = register(RegionSpec(spec, (x.dtype,), ((0, 1),), iterations, True, config, needs=(True, False))).key
-    for _ in range(2):  # a loop is compared first, and linearised from then on
-        state, ticket, _, held = solve_op([torch.zeros_like(x)], [w, x], [], key)
+    site = register(RegionSpec(spec, (x.dtype,), ((0, 1),), iterations, True, config, needs=(True, False)))  # held: it is ours
+    for _ in range(4):  # calls 0, 1 and 2 compare a loop; from then on it is linearised
+        state, ticket, _, held = solve_op([torch.zeros_like(x)], [w, x], [], site.key)
     left: Any = ticket.left
     linears = left.loop if iterations else [left.linear]
     assert len(linears) == (iterations or 1)
