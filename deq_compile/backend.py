@@ -274,7 +274,7 @@ def _notes(spec: RegionSpec) -> list[str]:
     if spec.only_start_differs:
         return ["kept, since its initial state alone needs a gradient, and a fixed point has none to give it"]
     if spec.suspect and spec.own_loop_cap is not None:
-        return ["followed, since the input reaches it through its initial state alone: it may have several fixed points"]
+        return ["the input reaches it through its initial state alone, so it may have several fixed points: no solve is tried"]
     return []
 
 
