@@ -48,7 +48,7 @@ from .unexpected import survive
 
 log = logging.getLogger("deq_compile.backend")
 
-OWN_CAP = 1000  # iterations granted to a loop of the user's own whose bound is not known, where a solve has failed
+OWN_CAP = 10**6  # iterations of a loop of the user's own that its test alone ends: as good as without end
 CompiledFn = Callable[..., Any]
 
 

@@ -98,8 +98,15 @@ def _within(code: types.CodeType, place: Location) -> bool:
     return place.file == code.co_filename and min(lines) <= place.line <= max(lines)
 
 
-@functools.lru_cache(maxsize=65536)
 def _kind(code: types.CodeType) -> str:
+    try:
+        return _kind_of(code)
+    except TypeError:  # code that Dynamo made, with a constant that has no hash
+        return ""
+
+
+@functools.lru_cache(maxsize=65536)
+def _kind_of(code: types.CodeType) -> str:
     """ "compiler": what runs below it, or below an import, is no run of the model; "loop": a function of the user's with one."""
     file = code.co_filename
     if file.startswith((*_SOLVER, "<frozen importlib")) or (code.co_name == "_compile" and file.endswith("convert_frame.py")):

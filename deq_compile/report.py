@@ -34,6 +34,7 @@ class Reason(enum.Enum):
     COUNTER = "a value that tells how many iterations ran, or how the loop ended, is used after it"
     SIDE_EFFECT = "the loop writes to something that outlives an iteration (an attribute, a list, a dict)"
     EXIT_TEST = "the test that ends the loop is no test of how far an iterate is from its image"
+    HIDDEN_CAP = "beside its test the loop has an exit that cannot be counted (no range, no integer that grows by equal steps)"
     NESTED_EXIT = "the body holds another loop whose exit depends on data"
     TRAJECTORY = "states before the fixed point are asked for as well (a trajectory)"
     LIBRARY = "the library is asked for something that only its own solver can do"

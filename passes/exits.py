@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deq_compile.capture.marker import GUARD, may_exit
+from deq_compile.capture.marker import GUARD, HIDDEN, may_exit
 from deq_compile.report import Reason, Skipped
 
 from .base import ExitTest, Loop, Pass, PassContext, describe, hint, location_of, value_of
@@ -50,9 +50,12 @@ class Exits(Pass):
                 continue
             if markers and str(markers[0].args[1]).startswith("while_loop:"):
                 loop.form = "while_loop"
-            caps = {int(node.args[4]) for node in markers}  # type: ignore[arg-type]
-            if markers and caps != {0}:
-                cap = max(1, max(caps) - _outside(graph, loop, markers[0]))
+            caps = {int(node.args[4]) for node in markers} - {0}  # type: ignore[arg-type]
+            if HIDDEN in caps:
+                context.skip(Skipped(Reason.HIDDEN_CAP, location_of(markers[0]), "", loop.count))
+                continue
+            if caps:
+                cap = max(1, min(caps) - _outside(graph, loop, markers[0]))
                 loop.hints |= {"max_iter": cap, "memory": min(cap, MEMORY)}
             accepted.append(loop)
         context.loops = accepted

@@ -7,6 +7,7 @@ would have come out the other way.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from . import dynamo, marker
 from .bytecode import Code, Exit
 
-MOST = 1_000_000  # steps that are tried out
+MOST = 100_000  # steps that are tried out
 
 
 @dataclass(frozen=True)
@@ -41,51 +42,72 @@ def handler(original: Callable[..., Any]) -> Callable[..., Any]:
     return handle
 
 
+def passed_by(tx: Any, inst: Any) -> None:
+    """Take note of a jump whose condition depends on data."""
+    tx.__dict__.setdefault("_deq_compile_passed_by", set()).add(id(inst))
+
+
 def forget(tx: Any) -> None:
     """The loop is left: who comes again counts anew."""
     tx.__dict__.pop("_deq_compile_comparisons", None)
 
 
-def cap(tx: Any, code: Code, exit: Exit, visits: list[int]) -> int:
-    """The most iterations of the loop that `exit` leaves, 0 where nothing tells. `visits`: sizes of the graph when its test was
-    met, in each iteration so far."""
+def cap(tx: Any, code: Code, exit: Exit, visits: list[int], in_range: int | None) -> int:
+    """The most iterations of the loop that `exit` leaves; 0 where its tests alone end it, HIDDEN where it has another exit that
+    cannot be counted (yet).
+
+    Args:
+        visits: sizes of the graph when the test was met, in each iteration so far.
+        in_range: of a `for`: the length of its range, 0 where it never ends, None where it is neither.
+    """
     notes: dict[int, list[_Seen]] = tx.__dict__.get("_deq_compile_comparisons", {})
-    found = []
+    data = tx.__dict__.get("_deq_compile_passed_by", set())
+    found = [in_range] if in_range else []
     for i in sorted(exit.loop):
         inst = code.instructions[i]
-        seen = notes.get(id(inst), [])
-        jump = code.instructions[i + 1] if i + 1 < len(code.instructions) else None
-        if not seen or jump is None or "POP_JUMP" not in jump.opname:
+        outside = [j for j in code.successors[i] if j not in exit.loop]
+        if not outside or inst.opname == "SEND" or id(inst) in data or all(code.only_raises(j) for j in outside):
             continue
-        leaves = code.exit_of(jump)
-        if leaves is None or leaves.loop != exit.loop:
+        if inst.opname == "FOR_ITER":
+            if in_range is None:
+                return marker.HIDDEN
             continue
-        guard = next((notes[id(g)] for g in _twins(code, inst, exit) if id(g) in notes), None)
-        first, second, late = seen[0], seen[1] if len(seen) > 1 else None, False
-        if guard:  # tested before the loop, and again after each iteration
-            first, second = guard[-1], seen[0]
-        else:
-            # Whether an iteration's work lies before its comparison, or behind it.
-            late = second is None or (len(visits) > 1 and second.nodes - visits[0] > visits[1] - second.nodes)
-        most = _turns(inst.argval, first, second)
-        if most is not None:
-            found.append(most + late)
+        compared = next((code.instructions[k] for k in (i - 1, i - 2) if code.instructions[k].opname == "COMPARE_OP"), None)
+        seen = notes.get(id(compared), [])
+        most = _most(code, compared, exit, notes, seen, visits) if seen else None
+        if most is None:
+            return marker.HIDDEN
+        found += [most] if most else []
     return min(found, default=0)
 
 
-def _turns(operator: Any, first: _Seen, second: _Seen | None) -> int | None:
-    """How many steps from the first comparison to the one that comes out otherwise."""
+def _most(code: Code, inst: Any, exit: Exit, notes: dict[int, list[_Seen]], seen: list[_Seen], visits: list[int]) -> int | None:
+    """Iterations until a comparison comes out otherwise; 0: never, None: not known."""
+    guard = next((notes[id(g)] for g in _twins(code, inst, exit) if id(g) in notes), None)
+    points = [guard[-1], *seen] if guard else seen  # tested before the loop, and again after each iteration
+    steps = {(b.left - a.left, b.right - a.right) for a, b in itertools.pairwise(points)}
+    if len(points) < 3 or len(steps) > 1:
+        return None
+    most = _turns(inst.argval, points[0], steps.pop())
+    if most is None or guard:
+        return most
+    # Whether an iteration's work lies before its comparison, or behind it.
+    late = len(visits) > 1 and seen[1].nodes - visits[0] > visits[1] - seen[1].nodes
+    return most + late if most else 0
+
+
+def _turns(operator: Any, first: _Seen, step: tuple[int, int]) -> int | None:
+    """How many steps from the first comparison to the one that comes out otherwise; 0 where none does."""
     compare = _OPERATORS.get(str(operator).removeprefix("bool(").removesuffix(")"))
-    steps = (1, 0) if second is None else (second.left - first.left, second.right - first.right)
-    if compare is None or steps == (0, 0):
+    if compare is None:
         return None
     before = compare(first.left, first.right)
     left, right = first.left, first.right
-    for turn in range(1, MOST):
-        left, right = left + steps[0], right + steps[1]
+    for turn in range(1, MOST if step != (0, 0) else 1):
+        left, right = left + step[0], right + step[1]
         if compare(left, right) != before:
             return turn
-    return None
+    return 0
 
 
 _OPERATORS: dict[str, Callable[[int, int], bool]] = {
@@ -99,12 +121,11 @@ _OPERATORS: dict[str, Callable[[int, int], bool]] = {
 
 
 def _twins(code: Code, inst: Any, exit: Exit) -> list[Any]:
-    """The same comparison in the source, made before the loop."""
-    return [
-        other
-        for i, other in enumerate(code.instructions)
-        if i not in exit.loop and other.opname == inst.opname and other.positions == inst.positions
-    ]
+    """The same comparison in the source, made before the loop. Those of a chain, `0 <= k < cap`, have one place: count them."""
+    alike = [(i, o) for i, o in enumerate(code.instructions) if o.opname == inst.opname and o.positions == inst.positions]
+    inside, before = ([o for i, o in alike if (i in exit.loop) is there] for there in (True, False))
+    at = next(n for n, o in enumerate(inside) if o is inst)
+    return before[at : at + 1] if len(before) == len(inside) else []
 
 
 def _integer(variable: Any) -> int | None:

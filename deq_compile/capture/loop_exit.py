@@ -48,6 +48,7 @@ class _Visits:
     seen: int = 0
     world: Any = None
     sizes: list[int] = dataclasses.field(default_factory=list)  # of the graph, at each of those times
+    range: int | None = None  # its length at the first visit, 0 if it never ends, None if it is no range
     markers: list[Any] = dataclasses.field(default_factory=list)  # left in the graph so far
 
 
@@ -157,6 +158,7 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     if visits is None or exit.guard or visits.iterator is not iterator:
         entry = visits.entry + 1 if visits is not None else 0
         visits = table[site] = _Visits(entry, _range_left(iterator), iterator)
+        visits.range = _range_left(iterator) or (0 if exit.counted and _never_ends(tx) else None)
     if not exit.guard:
         why = _leaks(tx, inst, exit) or _grows(tx, inst, exit, visits)
         if why is not None:
@@ -165,8 +167,8 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
             return False
         visits.seen += 1
         visits.sizes.append(len(tx.output.graph.nodes))
-        if iterator is None:
-            visits.cap = counters.cap(tx, _code(tx), exit, visits.sizes)
+        counters.passed_by(tx, inst)
+        visits.cap = counters.cap(tx, _code(tx), exit, visits.sizes, visits.range)
     value = tx.pop()
     exit_when = jumps_if_true == exit.jumps
     cap = marker.GUARD if exit.guard else visits.cap
@@ -189,6 +191,12 @@ def _iterator(tx: Any) -> Any:
     """The range that the innermost `for` of this frame runs through, if it stands on the stack."""
     # lazily wrapped values are left alone: looking would realise them
     return next((v for v in reversed(tx.stack) if type(v) is dynamo.RangeIteratorVariable), None)
+
+
+def _never_ends(tx: Any) -> bool:
+    """Whether the innermost `for` of this frame runs through `itertools.count()`."""
+    kinds = (type(v).__name__ for v in reversed(tx.stack))
+    return next((kind for kind in kinds if kind.endswith("IteratorVariable")), "") == "CountIteratorVariable"
 
 
 def _range_left(iterator: Any) -> int:

@@ -34,7 +34,7 @@ NOT_THE_USERS = (_TORCH, PACKAGE, os.path.join(os.path.dirname(_TORCH), "torchde
 
 # Segments traced of a loop whose exit depends on data, before the exit is taken.
 UNROLLED = 10
-GUARD = -1
+GUARD, HIDDEN = -1, -2
 INFO = 2  # columns of the second result of `leave`: stopping residual, iterations
 
 _blocked: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
@@ -80,8 +80,8 @@ def adjoint_input(z: Tensor, site: str) -> Tensor:
 def may_exit(predicate: Any, site: str, entry: int, exit_when: bool, cap: int) -> None:
     """The loop at `site`, entered for the `entry`-th time, ends here if bool(predicate) is `exit_when`.
 
-    cap: the most iterations that the user's loop makes, 0 where that is not known; GUARD for the test of a `while` before its
-        first iteration.
+    cap: the most iterations that the user's loop makes, 0 where its tests alone end it; GUARD for the test of a `while` before
+        its first iteration; HIDDEN where the loop has another exit, which capture cannot count.
     """
 
 

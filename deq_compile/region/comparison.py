@@ -24,6 +24,8 @@ from .status import converged
 # so many of its units.
 APART, APART_EPS = 1e-2, 40.0
 
+BLANK_BEFORE_KEPT = 3
+
 # Plain iterations that a call of a solver is compared with, in units of its own cap: they need more than a solver does.
 PLAIN_CAP = 4
 
@@ -43,8 +45,12 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
     finite = torch.isfinite(own.z).all(1)
     if not own.z.numel():
         return solution
-    if not bool(finite.any()):  # says nothing about the body
+    if not bool(finite.any()):  # says nothing about the body; where that goes on, there is nothing to be gained by asking
+        site.blank += 1
+        if site.verdict == "pending" and site.blank >= BLANK_BEFORE_KEPT:
+            site.decide("kept", None)
         return None
+    site.blank = 0
     # A sample that the loop itself loses is its own; the others decide.
     several = False
     good, distance, solution = _agrees(site, solution, own, finite, solved)

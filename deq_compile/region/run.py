@@ -30,6 +30,8 @@ from .worth import factors_pay
 
 log = logging.getLogger("deq_compile.region")
 
+PLAIN_CAP = 1000  # plain iterations for a solve that missed, where the user's loop has no cap and the fixed point is meant
+
 
 @dataclasses.dataclass
 class Left:
@@ -128,12 +130,14 @@ def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor]
     spec, call = site.spec, _Call(site, state0, operands, sizes)
     due = site.due() and not call.inside
     solution = first = call.first() if due or site.verdict != "kept" else None
+    due = due or (first is not None and not call.inside and site.unusual(first.evaluations))
     everywhere = first is not None and call.layout.batch > 0 and not on_gpu(call.z0.device) and first.all_converged()
     linear = call.evaluations.linear() if everywhere else None
     own = None
     if due:
         assert first is not None
         own = call.own(linearised=False)
+        site.compared(first.evaluations)
         solution = compare(site, first, own, call.z0, call.rows, call.solved)
     elif first is not None and not call.inside and first.outcome is None and site.call_due():
         solution = _where_it_missed(call, compare_call(site, first, call.z0, call.rows, call.solved))
@@ -171,7 +175,7 @@ def _where_it_missed(call: _Call, solution: Solution) -> Solution | None:
         return solution
     if solution.missed() and cap is None:
         config = spec.config
-        most = max(config.max_iter, spec.iterations or spec.own_cap or 1)
+        most = max(config.max_iter, spec.iterations or min(spec.own_cap or 1, PLAIN_CAP))
         relative = config.stop_mode == "rel"
         solution = or_plain(solution, call.body, call.z0, cap=most, tol=site.tol, relative=relative, stop=call.stop)
     missed = count_misses(site, solution)

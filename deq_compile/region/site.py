@@ -36,6 +36,7 @@ log = logging.getLogger("deq_compile.region")
 # would take more than this share of a long run. What a call takes is set down, not measured: all ranks compare at the same call.
 VERIFY_EVERY = 200
 VERIFY_SHARE = 0.01
+UNUSUAL_EVERY = 4  # calls between two comparisons because of a solve that is longer than those before
 USUAL_CALL = 12  # evaluations, and as many again for the products of a backward
 USUAL_COMPARISON = 20  # evaluations beside the loop's own: the solve from a second start
 USUAL_LOOP = 60  # of a loop that a test ends
@@ -144,6 +145,8 @@ class Site:
     follows   whether the body has several fixed points, so that a solve may end in another one than the loop
     rows      True: dimension 0 is a batch; False: one coupled system; None: not decided yet
     distance  last measured max over samples of |z_N - z*| / |z*|
+    longest   evaluations of the longest solve that was compared; compared_at: the call that was compared last
+    blank     comparisons in a row in which the loop's own result was not finite
     checked   iterations of the user's loop in the last comparison
     loose     how far apart loop and solve may be, and were where the loop's own test ended it
     tol       the solver's tolerance; a verification may have tightened the default
@@ -171,6 +174,7 @@ class Site:
         self.follows = spec.suspect and spec.own_loop_cap is not None
         self.verdict = "kept" if spec.only_start_differs else "pending" if self.compares else self.solving
         self.distance: float | None = None
+        self.longest = self.compared_at = self.blank = 0
         self.checked, self.loose = 0, self.allowed_distance
         self.tol = 0.0 if spec.stop else config.tol  # the user's test stops the batch, in place of a tolerance
         self.calls = 0
@@ -210,6 +214,17 @@ class Site:
     def due(self) -> bool:
         """Whether this call, the `calls`-th from 0, compares the solve with the user's loop."""
         return self.compares and (self.verdict == "pending" or self._scheduled(self.calls))
+
+    def unusual(self, evaluations: int) -> bool:
+        """Whether a solve was longer than any that was compared, which is how a body that stops converging shows between two
+        comparisons. At most once in so many calls."""
+        if not self.compares or self.spec.config.verify != "periodic" or evaluations <= self.longest:
+            return False
+        return self.verdict != "kept" and self.calls - self.compared_at >= UNUSUAL_EVERY
+
+    def compared(self, evaluations: int) -> None:
+        """Note a comparison, after a solve of so many evaluations."""
+        self.longest, self.compared_at = max(self.longest, evaluations), self.calls
 
     def call_due(self) -> bool:
         """Whether this call of a solver, the `calls`-th from 0, is looked at for several fixed points."""

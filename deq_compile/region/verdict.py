@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -117,8 +118,6 @@ def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution
         if not bool((left <= (1.0 if site.spec.start_trained else GRADIENT_MARGIN) * site.loose).all()):
             site.decide(agreed(site, "gradient", "kept"), None)
             return False
-    if site.spec.iterations is None:
-        return True
     # backward_max_iter=0 asks for no refinement, so there nothing is missed
     missed = config.backward_max_iter > 0 and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR)
     site.adjoint_misses = site.adjoint_misses + 1 if missed else 0
@@ -145,7 +144,8 @@ def measure_gradient(site: Site, found: AdjointSolution, attempt: Callable[[floa
     while True:
         better = attempt(0.1 * tol)
         site.gradient_error = gradient_difference(found.payload, better.payload)
-        done = better.status != AdjointStatus.CONVERGED or not default or tol <= LEAST_BACKWARD_TOL
+        finite = math.isfinite(site.gradient_error)
+        done = better.status != AdjointStatus.CONVERGED or not default or not finite or tol <= LEAST_BACKWARD_TOL
         if site.gradient_error <= GRADIENT_ERROR or done:
             break
         tol *= max(0.5 * GRADIENT_ERROR / site.gradient_error, 0.1)
@@ -161,7 +161,7 @@ def declared_gradient_holds(site: Site, found: AdjointSolution) -> bool:
     """Whether the implicit gradient of a declared fixed point may be returned. A miss is said, once; and where nothing has
     been solved at all (a body that freezes samples has the Jacobian 1 there), a loop with a test has a gradient of its own."""
     config = site.spec.config
-    if site.spec.iterations is not None:
+    if site.spec.own_loop_cap is not None:  # which has a gradient of its own: gradient_is_the_loops
         return True
     limit = max(10 * site.backward_tol, 0.1)
     asked = config.backward == "reuse" and config.backward_max_iter > 0

@@ -209,7 +209,7 @@ static double gcr_step(Gcr<T>* g, const T* jw, i64 evaluation, i64 last) {
                 [&](i64 lo, i64 hi, i64 c) { norms_of<T>(g->q + at, jw + at, g->w + at, lo, hi, parts + 2 * c); });
     for (i64 c = 0; c < chunks_of(D); c++) residual += parts[2 * c], whole += parts[2 * c + 1];
     if (first) g->norms[b] = std::sqrt(whole);
-    g->relative[b] = g->norms[b] > 0 ? std::sqrt(residual) / g->norms[b] : T(0);
+    g->relative[b] = g->norms[b] == 0 ? T(0) : std::sqrt(residual) / g->norms[b];  // NaN stays NaN
   });
   double all = 0, scale = 0;
   for (i64 b = 0; b < B; b++) {
@@ -218,7 +218,7 @@ static double gcr_step(Gcr<T>* g, const T* jw, i64 evaluation, i64 last) {
     scale += whole * whole;
   }
   if (first) g->batch_norm = std::sqrt(scale);
-  all = g->batch_norm > 0 ? std::sqrt(all) / g->batch_norm : 0;
+  all = g->batch_norm == 0 ? 0 : std::sqrt(all) / g->batch_norm;
   g->active = 0;
   if (all <= g->tol) return all;
   bool rows = B >= threads, split = threads > 1 && !rows;

@@ -214,7 +214,7 @@ def extend(
     norm = tl.load(norms_ptr + b)
     batch_norm = tl.load(batch_norm_ptr)
     relative = tl.where(norm > 0.0, tl.sqrt(own) / norm, 0.0)
-    batch = tl.where(batch_norm > 0.0, tl.sqrt(total) / batch_norm, 0.0)
+    batch = tl.where(batch_norm == 0.0, 0.0, tl.sqrt(total) / batch_norm)
     ended = tl.where(batch <= tol, 1, 0)
     was = tl.load(ints_ptr + b * 4 + 3)
     k = tl.load(ints_ptr + b * 4)
