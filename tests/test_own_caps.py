@@ -128,3 +128,93 @@ def test_a_loop_that_its_cap_ends_gives_its_own_iterate(loop: Callable[[Tensor],
     for _ in range(4):
         torch.testing.assert_close(run(x), loop(x))
     assert [region.status for region in report.regions] in ([], ["kept"])
+
+
+def over_a_list(x: Tensor) -> Tensor:
+    z = torch.zeros_like(x)
+    for _ in [0, 1, 2, 3, 4, 5, 6]:
+        new = f(z, x)
+        gap, z = (new - z).norm(), new
+        if gap < 1e-6:
+            break
+    return z
+
+
+def by_doubling(x: Tensor) -> Tensor:
+    z, k = torch.zeros_like(x), 1
+    while k < 2**14:
+        new = f(z, x)
+        gap, z, k = (new - z).norm(), new, 2 * k
+        if gap < 1e-6:
+            break
+    return z
+
+
+def by_truth(x: Tensor) -> Tensor:
+    z, left = torch.zeros_like(x), 12
+    while left:
+        new = f(z, x)
+        gap, z, left = (new - z).norm(), new, left - 1
+        if gap < 1e-6:
+            break
+    return z
+
+
+def by_a_float(x: Tensor) -> Tensor:
+    z, t = torch.zeros_like(x), 0.0
+    while t < 1.0:
+        new = f(z, x)
+        gap, z, t = (new - z).norm(), new, t + 1 / 16
+        if gap < 1e-6:
+            break
+    return z
+
+
+def in_a_chain(x: Tensor) -> Tensor:
+    z, gap, k = torch.zeros_like(x), torch.tensor(1.0), 0
+    while gap > 1e-6 and 0 <= k < CAP:
+        new = f(z, x)
+        gap, z, k = (new - z).norm(), new, k + 1
+    return z
+
+
+def by_an_argument(x: Tensor, cap: int = 13) -> Tensor:
+    z, gap, k = torch.zeros_like(x), torch.tensor(1.0), 0
+    while gap > 1e-6 and k < cap:
+        new = f(z, x)
+        gap, z, k = (new - z).norm(), new, k + 1
+    return z
+
+
+HIDDEN = [over_a_list, by_doubling, by_truth, by_a_float, in_a_chain]
+
+
+@pytest.mark.parametrize("loop", HIDDEN, ids=lambda loop: loop.__name__)
+def test_an_exit_that_cannot_be_counted_is_left_alone(loop: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    run, report = compiled(loop, fullgraph=False, tol=None, inner="eager")
+    for _ in range(3):
+        torch.testing.assert_close(run(x), loop(x))
+    assert [region.status for region in report.regions] in ([], ["kept"])
+    assert report.regions or "HIDDEN_CAP" in [skipped.reason.name for skipped in report.skipped]
+
+
+def test_a_cap_that_changes() -> None:
+    x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    run, _ = compiled(by_an_argument, fullgraph=False, tol=None, inner="eager")
+    for cap in (13, 7, 12, 9, 40):
+        torch.testing.assert_close(run(x, cap), by_an_argument(x, cap))
+
+
+def test_a_loop_without_a_cap_runs_until_its_test() -> None:
+    def loop(x: Tensor) -> Tensor:
+        z, gap = torch.zeros_like(x), torch.tensor(1.0)
+        while gap > 1e-3:
+            new = 0.998 * z + x
+            gap, z = (new - z).abs().max(), new
+        return z
+
+    x = torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    run, _ = compiled(loop, tol=None, inner="eager")
+    for _ in range(3):
+        torch.testing.assert_close(run(x), loop(x), rtol=2e-3, atol=1e-3)

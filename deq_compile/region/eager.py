@@ -30,7 +30,7 @@ from .run import record_forward, solve_for
 from .site import RegionSpec, Site
 from .status import converged
 from .surroundings import for_each_of_batch, is_batched
-from .verdict import count_misses, declared_gradient_holds
+from .verdict import count_misses, warn_of_gradient
 from .worth import factors_pay
 
 Body = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -188,7 +188,7 @@ class _Adjoint:
         else:
             found = self._refined(q)
             self.site.expected_vjps = found.needed
-            declared_gradient_holds(self.site, found)
+            warn_of_gradient(self.site, found)
         if self.serial:
             records.complete_adjoint(self.serial, q, found)
         return found.w

@@ -25,7 +25,7 @@ from .site import Site
 from .status import converged, message_of
 from .stop import any_of
 from .stopwatch import Stopwatch, TimedLinearised
-from .verdict import count_misses, decide_rows, declared_gradient_holds, gradient_is_the_loops, measure_gradient, settle
+from .verdict import count_misses, decide_rows, gradient_is_the_loops, measure_gradient, settle, warn_of_gradient
 from .worth import factors_pay
 
 log = logging.getLogger("deq_compile.region")
@@ -299,7 +299,8 @@ def _gradients(
     if engine.capturing():  # nothing may be asked of the device
         return None, found.payload
     assert linear is not None
-    if declared_gradient_holds(site, found) and gradient_is_the_loops(site, linear, found):
+    warn_of_gradient(site, found)
+    if gradient_is_the_loops(site, linear, found):
         return None, found.payload
     z0 = layout.flatten(state0).detach()
     stop = any_of(spec.own_tests, layout, (*operands, *sizes))

@@ -157,25 +157,21 @@ def measure_gradient(site: Site, found: AdjointSolution, attempt: Callable[[floa
     return found
 
 
-def declared_gradient_holds(site: Site, found: AdjointSolution) -> bool:
-    """Whether the implicit gradient of a declared fixed point may be returned. A miss is said, once; and where nothing has
-    been solved at all (a body that freezes samples has the Jacobian 1 there), a loop with a test has a gradient of its own."""
+def warn_of_gradient(site: Site, found: AdjointSolution) -> None:
+    """Say, once, that the implicit gradient of a declared fixed point missed its tolerance: where there is no loop behind it, it
+    goes out as it is."""
     config = site.spec.config
-    if site.spec.own_loop_cap is not None:  # which has a gradient of its own: gradient_is_the_loops
-        return True
-    limit = max(10 * site.backward_tol, 0.1)
+    if site.spec.own_loop_cap is not None or site.warned_of_gradient:
+        return
     asked = config.backward == "reuse" and config.backward_max_iter > 0
+    limit = max(10 * site.backward_tol, 0.1)
     if not asked or found.status in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR) or found.residual <= limit:
-        return True
-    back = site.spec.own_loop_cap is not None
-    if not site.warned_of_gradient:
-        site.warned_of_gradient = True
-        warnings.warn(
-            f"fixed-point region at {site.spec.where}: the implicit gradient missed backward_tol={site.backward_tol:g}, with "
-            f"an adjoint residual of {found.residual:.1e} after {found.vjps} products; "
-            + ("the loop's own gradient is used. " if back else "it is returned as it is. ")
-            + "Raise backward_max_iter or backward_tol, or make the body contract",
-            RegionWarning,
-            stacklevel=2,
-        )
-    return not back
+        return
+    site.warned_of_gradient = True
+    warnings.warn(
+        f"fixed-point region at {site.spec.where}: the implicit gradient missed backward_tol={site.backward_tol:g}, with an "
+        f"adjoint residual of {found.residual:.1e} after {found.vjps} products; it is returned as it is. Raise "
+        "backward_max_iter or backward_tol, or make the body contract",
+        RegionWarning,
+        stacklevel=2,
+    )
