@@ -21,12 +21,13 @@ from deq_compile.kernels.device import on_gpu
 from . import records
 from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
 from .body import BodySpec
+from .call import solve_for
 from .forward import or_plain
 from .layout import Layout
 from .modes import Ambient
 from .op import once
 from .probe import rows_are_independent
-from .run import record_forward, solve_for
+from .run import record_forward
 from .site import RegionSpec, Site
 from .status import converged
 from .surroundings import for_each_of_batch, is_batched
