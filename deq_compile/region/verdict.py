@@ -64,7 +64,7 @@ def count_misses(site: Site, solution: Solution) -> bool:
     if not missed:
         site.misses = 0
         return False
-    own = site.spec.own_loop_cap is not None
+    own = site.spec.own_loop_cap is not None and solution.outcome is None  # a captured solve has gone out already
     capped = bool((status == Status.MAX_ITER).any())
     site.misses += capped
     if not site.warned:
