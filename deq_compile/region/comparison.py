@@ -26,7 +26,7 @@ APART, APART_EPS = 1e-2, 40.0
 
 BLANK_BEFORE_KEPT = 3
 
-# Plain iterations that a call of a solver is compared with, in units of its own cap: they need more than a solver does.
+# Plain iterations that the first call of a solver is compared with, in units of its own cap: they need more than a solver does.
 PLAIN_CAP = 4
 
 log = logging.getLogger("deq_compile.region")
@@ -79,7 +79,7 @@ def compare_call(site: Site, solution: Solution, z0: Tensor, rows: bool, solved:
         return solution
     everywhere = torch.ones_like(solution.status, dtype=torch.bool)
     config = site.spec.config
-    tol, cap = config.tol if site.spec.stop else site.tol, PLAIN_CAP * config.max_iter
+    tol, cap = config.tol if site.spec.stop else site.tol, config.max_iter * (PLAIN_CAP if site.calls == 0 else 1)
     plain = solved(z0, tol, solver="picard", max_iter=cap, tested=False)
     other = _apart(site, solution, plain, everywhere, solved)
     several = other or _ends_apart(site, solution, _second_start(solution.z, rows), everywhere, solved)
