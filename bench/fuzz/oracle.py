@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import linecache
+import math
 import sys
 import traceback
 import types
@@ -91,8 +92,13 @@ def judge(text: str, filename: str = "<program>") -> Verdict:
     model = copy.deepcopy(double).float() if single else double
     grown = 100 * sensitivity
     if single:  # what eager itself loses in float32
-        own = [run(model, model, xs) for xs in inputs]
+        try:
+            own = [run(model, model, xs) for xs in inputs]
+        except Exception as error:
+            return Verdict("eager-fails", detail=f"{type(error).__name__}: {error}")
         grown = 10 * max(e for found, want in zip(own, expected, strict=True) for _, e in differences(found, want))
+        if not math.isfinite(grown):
+            return Verdict("ill-conditioned", detail="float32 overflows")
     compiled = torch.compile(model, backend=Backend(OPTIONS32 if single else OPTIONS, report))
     for call, (xs, want) in enumerate(zip(inputs, expected, strict=True)):
         try:
