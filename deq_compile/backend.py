@@ -273,6 +273,8 @@ def _notes(spec: RegionSpec) -> list[str]:
     """What has been decided about a region before its first call."""
     if spec.only_start_differs:
         return ["kept, since its initial state alone needs a gradient, and a fixed point has none to give it"]
+    if spec.suspect and spec.start_decides:
+        return ["kept, since it may have several fixed points, and its initial state, which says which one, needs a gradient"]
     if spec.suspect and spec.own_loop_cap is not None:
         return ["the input reaches it through its initial state alone, so it may have several fixed points: no solve is tried"]
     return []
@@ -317,6 +319,7 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
         own_cap=int(loop.hints.get("max_iter", OWN_CAP)) if loop.tests and loop.count > 1 else None,
         needs=needs,
         solver_call=loop.declared and loop.count == 1 and loop.form != "fixed_point" and config.semantics == "loop",
+        start_grad=any(value_of(n).requires_grad for n in loop.initial if is_tensor(n)),
         start_trained=trained_alone(loop.initial, loop.operands),
         suspect=not reads_inputs(loop.operands) and reads_inputs(loop.initial),
         channels_last=all(v.device.type == "cpu" for v in outputs) and _turns_images(loop.body, config),

@@ -62,6 +62,8 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
         if several:
             good, distance, solution = True, nearer, followed
     mine = "kept" if not good else "follow" if several or site.follows else "solve"
+    if mine == "follow" and site.spec.start_decides:
+        mine = "kept"
     site.misses = 0
     if site.verdict == "kept":
         site.adjoint_misses = 0

@@ -63,6 +63,7 @@ class RegionSpec:
     needs       which operands want a gradient, as far as the graph tells; None: not known
     channels_last  whether images are iterated on, and given to the body, with their channels fastest in memory
     own_cap     the most iterations that the user's own loop makes, where a test ends it; None where there is no such loop
+    start_grad  whether the initial state needs a gradient
     start_trained  whether something that needs a gradient goes into the initial state alone
     solver_call  whether the user calls a solver, or a library's, that has an iteration of its own
     suspect     whether the model's input reaches the loop through its initial state alone: the fixed point then depends on that,
@@ -81,6 +82,7 @@ class RegionSpec:
     own_tests: tuple[StopTest, ...] = ()
     own_cap: int | None = None
     channels_last: bool = False
+    start_grad: bool = False
     start_trained: bool = False
     solver_call: bool = False
     suspect: bool = False
@@ -105,6 +107,12 @@ class RegionSpec:
         return self.grad and self.needs is not None and not any(self.needs) and self.own_loop_cap is not None
 
     @functools.cached_property
+    def start_decides(self) -> bool:
+        """Whether the gradient asks where the loop began: that of the fixed point is blind to it, and where there are several the
+        start says which one it is, with a gradient that grows without bound between two of them."""
+        return self.grad and self.start_grad and self.own_loop_cap is not None
+
+    @functools.cached_property
     def compute_dtype(self) -> torch.dtype:
         return flat_dtype(self.dtypes)
 
@@ -125,7 +133,7 @@ class RegionSpec:
         tests = [test.key for test in self.stop], [test.key for test in self.own_tests], self.own_cap
         facts = (
             OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key(), tests,
-            self.channels_last, self.start_trained, self.solver_call, self.suspect,
+            self.channels_last, self.start_grad, self.start_trained, self.solver_call, self.suspect,
         )  # fmt: skip
         return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
@@ -170,9 +178,10 @@ class Site:
         self.key, self.spec = key, spec
         config = spec.config
         self.rows: bool | None = {"rows": True, "whole": False}.get(config.batch)
-        self.compares = spec.own_loop_cap is not None and config.verify != "never" and not spec.only_start_differs
         self.follows = spec.suspect and spec.own_loop_cap is not None
-        self.verdict = "kept" if spec.only_start_differs else "pending" if self.compares else self.solving
+        keeps = spec.only_start_differs or (self.follows and spec.start_decides)
+        self.compares = spec.own_loop_cap is not None and config.verify != "never" and not keeps
+        self.verdict = "kept" if keeps else "pending" if self.compares else self.solving
         self.distance: float | None = None
         self.longest = self.compared_at = self.blank = 0
         self.checked, self.loose = 0, self.allowed_distance
