@@ -202,7 +202,7 @@ class _Adjoint:
         def attempt(factors: Factors | None) -> AdjointSolution:
             return solve_adjoint(
                 self.vjp, self._certified, q, factors, tol=tol, max_iter=max_iter, expected=site.expected_vjps, body_eps=eps,
-                skip=skip,
+                skip=skip, estimate=bool(self.serial) and not on_gpu(q.device),
             )  # fmt: skip
 
         asks = self.factors is not None and not math.isinf(tol) and not on_gpu(q.device)
