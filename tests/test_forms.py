@@ -99,6 +99,13 @@ def test_a_body_that_freezes_samples_keeps_its_own_gradient() -> None:
     assert largest_error(found, reference(model, x)) < 1e-4
 
 
+def test_a_missed_adjoint_is_said_where_no_loop_may_stand_in() -> None:
+    model, x = Form(FrozenSamples).make()
+    run, _ = compiled(model, verify="never")
+    with pytest.warns(RegionWarning, match="missed backward_tol"):
+        value_and_grads(run, model, x)
+
+
 def test_a_missed_adjoint_is_said() -> None:
     def run(x: Tensor) -> Tensor:
         return fixed_point(lambda z: z + 0 * x, torch.zeros(2, 3), max_iter=5)  # every point is fixed

@@ -27,7 +27,7 @@ from .stopwatch import Stopwatch, TimedLinearised
 from .verdict import count_misses, gradient_is_the_loops, measure_gradient, warn_of_gradient
 from .worth import factors_pay
 
-PLAIN_CAP = 1000  # plain iterations for a solve that missed, where the user's loop has no cap and the fixed point is meant
+OPEN_CAP = 1000  # plain iterations for a solve that missed, where the user's loop has no cap and the fixed point is meant
 
 
 @dataclasses.dataclass
@@ -109,7 +109,7 @@ def _where_it_missed(call: Call, solution: Solution) -> Solution | None:
         return solution
     if solution.missed() and cap is None:
         config = spec.config
-        most = max(config.max_iter, spec.iterations or min(spec.own_cap or 1, PLAIN_CAP))
+        most = max(config.max_iter, spec.iterations or min(spec.own_cap or 1, OPEN_CAP))
         relative = config.stop_mode == "rel"
         solution = or_plain(solution, call.body, call.z0, cap=most, tol=site.tol, relative=relative, stop=call.stop)
     missed = count_misses(site, solution)

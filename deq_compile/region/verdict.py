@@ -158,10 +158,10 @@ def measure_gradient(site: Site, found: AdjointSolution, attempt: Callable[[floa
 
 
 def warn_of_gradient(site: Site, found: AdjointSolution) -> None:
-    """Say, once, that the implicit gradient of a declared fixed point missed its tolerance: where there is no loop behind it, it
-    goes out as it is."""
+    """Say, once, that the implicit gradient missed its tolerance where no loop stands behind it, or none may (`verify="never"`):
+    it goes out as it is. Elsewhere `gradient_is_the_loops` sees to it."""
     config = site.spec.config
-    if site.spec.own_loop_cap is not None or site.warned_of_gradient:
+    if site.compares or site.warned_of_gradient:
         return
     asked = config.backward == "reuse" and config.backward_max_iter > 0
     limit = max(10 * site.backward_tol, 0.1)
