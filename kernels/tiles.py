@@ -12,6 +12,17 @@ def power_of_two(x: int) -> int:
     return 1 << max(x - 1, 0).bit_length()
 
 
+def offsets_fit(rows: int, row: int) -> bool:
+    """Whether the kernels can address `rows` rows of `row` elements of one sample: offsets within a sample are 32-bit numbers.
+    Larger ones are left to ATen."""
+    return rows * row < 2**31
+
+
+def padded(B: int) -> int:
+    """The row length of counters of B samples: see `triton_shared.padded`."""
+    return (B + 31) // 32 * 32
+
+
 @dataclass(frozen=True)
 class Tiles:
     """How one launch cuts its work.
@@ -56,8 +67,8 @@ def by_shape(B: int, D: int, steps: int, element_size: int = 4) -> Tiles:
     BD = max(_COLUMNS[BM] * 4 // max(element_size, 4), 16)
     fused = D <= FUSED_COLUMNS or (B >= MANY_ROWS and D <= FUSED_COLUMNS_MANY_ROWS)
     if fused:
-        small = D <= 1024
-        return Tiles(BM, BD, 256 if small else 1024, 1, D, 3, 4 if small else 8)
+        # A row of up to 1024 is one tile of the update: its loads of steps are independent, while tiles wait for one another.
+        return Tiles(BM, BD, min(max(power_of_two(D), 128), 1024), 1, D, 3, 8)
     slabs = min(-(-D // SLAB_COLUMNS), MOST_SLABS)
     slab = -(-D // slabs)
     slab = (slab + 15) // 16 * 16

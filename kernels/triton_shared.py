@@ -35,6 +35,27 @@ def set_conditional(handle_ptr, value):
 
 
 @triton.jit
+def vote(handle_ptr, ticket_ptr, RUNS: tl.constexpr):
+    """The programs of a launch decide about the WHILE node together: it goes round once more while one of them says so.
+
+    `ticket_ptr`: one int64, zero before the launch and after it: arrivals in its lower half, those that run in its upper half.
+    Sums of integers, so the order of arrival is of no matter. Every program of a grid (B,) votes once.
+    """
+    before = tl.atomic_add(ticket_ptr, 4294967297 if RUNS else 1, sem="relaxed")
+    if (before & 4294967295) == tl.num_programs(0) - 1:
+        others = before >> 32
+        set_conditional(handle_ptr, 1 if RUNS else tl.where(others > 0, 1, 0))
+        tl.store(ticket_ptr, 0)
+
+
+@triton.jit
+def padded(B):
+    """Counters of B samples lie in rows of this many elements, so that each row begins at a multiple of 128 bytes: Triton
+    specialises on alignment, and another batch size would compile the kernels again. `padded` of tiles.py."""
+    return (B + 31) // 32 * 32
+
+
+@triton.jit
 def through(pointer, table_ptr, at: tl.constexpr):
     """The address in slot `at` of the table, as a pointer of the type of `pointer`. Buffers start at multiples of 16 bytes."""
     return tl.multiple_of(tl.load(table_ptr + at).to(tl.pointer_type(pointer.dtype.element_ty)), 16)

@@ -45,15 +45,16 @@ def filled(setting: Setting, B: int, D: int, n: int, dtype: torch.dtype, memory:
     state = TritonState.for_capture(
         normal(B, D), memory, dtype, eta=0.1, tol=0.0, relative=True, floor=0.0, limit=2**30
     )  # fmt: skip
-    S, C = state.buffers()
+    out = state.outputs()
+    S, C = out.S, out.C
     for j in range(n):
         S[:, j] = normal(B, D).to(dtype)
     S[:, n - 1] *= 2
     C.copy_(0.02 * torch.randn(C.shape, generator=generator, device=device).tril())
     z = normal(B, D)
     f = z + normal(B, D)
-    state.restart(z.clone(), z, S, C)
-    state.S, state.C, state.table = S, C, None  # as the loop passes them
+    state.restart(z.clone(), z, out)
+    state.S, state.C, state.z_best, state.table = S, C, out.z_best, None  # as the loop passes them
     state.n.fill_(n)
     return state, z, f
 

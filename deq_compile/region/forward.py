@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +37,22 @@ SOLVERS = ("broyden", "anderson", "picard")
 STOP_MODES = ("rel", "abs")
 
 
+class Outcome(Protocol):
+    """How a captured solve ended, as far as the host may ask."""
+
+    def ready(self) -> bool:
+        """Whether the last launch has ended; never waits."""
+        ...
+
+    def outcome(self) -> tuple[int, int]:
+        """Samples that missed their tolerance, and the most evaluations of any, in the last launch. Waits for that."""
+        ...
+
+    def missed_since(self) -> bool:
+        """Whether a sample of any launch has missed its tolerance since this was last asked. Waits for the last launch."""
+        ...
+
+
 _READ_OFF = {"status": "done", "iterations": "iterations", "residual": "best"}
 
 
@@ -51,7 +68,7 @@ class Solution:
         residual: (B,) stopping residual at ``z``; inf where none was finite.
         evaluations: body evaluations of the whole batch; 0 where only the device knows.
         progress: the iteration that ended so; `status`, `iterations` and `residual` may be read off it when somebody asks.
-        outcome: waits for a captured solve and says how many samples missed their tolerance; None where nothing is pending.
+        outcome: of a captured solve, which may still be running; None where nothing is pending.
     """
 
     z: Tensor
@@ -60,15 +77,20 @@ class Solution:
     iterations: Tensor
     residual: Tensor
     evaluations: int
-    outcome: Callable[[], tuple[int, int]] | None = None
-    progress: Progress | None = field(default=None, init=False)
+    outcome: Outcome | None = None
+    progress: Any = field(default=None, init=False)
 
     @staticmethod
-    def of(progress: Progress, state: Factors | None) -> Solution:
-        """What an iteration came to."""
+    def of(progress: Any, state: Factors | None, z: Tensor | None = None, outcome: Outcome | None = None) -> Solution:
+        """What an iteration came to: a :class:`Progress`, or what stands for that after a captured solve."""
         found = object.__new__(Solution)
-        found.__dict__.update(z=progress.z_best, state=state, evaluations=progress.evaluations, outcome=None, progress=progress)
+        z = progress.z_best if z is None else z
+        found.__dict__.update(z=z, state=state, evaluations=progress.evaluations, outcome=outcome, progress=progress)
         return found
+
+    def without_tensors(self) -> Solution:
+        """The same without iterate and factors, to be held while its outcome is not known."""
+        return Solution.of(self.progress, None, z=self.residual, outcome=self.outcome)
 
     def __getattr__(self, name: str) -> Tensor:
         source = _READ_OFF.get(name)
@@ -88,7 +110,7 @@ class Solution:
 
     def missed(self) -> bool:
         """Whether a sample stopped short of its tolerance. Waits for the device."""
-        return self.outcome()[0] > 0 if self.outcome is not None else not bool(converged(self.status).all())
+        return self.outcome.outcome()[0] > 0 if self.outcome is not None else not bool(converged(self.status).all())
 
 
 @without_grad

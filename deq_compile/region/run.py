@@ -105,7 +105,7 @@ def _where_it_missed(call: Call, solution: Solution) -> Solution | None:
     site, spec = call.site, call.site.spec
     cap = spec.own_loop_cap
     if solution.outcome is not None and (cap is not None or spec.iterations is not None):
-        site.pending = dataclasses.replace(solution, z=solution.residual, state=None)
+        site.pending.append(solution.without_tensors())
         return solution
     if solution.missed() and cap is None:
         config = spec.config

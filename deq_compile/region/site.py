@@ -164,7 +164,7 @@ class Site:
     reuses    whether the adjoint makes use of the forward's factors
     backwards adjoint solves so far
     steps     evaluations that solves needed lately: what the next one makes room for
-    pending   the last captured solve, whose outcome nobody has asked for yet
+    pending   captured solves whose outcome nobody has asked for yet, oldest first
     prepared  shapes of the last forward, its layout and its runner
     engine    what the iterations ran on at the last call, and why on nothing better
     place     the loop as all ranks of a distributed run name it (agree.py)
@@ -196,7 +196,7 @@ class Site:
         self.reuses, self.backwards = True, 0
         self.steps = FIRST_STEPS
         self.warned = self.warned_of_gradient = False
-        self.pending: Solution | None = None
+        self.pending: list[Solution] = []
         self.prepared: tuple[Any, Layout, Runner] | None = None
         self.engine, self.engine_reason = "loop", ""
         self.has_captures = False

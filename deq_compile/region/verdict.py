@@ -27,6 +27,9 @@ GRADIENT_MARGIN = 10.0
 GRADIENT_ERROR = 2e-2
 LEAST_BACKWARD_TOL = 1e-4
 
+# Captured solves whose outcome the host may not know yet.
+MOST_PENDING = 16
+
 log = logging.getLogger("deq_compile.region")
 
 
@@ -85,14 +88,23 @@ def count_misses(site: Site, solution: Solution) -> bool:
 
 
 def settle(site: Site) -> None:
-    """Learn what the last captured solve came to."""
-    solution, site.pending = site.pending, None
-    if solution is not None and solution.outcome is not None:
-        missed, _ = solution.outcome()
-        if missed:
-            count_misses(site, solution)
-        else:
-            site.misses = 0
+    """Learn what captured solves came to, without waiting: those that may still be running are asked at a later call, so that the
+    host runs ahead of the device. Once `MOST_PENDING` calls are unknown, the last of them is waited for."""
+    pending = site.pending
+    if not pending:
+        return
+    outcome = pending[-1].outcome
+    assert outcome is not None
+    if len(pending) < MOST_PENDING and not outcome.ready():
+        return
+    site.pending = []
+    engines = {id(solution.outcome): solution.outcome for solution in pending}
+    missed = [engine is not None and engine.missed_since() for engine in engines.values()]
+    if not any(missed):
+        site.misses = 0
+        return
+    for solution in pending:  # a miss is rare enough to ask the device about each
+        count_misses(site, solution)
 
 
 def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution) -> bool:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import native
 from ..device import on_gpu, triton_kernels
+from ..tiles import offsets_fit
 from . import aten
 from .cpu import CpuState
 from .gpu import TritonState
@@ -54,7 +55,7 @@ def new_state(
     if S is None or C is None:
         own = new_factors(z0, memory, factor_dtype)
         S, C = own[0] if S is None else S, own[1] if C is None else C
-    if on_gpu(z0.device) and (kernels := triton_kernels("broyden")) is not None:
+    if on_gpu(z0.device) and offsets_fit(S.shape[1], S.stride(1)) and (kernels := triton_kernels("broyden")) is not None:
         return TritonState.create(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor, kernels=kernels)
     return new_aten_state(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor)
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..device import triton_kernels
-from ..tiles import Tiles, power_of_two, tiles
+from ..tiles import Tiles, offsets_fit, padded, power_of_two, tiles
 from .state import RUNNING, BroydenState, Factors, coefficient_width, new_factors, row_width
 
 NEVER = 2**31 - 1
+SUMMARY = 4  # numbers that `summarise` writes
 
 
 def launch(state: Any, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -26,15 +27,68 @@ def launch(state: Any, kernel: Any, grid: tuple[int, ...], *args: Any, **constan
         compiled._init_handles()
 
 
+class Held:
+    """A launch outside a graph that comes again with every solve: of the compiled kernel itself, once there is one.
+
+    `kernel[grid]` looks over its arguments each time, 12 us and more; a compiled kernel launches in 2. It was made for the first
+    arguments: the others must have the same dtypes, integers of the same widths, and addresses at multiples of 16 bytes.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: Any = None
+
+    def launch(self, kernel: Any, grid: tuple[int, int, int], *args: Any, num_warps: int, **constants: Any) -> None:
+        """`args` and then `constants` are all that the kernel takes, in its order."""
+        if self.compiled:
+            try:
+                self.compiled[grid](*args, *constants.values())
+            except (AttributeError, TypeError):  # another Triton, with another launcher
+                self.compiled = False
+            else:
+                return
+        made = kernel[grid](*args, **constants, num_warps=num_warps)
+        if self.compiled is None:
+            self.compiled = made or False  # the interpreter compiles nothing
+
+
 def summarise(state: Any, out: Tensor) -> None:
-    """Enqueue three numbers about `state.done` and `state.iterations`; see the kernel. out: (3,) int32 in pinned memory."""
+    """Enqueue what the kernel says about `state.done` and `state.iterations`. out: (4,) int32 in pinned memory."""
     kernels = triton_kernels("broyden")
     assert kernels is not None
     if (here := state.scratch.get("summary")) is None:
-        here = state.scratch["summary"] = torch.empty(3, dtype=torch.int32, device=state.done.device)
+        here = state.scratch["summary"] = torch.zeros(SUMMARY, dtype=torch.int32, device=state.done.device)
     launch(state, kernels.summarise, (1,), state.done, state.iterations, here, state.done.shape[0], BB=256, num_warps=4)
     if not state.only_load:
         out.copy_(here, non_blocking=True)
+
+
+def rows_of(B: int, count: int, like: Tensor, dtype: torch.dtype, value: float = 0) -> tuple[Tensor, ...]:
+    """`count` rows (B,) of one tensor on the device of `like`, each at a multiple of 128 bytes."""
+    return tuple(torch.full((count, padded(B)), value, dtype=dtype, device=like.device)[:, :B].unbind())
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a captured solve leaves to its caller: new tensors that its kernels find through the table.
+
+    S, C      factors, as `new_factors` makes them
+    z_best    (B, D) iterates
+    ints      (3, padded(B)) int32: steps stored, evaluations, codes
+    residual  (B,) compute dtype, of z_best
+    about     (B, 2) float32: residual and evaluations
+    """
+
+    S: Tensor
+    C: Tensor
+    z_best: Tensor
+    ints: Tensor
+    residual: Tensor
+    about: Tensor
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """In the order of the table."""
+        return tuple(t.data_ptr() for t in (self.S, self.C, self.z_best, self.ints, self.residual, self.about))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -47,9 +101,11 @@ class TritonState(BroydenState):
                 0: never, for a loop whose end the device or a count decides
     form        "fused", "split", or None: by shape
     limit       cap on evaluations that the device itself watches; None: the host says when the last one is observed
-    table       (2,) int64, addresses of S and C that the kernels look up; None: S and C are passed. For captured graphs, which
-                serve other S and C in every solve; `S` and `C` then only say their dtypes
+    table       (6,) int64, addresses of `Outputs` that the kernels look up; None: those are passed. For captured graphs, which
+                serve others in every solve; `S`, `C` and `z_best` then only say their dtypes
     handle      (1,) int64, the conditional handle of the WHILE node whose body the launches are; None: no such node
+    ticket      (1,) int64, zero: where the programs of a launch vote about that node
+    begins      the launch that begins a solve
     """
 
     kernels: Any
@@ -59,6 +115,8 @@ class TritonState(BroydenState):
     limit: int | None = None
     table: Tensor | None = None
     handle: Tensor | None = None
+    ticket: Tensor | None = None
+    begins: Held = field(default_factory=Held)
     scratch: dict[str, Tensor] = field(default_factory=dict)
     only_load: bool = False
 
@@ -68,9 +126,10 @@ class TritonState(BroydenState):
     ) -> TritonState:
         """No step stored yet; S and C are not read before they are written."""
         B = z0.shape[0]
-        counts = torch.zeros((4, B), dtype=torch.int32, device=z0.device)
-        n, iterations, stall, done = counts.unbind()
-        best, mark, ceiling = z0.new_full((3, B), torch.inf).unbind()  # the kernels find the ceilings behind the marks
+        if not offsets_fit(S.shape[1], S.stride(1)):
+            raise ValueError(f"expected fewer than 2**31 elements of steps a sample, got {S.shape[1]} x {S.stride(1)}")
+        n, iterations, stall, done = rows_of(B, 4, z0, torch.int32)
+        best, mark, ceiling = rows_of(B, 3, z0, z0.dtype, math.inf)  # the kernels find the ceilings behind the marks
         return TritonState(
             S=S, C=C, n=n, done=done, best=best, z_best=z0.clone(memory_format=torch.contiguous_format),
             iterations=iterations, mark=mark, stall=stall, ceiling=ceiling, tol=tol, relative=relative, floor=floor, active=B,
@@ -86,9 +145,13 @@ class TritonState(BroydenState):
         kernels = triton_kernels("broyden")
         S, C = z0.new_empty((1, 1, 16), dtype=factor_dtype), z0.new_empty((1, 1, 16))
         state = TritonState.create(z0, S, C, eta=eta, tol=tol, relative=relative, floor=floor, kernels=kernels)
-        state.sizes = (memory, coefficient_width(memory), row_width(z0.shape[1], z0.device))
+        row = row_width(z0.shape[1], z0.device)
+        if not offsets_fit(memory + 1, row):
+            raise ValueError(f"expected fewer than 2**31 elements of steps a sample, got {memory + 1} x {row}")
+        state.sizes = (memory, coefficient_width(memory), row)
         state.poll_every, state.limit = 0, limit
-        state.table = torch.zeros(2, dtype=torch.int64, device=z0.device)
+        state.table = torch.zeros(6, dtype=torch.int64, device=z0.device)
+        state.ticket = torch.zeros(1, dtype=torch.int64, device=z0.device)
         return state
 
     def alone(self) -> Factors:
@@ -98,9 +161,14 @@ class TritonState(BroydenState):
     def memory(self) -> int:
         return self.sizes[0]
 
-    def buffers(self) -> tuple[Tensor, Tensor]:
-        """S and C of the sizes that the launches expect, uninitialised."""
-        return new_factors(self.z_best, self.sizes[0], self.S.dtype)
+    def outputs(self, factors: tuple[Tensor, Tensor] | None = None) -> Outputs:
+        """What another solve fills, of the sizes that the launches expect, uninitialised. `factors`: S and C to use again."""
+        like, B = self.z_best, self.z_best.shape[0]
+        S, C = factors or new_factors(like, self.sizes[0], self.S.dtype)
+        return Outputs(
+            S=S, C=C, z_best=torch.empty_like(like), ints=like.new_empty((3, padded(B)), dtype=torch.int32),
+            residual=like.new_empty(B), about=like.new_empty((B, 2), dtype=torch.float32),
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def loading(self) -> Iterator[None]:
@@ -111,25 +179,37 @@ class TritonState(BroydenState):
         finally:
             self.only_load = False
 
-    def restart(self, z: Tensor, z0: Tensor, S: Tensor | None = None, C: Tensor | None = None) -> None:
+    def restart(self, z: Tensor, z0: Tensor, out: Outputs | None = None) -> None:
         """Begin another solve in the same buffers: z and the best iterate become z0 (both (B, D), contiguous). With a table,
-        `S` and `C` are the tensors that the solve fills."""
+        `out` is what the solve fills."""
         B, D = z.shape
         self.evaluations, self.active = 0, B
         if B == 0:
             return
         cut = self._tiles(B, D)
-        addresses = (0, 0) if S is None or C is None else (S.data_ptr(), C.data_ptr())
+        addresses = (0,) * 6 if out is None else out.addresses
         if any(a % 16 for a in addresses):
-            raise ValueError(f"expected S and C at multiples of 16 bytes, got addresses {addresses}")
+            raise ValueError(f"expected outputs at multiples of 16 bytes, got addresses {addresses}")
         table = self.n if self.table is None else self.table
-        launch(
-            self, self.kernels.start, (B, cut.slabs), z0, z, self.z_best, self.n, self.best, self.mark, self.stall,
+        z_best = self.z_best if out is None else out.z_best
+        if z0.data_ptr() % 16:
+            z0 = z0.clone()
+        held = Held() if out is None else self.begins  # addresses are 64-bit numbers in the latter
+        held.launch(
+            self.kernels.start, (B, cut.slabs, 1), z0, z, z_best, self.n, self.best, self.mark, self.stall,
             self.iterations, self.done, table, *addresses, D, cut.slab, BD=1024, TABLE=self.table is not None, num_warps=4,
         )  # fmt: skip
 
     def summarise(self, out: Tensor) -> None:
-        """Enqueue for the host: samples that still run, that missed their tolerance, most evaluations. out: (3,) int32."""
+        """Enqueue for the host: samples that still run, that missed their tolerance, most evaluations, missed in all launches.
+        out: (4,) int32. With a table, each sample's numbers go to their outputs too."""
+        B = self.done.shape[0]
+        if self.table is not None and B:
+            about = self._buffer("about", (1,), torch.float32)  # says a dtype
+            launch(
+                self, self.kernels.finish, (-(-B // 256),), self.n, self.best, self.iterations, self.done, about, self.table, B,
+                BB=256, num_warps=4,
+            )  # fmt: skip
         summarise(self, out)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -161,12 +241,11 @@ class TritonState(BroydenState):
         options = {"RELATIVE": self.relative, "GIVEN": given, "OBSERVE": observe, **where}
         limits = (float(self.tol), float(self.floor), float(self.eta), max_iter)
         if cut.slabs == 1:
-            if self.handle is not None:
-                launch(self, self.kernels.stop_looping, (1,), self.handle, num_warps=1)
+            ticket = self.n if self.ticket is None else self.ticket
             y = self._buffer("y", (B, 3 * cut.BM + 2), self.C.dtype)
             launch(
                 self, self.kernels.step_fused, (B,),
-                z, f, norm, self.S, self.C, *counters, self.z_best, y, table, handle, D, row, LD, *limits,
+                z, f, norm, self.S, self.C, *counters, self.z_best, y, table, handle, ticket, D, row, LD, *limits,
                 M=M, BM=cut.BM, BD=cut.BD, BD2=cut.BD2, STAGES=cut.stages, num_warps=cut.warps, **options,
             )  # fmt: skip
             return

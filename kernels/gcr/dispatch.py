@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import native
-from ..broyden.state import COMPUTE_DTYPES, progress_fields
+from ..broyden.state import COMPUTE_DTYPES, progress_fields, row_width
 from ..device import on_gpu, triton_kernels
 from ..reuse.multisecant import Multisecant
+from ..tiles import offsets_fit
 from . import aten
 from .cpu import CpuGcr
 from .gpu import TritonGcr
@@ -35,7 +36,10 @@ def new_state(
     if memory < 1:
         raise ValueError(f"expected memory >= 1, got {memory}")
     q = q.contiguous()
-    if on_gpu(q.device) and (kernels := triton_kernels("gcr")) is not None:
+    fits = offsets_fit(2 * memory, row_width(q.shape[1], q.device))
+    if operator is not None:
+        fits = fits and offsets_fit(operator.S.shape[1], operator.S.stride(1))
+    if on_gpu(q.device) and fits and (kernels := triton_kernels("gcr")) is not None:
         return TritonGcr.create(q, operator, memory, tol, floor, kernels)
     functions = native.functions(q) if operator is None else native.functions(q, operator.S, operator.V)
     if functions is not None:

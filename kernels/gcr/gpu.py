@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..broyden.gpu import NEVER, launch, summarise
+from ..broyden.gpu import NEVER, launch, rows_of, summarise
 from ..broyden.state import RUNNING, row_width
 from ..reuse.multisecant import Multisecant
-from ..tiles import Tiles, power_of_two, tiles
+from ..tiles import Tiles, offsets_fit, power_of_two, tiles
 from .state import DEPENDENT_EPS, GcrState
 
 # `extend` holds two rows of the update beside the tiles of the dot products: more warps, so that nothing spills.
@@ -62,10 +62,11 @@ class TritonGcr(GcrState):
         """The iteration before its first VJP. With `begin=False` nothing is computed yet: `restart` does that."""
         B, D = q.shape
         device, row = q.device, row_width(D, q.device)
-        counts = torch.zeros((4, B), dtype=torch.int32, device=device)
-        n, iterations, stall, done = counts.unbind()
-        best, mark, norms, residuals = q.new_zeros((4, B)).unbind()
-        z_best, x, r, w, true_residual = q.new_empty((5, B, D)).unbind()
+        if not offsets_fit(2 * memory, row):
+            raise ValueError(f"expected fewer than 2**31 elements of a basis a sample, got 2 x {memory} x {row}")
+        n, iterations, stall, done = rows_of(B, 4, q, torch.int32)
+        best, mark, norms, residuals = rows_of(B, 4, q, q.dtype)
+        z_best, x, r, w, true_residual = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(5))
         if operator is None:
             nothing = q.new_empty((1, 1, 16))
             operator = Multisecant(S=nothing, V=nothing, n=torch.zeros(B, dtype=torch.int32, device=device), high=0)
@@ -191,7 +192,8 @@ class TritonGcr(GcrState):
         self.active, self.converged = int(active), bool(ended)
 
     def summarise(self, out: Tensor) -> None:
-        """Enqueue for the host: samples that still run, samples that missed their tolerance, most VJPs. out: (3,) int32."""
+        """Enqueue for the host: samples that still run, that missed their tolerance, most VJPs, missed in all launches. out: (4,)
+        int32."""
         summarise(self, out)
 
 

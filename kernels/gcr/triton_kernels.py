@@ -197,7 +197,7 @@ def begin(
     _steps_by_number(out, S_ptr, q_ptr + b * D, q_ptr, tl.load(steps_ptr + b), lo, hi, ROW, True, BM, BD, STAGES, ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_iter"])
 def extend(
     w_ptr, x_ptr, r_ptr, rt_ptr, images_ptr, S_ptr, steps_ptr, table_ptr, norms_ptr, batch_norm_ptr, best_ptr, mark_ptr,
     stall_ptr, count_ptr, done_ptr, best_w_ptr, relative_ptr, batch_ptr, G_ptr, nu_ptr, c_ptr, part_ptr, squares_ptr, part2_ptr,

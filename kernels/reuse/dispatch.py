@@ -11,8 +11,14 @@ from .. import native
 from ..broyden.cpu import describe
 from ..broyden.state import Factors
 from ..device import on_gpu, triton_kernels
+from ..tiles import offsets_fit
 from . import aten, cpu, gpu
 from .multisecant import Multisecant, apply_aten, multisecant_aten
+
+
+def _fits(S: Tensor) -> bool:
+    """Whether steps (B, M+1, D) are a matter for Triton."""
+    return on_gpu(S.device) and offsets_fit(S.shape[1], S.stride(1))
 
 
 def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
@@ -29,7 +35,7 @@ def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
         (B, D), a new tensor in that dtype.
     """
     x = x.contiguous()
-    if on_gpu(x.device) and (kernels := triton_kernels("reuse")) is not None:
+    if _fits(factors.S) and (kernels := triton_kernels("reuse")) is not None:
         return gpu.apply_transpose(factors, x, kernels)
     functions = native.functions(factors.S, factors.C, x)
     if functions is None:
@@ -46,7 +52,7 @@ def multisecant(factors: Factors, skip: int = 0) -> Multisecant:
         factors: of a Broyden solve; only S, C's diagonal and n are read.
         skip: the first pairs of every sample that are left out. After a restart the first two are not exact.
     """
-    if on_gpu(factors.S.device) and (kernels := triton_kernels("reuse")) is not None:
+    if _fits(factors.S) and (kernels := triton_kernels("reuse")) is not None:
         return gpu.multisecant(factors, skip, kernels)
     functions = native.functions(factors.S, factors.C)
     if functions is not None:
@@ -57,7 +63,7 @@ def multisecant(factors: Factors, skip: int = 0) -> Multisecant:
 def apply_multisecant(operator: Multisecant, x: Tensor) -> Tensor:
     """M x, a new tensor: two reads of the steps. x: (B, D) in the compute dtype."""
     x = x.contiguous()
-    if on_gpu(x.device) and (kernels := triton_kernels("reuse")) is not None:
+    if _fits(operator.S) and (kernels := triton_kernels("reuse")) is not None:
         return gpu.apply_multisecant(operator, x, kernels)
     functions = native.functions(operator.S, operator.V, x)
     return apply_aten(operator, x) if functions is None else cpu.apply(operator, x, functions)

@@ -3,14 +3,19 @@
 SHIFT 1   -H^T x: V = C, lower triangular, and b_j = s_{j+1} . x for n - 1 pairs
 SHIFT 0   M x, the type-II operator: V = -W^T (multisecant.py), and b_j = s_j . x for n steps
 
-Two reads of the steps; partial sums are added in a fixed order. `gram` makes the products of the steps that W is made of. This
-file has no imports of its own package, so that tests can load it a second time for Triton's interpreter.
+Two reads of the steps; partial sums are added in a fixed order. `gram` makes the products of the steps that W is made of, and
+`weights` makes W of them (triton_weights.py).
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from ..triton_shared import through
+from .triton_weights import addresses, weights
+
+__all__ = ["addresses", "gram", "transpose_combine", "transpose_dots", "transpose_fused", "weights"]
 
 
 @triton.jit
@@ -90,7 +95,7 @@ def transpose_dots(
     tl.store(part_ptr + (b * tl.num_programs(1) + slab) * BM + tl.arange(0, BM), part)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PARTS"])
 def transpose_combine(
     x_ptr, out_ptr, S_ptr, C_ptr, n_ptr, part_ptr, d_ptr, D, ROW, LD, SLAB, PARTS,
     M: tl.constexpr, SHIFT: tl.constexpr, BM: tl.constexpr, BP: tl.constexpr, BD: tl.constexpr,
@@ -114,21 +119,38 @@ def transpose_combine(
 
 
 @triton.jit
-def gram(S_ptr, n_ptr, part_ptr, D, ROW, SLAB, M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
-    """S S^T of the stored steps over a slab of columns, in full fp32 whatever torch allows its own products: grid (B, slabs).
-    part (B, slabs, BM, BM); rows and columns from n on are zero."""
-    b = tl.program_id(0).to(tl.int64)
-    slab = tl.program_id(1)
-    n = tl.load(n_ptr + b)
-    lo = slab * SLAB
-    hi = tl.minimum(lo + SLAB, D)
+def _gram(out_ptr, S_ptr, n, lo, hi, ROW, LD: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr):
     i = tl.arange(0, BM)
     d = tl.arange(0, BD)
-    S_ptr += b * (M + 1) * ROW
     acc = tl.zeros((BM, BM), tl.float32)
     for d0 in tl.range(lo, hi, BD):
         o = d0 + d
         s = tl.load(S_ptr + i[:, None] * ROW + o[None, :], mask=(i[:, None] < n) & (o[None, :] < hi), other=0.0).to(tl.float32)
         acc = tl.dot(s, tl.trans(s), acc, input_precision="ieee")
-    at = part_ptr + (b * tl.num_programs(1) + slab) * BM * BM
-    tl.store(at + i[:, None] * BM + i[None, :], acc)
+    tl.store(out_ptr + i[:, None] * LD + i[None, :], acc)
+
+
+@triton.jit
+def gram(
+    S_ptr, n_ptr, part_ptr, table_ptr, D, ROW, SLAB, M: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, INDIRECT: tl.constexpr
+):  # fmt: skip
+    """S S^T of the stored steps over a slab of columns, in full fp32 whatever torch allows its own products: grid (B, slabs).
+    part (B, slabs, BM, BM), of which only n rows and columns are written. INDIRECT: S and n stand in the table, at 0 and 2. The
+    rows of a tile follow n: a tenth of the arithmetic at n = 10 of 64."""
+    b = tl.program_id(0).to(tl.int64)
+    slab = tl.program_id(1)
+    if INDIRECT:
+        S_ptr = through(S_ptr, table_ptr, 0)
+        n_ptr = through(n_ptr, table_ptr, 2)
+    n = tl.load(n_ptr + b)
+    lo = slab * SLAB
+    hi = tl.minimum(lo + SLAB, D)
+    S_ptr += b * (M + 1) * ROW
+    part_ptr += (b * tl.num_programs(1) + slab) * BM * BM
+    if BM <= 16:
+        _gram(part_ptr, S_ptr, n, lo, hi, ROW, BM, BM, BD)
+    else:
+        if n <= 16:
+            _gram(part_ptr, S_ptr, n, lo, hi, ROW, BM, 16, BD)
+        else:
+            _gram(part_ptr, S_ptr, n, lo, hi, ROW, BM, BM, BD)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from deq_compile.kernels import device as kernel_device
+from deq_compile.kernels.broyden.gpu import SUMMARY
 from deq_compile.region.site import Site
 
 from .device import Device
@@ -40,7 +41,7 @@ class Captured:
 
     def build(self, program: Program, once: Callable[[], None], cap: int, wanted: str) -> None:
         """Warm up in this thread, on the capturing stream, then capture."""
-        summary = self.device.pinned(3)
+        summary = self.device.pinned(SUMMARY)
 
         def warm() -> None:
             once()

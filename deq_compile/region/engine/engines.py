@@ -7,9 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Protocol
 
-from torch import Tensor
-
-from deq_compile.kernels.broyden.gpu import TritonState
+from deq_compile.kernels.broyden.gpu import SUMMARY, TritonState
 from deq_compile.kernels.gcr.gpu import TritonGcr
 
 from .device import Device, Graph, Refused
@@ -39,14 +37,30 @@ class Engine(abc.ABC):
     """A program, captured. `launch` enqueues all of it, or as much as is needed to see its end; `outcome` waits for that."""
 
     name: str
-    summary: Tensor  # (3,) int32 in pinned memory: running, missed, most evaluations
+
+    def __init__(self, device: Device) -> None:
+        # What `summarise` writes: running, missed, most evaluations of this launch; missed in all.
+        self.summary, self.event = device.pinned(SUMMARY), device.event()
+        self.known = 0  # of what was missed in all
 
     @abc.abstractmethod
     def launch(self) -> None: ...
 
-    @abc.abstractmethod
+    def ready(self) -> bool:
+        """Whether the last launch has ended; never waits."""
+        return self.event.query()
+
     def outcome(self) -> tuple[int, int]:
         """Samples that missed their tolerance, and the most evaluations of any. Waits for the launch to end."""
+        self.event.synchronize()
+        _, missed, most, _ = self.summary.tolist()
+        return missed, most
+
+    def missed_since(self) -> bool:
+        """Whether a sample of any launch has missed its tolerance since this was last asked. Waits for the last launch."""
+        self.event.synchronize()
+        before, self.known = self.known, int(self.summary[3])
+        return self.known != before
 
 
 class While(Engine):
@@ -55,7 +69,7 @@ class While(Engine):
     name = "while"
 
     def __init__(self, device: Device, program: Program) -> None:
-        self.summary, self.event = device.pinned(3), device.event()
+        super().__init__(device)
         condition = device.new_condition()
         state = program.state
         state.handle = condition.handle
@@ -76,11 +90,6 @@ class While(Engine):
         self.graph.replay()
         self.event.record()
 
-    def outcome(self) -> tuple[int, int]:
-        self.event.synchronize()
-        _, missed, most = self.summary.tolist()
-        return missed, most
-
 
 class Chunks(Engine):
     """Iterations in graphs of `CHUNK`; as many as the last solve took are enqueued before the host looks for the first time."""
@@ -88,7 +97,7 @@ class Chunks(Engine):
     name = "chunks"
 
     def __init__(self, device: Device, program: Program, cap: int) -> None:
-        self.summary, self.event = device.pinned(3), device.event()
+        super().__init__(device)
         self.cap = math.ceil(cap / CHUNK)
         self.expected = 1
         state = program.state
@@ -114,10 +123,6 @@ class Chunks(Engine):
             if int(self.summary[0]) == 0:
                 break
         self.expected = max(math.ceil(int(self.summary[2]) / CHUNK), 1)
-
-    def outcome(self) -> tuple[int, int]:
-        _, missed, most = self.summary.tolist()
-        return missed, most
 
 
 def capture(device: Device, program: Program, cap: int, wanted: str) -> tuple[Engine | None, str]:

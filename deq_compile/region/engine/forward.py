@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from deq_compile.kernels.broyden import Factors
-from deq_compile.kernels.broyden.gpu import TritonState
+from deq_compile.kernels.broyden.gpu import Outputs, TritonState
+from deq_compile.kernels.broyden.state import row_width
+from deq_compile.kernels.tiles import offsets_fit
 from deq_compile.region.body import Runner
 from deq_compile.region.forward import FLOOR_EPS, Solution
 
@@ -31,6 +33,41 @@ class ForwardSettings:
     eta: float = 0.1
 
 
+class Ended:
+    """What a captured solve says of each sample, once it has ended; tensors of its own, read by whoever asks.
+
+    done, iterations  (B,) int32, as in :class:`~deq_compile.kernels.broyden.state.Progress`
+    best              (B,) stopping residual
+    """
+
+    evaluations = 0  # only the device knows
+
+    def __init__(self, out: Outputs) -> None:
+        self.ints, self.best, self._about = out.ints, out.residual, out.about
+
+    def _row(self, number: int) -> Tensor:
+        return self.ints.as_strided((self.best.shape[0],), (1,), number * self.ints.shape[1])
+
+    @property
+    def steps(self) -> Tensor:
+        return self._row(0)
+
+    @property
+    def iterations(self) -> Tensor:
+        return self._row(1)
+
+    @property
+    def done(self) -> Tensor:
+        return self._row(2)
+
+    def about(self) -> Tensor:
+        return self._about
+
+    def all_converged(self) -> bool:
+        """False: nobody has asked the device."""
+        return False
+
+
 class CapturedForward(Captured):
     """Broyden's iteration on one body: trips of [body, step]."""
 
@@ -47,10 +84,10 @@ class CapturedForward(Captured):
             relative=settings.stop_mode == "rel", floor=FLOOR_EPS * settings.body_eps, limit=settings.max_iter,
         )  # fmt: skip
         self.own: tuple[Tensor, Tensor] | None = None  # factors of solves that leave none
-        S, C = self.state.buffers()
+        out = self.state.outputs()  # lives as long as something may be launched that finds it through the table
 
         def once() -> None:
-            self.state.restart(self.z, z0.contiguous(), S, C)
+            self.state.restart(self.z, z0.contiguous(), out)
             self.trip()
 
         self.build(self, once, settings.max_iter, wanted)
@@ -66,23 +103,14 @@ class CapturedForward(Captured):
         assert self.engine is not None
         try:
             state = self.state
-            if leaves:
-                S, C = state.buffers()
-            else:
-                self.own = self.own or state.buffers()
-                S, C = self.own
-            state.restart(self.z, z0.contiguous(), S, C)
+            out = state.outputs(None if leaves else self.own)
+            if not leaves:
+                self.own = out.S, out.C
+            state.restart(self.z, z0.contiguous(), out)
             self.engine.launch()
-            # The buffers are used again by the next solve.
-            return Solution(
-                z=state.z_best.clone(),
-                state=Factors(S=S, C=C, n=state.n.clone(), high=S.shape[1]),
-                status=state.done.clone(),
-                iterations=state.iterations.clone(),
-                residual=state.best.clone(),
-                evaluations=0,
-                outcome=self.engine.outcome,
-            )
+            ended = Ended(out)
+            factors = Factors(S=out.S, C=out.C, n=ended.steps, high=out.S.shape[1])
+            return Solution.of(ended, factors, z=out.z_best, outcome=self.engine)
         finally:
             self.leave()
 
@@ -91,6 +119,8 @@ def captured_forward(
     key: tuple[object, ...], runner: Runner, z0: Tensor, operands: Sequence[Tensor], settings: ForwardSettings, wanted: str
 ) -> CapturedForward | None:
     """The captured solve for these shapes and settings; None where the loop serves (yet). `key` names the region and sizes."""
+    if not offsets_fit(settings.memory + 1, row_width(z0.shape[1], z0.device)):
+        return None
     return find(
         (*key, "forward", settings), z0, operands, wanted,
         lambda device, own: CapturedForward(device, runner, z0, own, settings, wanted),
