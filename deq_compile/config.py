@@ -25,7 +25,11 @@ from typing import Any
 
 import torch
 
+from deq_compile.registry import BACKWARDS, SOLVERS, Registry
+
 BACKWARD_TOL_EXACT = 1e-6  # what backward="exact" stands for
+# Names of a backward mode that stand for another one at a tolerance.
+_ALIASES = {"exact": ("reuse", BACKWARD_TOL_EXACT)}
 
 # By the gradient study (python -m bench gradients, NOTES.md): the loosest power of ten at which the parameter gradient has a
 # cosine of .999 with the exact one on every trained body; at 1e-1 one of five trainings of the recall task did not learn it.
@@ -82,6 +86,11 @@ def _choice(*names: str, planned: tuple[str, ...] = ()) -> Callable[[Any], str]:
     return parse
 
 
+def _named(registry: Registry[Any], *more: str) -> Callable[[Any], str]:
+    """One of the names in a registry, as it is then, or of ``more``."""
+    return lambda value: _choice(*registry.names(), *more)(value)
+
+
 def _floating_dtype(value: Any) -> torch.dtype:
     dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
     if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
@@ -114,10 +123,10 @@ _RULES: dict[str, _Rule] = {
     "stop_mode": _Rule("rel", _choice("rel", "abs")),
     "max_iter": _Rule(40, _integer(1)),
     "memory": _Rule(None, _integer(1)),
-    "solver": _Rule("broyden", _choice("broyden", "anderson", "picard")),
+    "solver": _Rule("broyden", _named(SOLVERS)),
     "anderson_memory": _Rule(5, _integer(1)),
     "anderson_damping": _Rule(1.0, _fraction),
-    "backward": _Rule("reuse", _choice("reuse", "jfb", "phantom", "neumann", "unroll", "exact")),
+    "backward": _Rule("reuse", _named(BACKWARDS, *_ALIASES)),
     "backward_steps": _Rule(5, _integer(1)),
     "backward_damping": _Rule(0.5, _fraction),
     "attached": _Rule("keep", _choice("keep", planned=("implicit",))),
@@ -251,10 +260,11 @@ class Options:
     def __post_init__(self) -> None:
         for name, value in self.explicit().items():
             object.__setattr__(self, name, _parse(name, value))
-        if self.backward == "exact" and self.backward_tol not in (None, BACKWARD_TOL_EXACT):
+        mode, tol = _ALIASES.get(self.backward or "", (None, None))
+        if mode is not None and self.backward_tol not in (None, tol):
             raise OptionError(
-                f"options 'backward' and 'backward_tol' of the 'deq' backend contradict each other: 'exact' is "
-                f"backward='reuse' with backward_tol={BACKWARD_TOL_EXACT:g}; got backward_tol={self.backward_tol:g}. "
+                f"options 'backward' and 'backward_tol' of the 'deq' backend contradict each other: {self.backward!r} is "
+                f"backward={mode!r} with backward_tol={tol:g}; got backward_tol={self.backward_tol:g}. "
                 f"Fix: drop one of them"
             )
 
@@ -296,10 +306,10 @@ class Options:
         and ``backward_tol`` speak of the same thing, so the inner one of them replaces the outer one of either.
         """
         values, over = self.explicit(), inner.explicit()
-        if over.get("backward") == "exact":
+        if over.get("backward") in _ALIASES:
             values.pop("backward_tol", None)
-        elif "backward_tol" in over and values.get("backward") == "exact":
-            values["backward"] = "reuse"
+        elif "backward_tol" in over and values.get("backward") in _ALIASES:
+            values["backward"], _ = _ALIASES[values["backward"]]
         if "inductor" in values and "inductor" in over:
             over["inductor"] = {**values["inductor"], **over["inductor"]}
         return Options(**{**values, **over})
@@ -317,10 +327,9 @@ class Options:
             _check_name(name, "hint")
         said = {name: _parse(name, value, "hint") for name, value in hints.items() if value is not None}
         options = self.explicit()
-        if options.get("backward") == "exact":
-            options["backward_tol"] = BACKWARD_TOL_EXACT
-        if said.get("backward") == "exact" and "backward" not in options:
-            said["backward_tol"] = BACKWARD_TOL_EXACT
+        for given in (options, said) if "backward" not in options else (options,):
+            if given.get("backward") in _ALIASES:
+                _, given["backward_tol"] = _ALIASES[given["backward"]]
 
         values: dict[str, Any] = {}
         provenance: dict[str, str] = {}
@@ -328,8 +337,7 @@ class Options:
             source = "option" if name in options else "model" if name in said else "default"
             values[name] = {"option": options, "model": said}.get(source, {name: rule.default})[name]
             provenance[name] = source
-        if values["backward"] == "exact":
-            values["backward"] = "reuse"
+        values["backward"], _ = _ALIASES.get(values["backward"], (values["backward"], None))
         if values["memory"] is None:
             values["memory"] = values["max_iter"]
         values["inductor"] = dict(values["inductor"])

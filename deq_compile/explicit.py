@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from .capture import calls, marker
+from .capture.solver_family import SolveInfo
 from .config import Options
 from .region.eager import solve_eagerly
 from .region.surroundings import NO_TANGENT, NotHere, any_tangent, plain, values_are_known
+from .structure import Structure, flatten, unflatten
 
 S = TypeVar("S")
 
 
-def fixed_point(f: Callable[[S], S], z0: S, /, **options: Any) -> S:
+@overload
+def fixed_point(f: Callable[[S], S], z0: S, /, *, return_info: Literal[False] = ..., **options: Any) -> S: ...
+@overload
+def fixed_point(f: Callable[[S], S], z0: S, /, *, return_info: Literal[True], **options: Any) -> tuple[S, SolveInfo]: ...
+def fixed_point(f: Callable[[S], S], z0: S, /, *, return_info: bool = False, **options: Any) -> S | tuple[S, SolveInfo]:
     """The fixed point z* = f(z*), found from z0 by the solver of the compiler, with the implicit gradient.
 
     Works in plain eager mode. Inside a model compiled with this backend it becomes a region of the whole graph; another
@@ -29,14 +34,16 @@ def fixed_point(f: Callable[[S], S], z0: S, /, **options: Any) -> S:
     Args:
         f: maps a state to a state of the same structure, shapes and dtypes. It is called many times, so it should neither
             draw random numbers nor write to anything.
-        z0: a tensor, or a pytree of tensors (lists, tuples, dicts, named tuples, registered dataclasses), real floating point.
-            Where all of them have one size in dimension 0, that is taken for a batch if f keeps its rows apart (`batch`).
+        z0: a tensor, or a pytree of tensors (lists, tuples, dicts, named tuples, dataclasses), real floating point. Where all of
+            them have one size in dimension 0, that is taken for a batch if f keeps its rows apart (`batch`).
+        return_info: whether to return what the solve came to as well.
         options: as in `deq_compile.config.Options`; those that speak of loops (`min_repeats`, `semantics`, `verify`, ...)
             mean nothing here, nor does `inner` in eager mode.
 
     Returns:
-        The iterate of smallest residual, in the structure of z0. A sample that missed the tolerance says so in a
-        `RegionWarning` and in `record_solves`.
+        The iterate of smallest residual, in the structure of z0; with ``return_info`` that and a :class:`SolveInfo` of (B,)
+        tensors: residual, iterations, converged. B is the size of dimension 0 of the first tensor, or 1. A sample that missed
+        the tolerance says so in a `RegionWarning` and in `record_solves` too.
 
     Raises:
         ValueError: an unknown option or bad value, or an f that changes structure, shape, dtype or device of its argument.
@@ -46,34 +53,42 @@ def fixed_point(f: Callable[[S], S], z0: S, /, **options: Any) -> S:
             tensors f is evaluated once, for shapes.
     """
     if torch.compiler.is_dynamo_compiling():  # not by our backend, or where it found no region: outside of the graph
-        return _outside(f, z0, options)
-    return _eager(f, z0, options)
+        return _outside(f, z0, return_info, options)
+    return _eager(f, z0, return_info, options)
 
 
-def _eager(f: Callable[[S], S], z0: S, options: dict[str, Any]) -> S:
+def _eager(f: Callable[[S], S], z0: S, return_info: bool, options: dict[str, Any]) -> Any:
+    _check_flag(return_info)
     config = Options.from_options(options).resolve()
     _check_callable(f)
-    leaves, structure = pytree.tree_flatten(z0)
+    leaves, structure = flatten(z0)
     known = values_are_known([leaf for leaf in leaves if isinstance(leaf, Tensor)])
     _check_state(leaves)
 
     def body(states: list[Tensor]) -> list[Tensor]:
-        out = f(pytree.tree_unflatten(states, structure))
-        results, made = pytree.tree_flatten(out)
+        results, made = flatten(f(unflatten(states, structure)))
         _check_result(leaves, structure, results, made)
         return results
 
+    rows = leaves[0].shape[0] if leaves[0].dim() else 1
     if not known:
-        return pytree.tree_unflatten(body([leaf.detach() for leaf in leaves]), structure)
+        once = unflatten(body([leaf.detach() for leaf in leaves]), structure)
+        return (once, SolveInfo.of(leaves[0].new_zeros((rows, marker.INFO), dtype=torch.float32))) if return_info else once
     if forward_ad._current_level >= 0 and any_tangent([*leaves, *body([leaf.detach() for leaf in leaves])]):
         raise NotHere(NO_TANGENT)
     found = solve_eagerly(body, leaves, config, key=getattr(f, "__code__", type(f)), where=_caller())
-    return pytree.tree_unflatten(found, structure)
+    solved = unflatten(found.states, structure)
+    return (solved, SolveInfo.of(found.result.about().expand(rows, -1))) if return_info else solved
 
 
 _outside = torch._dynamo.disable(
     _eager, reason="deq_compile.fixed_point: only backend='deq' makes it a part of the graph; elsewhere it is solved outside"
 )
+
+
+def _check_flag(return_info: Any) -> None:
+    if not isinstance(return_info, bool):
+        raise TypeError(f"fixed_point: expected return_info to be True or False, got {return_info!r}")
 
 
 def _check_callable(f: Any) -> None:
@@ -96,7 +111,7 @@ def _check_state(leaves: list[Any]) -> None:
         raise TypeError("fixed_point: expected z0 of at least one tensor, got an empty structure")
 
 
-def _check_result(leaves: list[Tensor], structure: Any, results: list[Any], made: Any) -> None:
+def _check_result(leaves: list[Tensor], structure: Structure, results: list[Any], made: Structure) -> None:
     if made != structure:
         raise ValueError(f"fixed_point: expected f to return the structure of z0, {structure}, got {made}")
     for before, after in zip(leaves, results, strict=True):
@@ -125,8 +140,9 @@ def _caller() -> str:
 _TORCH = torch.__path__[0]
 
 
-def _traced(site: str, f: Any, z0: Any, **options: Any) -> Any:
+def _traced(site: str, f: Any, z0: Any, return_info: bool = False, **options: Any) -> Any:
     """What Dynamo traces in place of `fixed_point` for our backend."""
+    _check_flag(return_info)
     pairs = tuple((name, value) for name, value in options.items())
     _check_callable(f)
     if isinstance(z0, Tensor):
@@ -138,18 +154,19 @@ def _traced(site: str, f: Any, z0: Any, **options: Any) -> Any:
                 raise ValueError("fixed_point: expected f to return a tensor like z0, got " + what)
             return (out,)
 
-        (found,), _ = marker.region(single, (z0,), site, "fixed_point", (), pairs)
-        return found
-    leaves, structure = pytree.tree_flatten(z0)
+        (found,), about = marker.region(single, (z0,), site, "fixed_point", (), pairs)
+        return (found, SolveInfo.of(about.detach())) if return_info else found
+    leaves, structure = flatten(z0)
 
     def body(states: tuple[Tensor, ...]) -> Any:
-        results, made = pytree.tree_flatten(f(pytree.tree_unflatten(list(states), structure)))
+        results, made = flatten(f(unflatten(list(states), structure)))
         if made != structure:
             raise ValueError(f"fixed_point: expected f to return the structure of z0, {structure}, got {made}")
         return results
 
-    states, _ = marker.region(body, tuple(leaves), site, "fixed_point", (), pairs)
-    return pytree.tree_unflatten(list(states), structure)
+    states, about = marker.region(body, tuple(leaves), site, "fixed_point", (), pairs)
+    solved = unflatten(list(states), structure)
+    return (solved, SolveInfo.of(about.detach())) if return_info else solved
 
 
 calls.take(fixed_point, _traced)

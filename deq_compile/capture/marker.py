@@ -35,7 +35,7 @@ NOT_THE_USERS = (_TORCH, PACKAGE, os.path.join(os.path.dirname(_TORCH), "torchde
 # Segments traced of a loop whose exit depends on data, before the exit is taken.
 UNROLLED = 10
 GUARD, HIDDEN = -1, -2
-INFO = 2  # columns of the second result of `leave`: stopping residual, iterations
+INFO = 3  # columns of the second result of `leave`: stopping residual, iterations, status
 
 _blocked: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 _refusals: weakref.WeakKeyDictionary[Any, list[Skipped]] = weakref.WeakKeyDictionary()

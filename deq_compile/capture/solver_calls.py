@@ -105,7 +105,7 @@ def _adapter_with_build(
     site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any, detached: Any, shape: Any, build: Any
 ) -> Any:
     z, about = _solve(site, f, z0, form, tol, cap, absolute, detached)
-    return build(z, SolveInfo(about[:, 0], about[:, 1]))
+    return build(z, SolveInfo.of(about))
 
 
 def _build(shape: Any, z: Any, about: Any, tol: Any, cap: Any, absolute: Any) -> Any:

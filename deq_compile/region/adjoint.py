@@ -18,8 +18,8 @@ from torch import Tensor
 from deq_compile.kernels.broyden import MAX_ITER, NONFINITE, Factors
 from deq_compile.kernels.gcr import GcrState, move, new_state
 from deq_compile.kernels.reuse import apply_transpose, multisecant
-from deq_compile.region.forward import FLOOR_EPS
 from deq_compile.region.modes import without_grad
+from deq_compile.region.solvers import FLOOR_EPS
 from deq_compile.region.status import AdjointStatus
 
 # An estimate has blown up when its residual is this many times the best one known, that of w = 0 (which is 1) included.
@@ -64,20 +64,45 @@ class AdjointSolution:
         return replace(self, vjps=self.vjps + vjps, needed=vjps)
 
 
+@dataclass(frozen=True)
+class AdjointProblem:
+    """What is asked of the adjoint iteration.
+
+    Attributes:
+        tol: relative adjoint residual to reach; inf: one raw reuse.
+        max_iter: cap on VJPs, at least 1; returning another estimate than the last takes one more.
+        expected: the VJP at which the iteration is expected to end, where ``vjp_full`` is called outright, and that
+            memory is made for; None: 1, and not known.
+        body_eps: eps of the precision that the VJPs compute in; None is that of the cotangent's dtype.
+        skip: pairs of the factors that are left out, oldest first; see :func:`deq_compile.kernels.reuse.multisecant`.
+        watched: whether a device may be asked how far it is. False: ``max_iter`` VJPs and one more, whatever they come to; the
+            batch's residual is not known (NaN), and the status says nothing.
+        estimate: whether to estimate the error of w too.
+
+    Raises:
+        ValueError: ``max_iter`` < 1.
+    """
+
+    tol: float
+    max_iter: int = 20
+    expected: int | None = None
+    body_eps: float | None = None
+    skip: int = 0
+    watched: bool = True
+    estimate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_iter < 1:
+            raise ValueError(f"expected max_iter >= 1, got {self.max_iter}")
+
+    def floor(self, dtype: torch.dtype) -> float:
+        """Relative residual below which stagnation counts as having converged."""
+        return FLOOR_EPS * (torch.finfo(dtype).eps if self.body_eps is None else self.body_eps)
+
+
 @without_grad
 def solve_adjoint(
-    vjp: VJP,
-    vjp_full: VJPFull,
-    q: Tensor,
-    state: Factors | None,
-    *,
-    tol: float,
-    max_iter: int = 20,
-    expected: int | None = None,
-    body_eps: float | None = None,
-    skip: int = 0,
-    watched: bool = True,
-    estimate: bool = False,
+    vjp: VJP, vjp_full: VJPFull, q: Tensor, factors: Factors | None, problem: AdjointProblem | None = None, **settings: Any
 ) -> AdjointSolution:
     """Solve w = q + J^T w by generalised conjugate residuals, preconditioned with the forward solve's type-II factors.
 
@@ -91,33 +116,21 @@ def solve_adjoint(
         vjp: w (B, D) -> J^T w (B, D).
         vjp_full: w (B, D) -> (J^T w, payload); dearer than ``vjp``, so called as seldom as possible.
         q: (B, D) cotangents, float32 or float64; left as it is. A sample with q = 0 gets w = 0.
-        state: factors of the forward solve; None means none: w_0 = q.
-        tol: relative adjoint residual to reach.
-        max_iter: cap on VJPs, at least 1; returning another estimate than the last takes one more.
-        expected: the VJP at which the iteration is expected to end, where ``vjp_full`` is called outright, and that
-            memory is made for; None: 1, and not known.
-        body_eps: eps of the precision that the VJPs compute in; None is that of ``q``'s dtype.
-        skip: pairs of the factors that are left out, oldest first; see :func:`deq_compile.kernels.reuse.multisecant`.
-        watched: whether a device may be asked how far it is. False: ``max_iter`` VJPs and one more, whatever they come to; the
-            batch's residual is not known (NaN), and the status says nothing.
-        estimate: whether to estimate the error of w too.
-
-    Raises:
-        ValueError: ``max_iter`` < 1.
+        factors: of the forward solve; None means none: w_0 = q.
+        problem: tolerance and cap; None: `settings`, which are the fields of an :class:`AdjointProblem`.
     """
-    if max_iter < 1:
-        raise ValueError(f"expected max_iter >= 1, got {max_iter}")
-    if math.isinf(tol):
-        found = _one_vjp(vjp_full, apply_transpose(state, q) if state is not None else q.clone(), q)
-        return replace(found, reused=state is not None)
-    floor = FLOOR_EPS * (torch.finfo(q.dtype).eps if body_eps is None else body_eps)
-    operator = multisecant(state, skip) if state is not None else None
-    adjoint = new_state(q, operator, min(max_iter, MEMORY), tol=tol, floor=floor, room=expected)
-    if not watched:
-        return _unwatched(vjp, vjp_full, adjoint, max_iter)
-    found = _refine(vjp, vjp_full, adjoint, max_iter, 1 if expected is None else expected)
-    error = estimated_error(adjoint, found) if estimate and q.numel() else None
-    return replace(found, reused=state is not None, error=error)
+    problem = problem or AdjointProblem(**settings)
+    if math.isinf(problem.tol):
+        found = _one_vjp(vjp_full, apply_transpose(factors, q) if factors is not None else q.clone(), q)
+        return replace(found, reused=factors is not None)
+    operator = multisecant(factors, problem.skip) if factors is not None else None
+    memory = min(problem.max_iter, MEMORY)
+    adjoint = new_state(q, operator, memory, tol=problem.tol, floor=problem.floor(q.dtype), room=problem.expected)
+    if not problem.watched:
+        return _unwatched(vjp, vjp_full, adjoint, problem.max_iter)
+    found = _refine(vjp, vjp_full, adjoint, problem.max_iter, 1 if problem.expected is None else problem.expected)
+    error = estimated_error(adjoint, found) if problem.estimate and q.numel() else None
+    return replace(found, reused=factors is not None, error=error)
 
 
 def estimated_error(adjoint: GcrState, found: AdjointSolution) -> float:

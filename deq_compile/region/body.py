@@ -78,6 +78,25 @@ class Linearised(abc.ABC):
     def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]: ...
 
 
+class Deferred(Linearised):
+    """A body that is linearised when the first product is asked for."""
+
+    def __init__(self, make: Callable[[], Linearised]) -> None:
+        self.make = make
+        self.found: Linearised | None = None
+
+    def get(self) -> Linearised:
+        if self.found is None:
+            self.found = self.make()
+        return self.found
+
+    def vjp(self, w: Tensor) -> Tensor:
+        return self.get().vjp(w)
+
+    def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        return self.get().vjp_full(w)
+
+
 class Evaluations:
     """f on the flat state, (B, D) -> (B, D), for one solve; `count` says how often it was called."""
 

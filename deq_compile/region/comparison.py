@@ -18,6 +18,7 @@ from .agree import agreed
 from .forward import Solution
 from .kept import OwnLoop
 from .site import Site
+from .solvers import PLAIN, SOLVERS, Solver
 from .status import converged
 
 # Two ends of solves that lie further apart, relative to their size, are two fixed points; where the body's precision is coarse,
@@ -36,7 +37,7 @@ class Solved(Protocol):
     """Another solve of the same call from `start` (B, D), by `tol` alone where `tested` is False."""
 
     def __call__(
-        self, start: Tensor, tol: float, *, solver: str | None = None, max_iter: int | None = None, tested: bool = True
+        self, start: Tensor, tol: float, *, solver: Solver | None = None, max_iter: int | None = None, tested: bool = True
     ) -> Solution: ...
 
 
@@ -57,8 +58,8 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
     if good and not site.follows:
         several = _ends_apart(site, solution, _second_start(solution.z, rows), finite, solved)
     elif not good and not site.follows:
-        followed = solved(z0, site.tol, solver="picard", max_iter=own.iterations)
-        several, nearer, followed = _agrees(site, followed, own, finite, solved, solver="picard")
+        followed = solved(z0, site.tol, solver=PLAIN, max_iter=own.iterations)
+        several, nearer, followed = _agrees(site, followed, own, finite, solved, solver=PLAIN)
         if several:
             good, distance, solution = True, nearer, followed
     mine = "kept" if not good else "follow" if several or site.follows else "solve"
@@ -82,7 +83,7 @@ def compare_call(site: Site, solution: Solution, z0: Tensor, rows: bool, solved:
     everywhere = torch.ones_like(solution.status, dtype=torch.bool)
     config = site.spec.config
     tol, cap = config.tol if site.spec.stop else site.tol, config.max_iter * (PLAIN_CAP if site.calls == 0 else 1)
-    plain = solved(z0, tol, solver="picard", max_iter=cap, tested=False)
+    plain = solved(z0, tol, solver=PLAIN, max_iter=cap, tested=False)
     other = _apart(site, solution, plain, everywhere, solved)
     several = other or _ends_apart(site, solution, _second_start(solution.z, rows), everywhere, solved)
     site.decide(agreed(site, "value", "follow" if several else "solve"), None)
@@ -90,13 +91,13 @@ def compare_call(site: Site, solution: Solution, z0: Tensor, rows: bool, solved:
 
 
 def _agrees(
-    site: Site, solution: Solution, own: OwnLoop, finite: Tensor, solved: Solved, solver: str | None = None
+    site: Site, solution: Solution, own: OwnLoop, finite: Tensor, solved: Solved, solver: Solver | None = None
 ) -> tuple[bool, float, Solution]:
     """Whether a solution may stand for the loop's result, how far apart they are, and the solution, which may be a better one."""
     good = bool(converged(solution.status[finite]).all())
     distance = _distance(own.z[finite], solution.z[finite])
     allowed = site.allowed_distance
-    solver = solver or ("picard" if site.follows else None)
+    solver = solver or (PLAIN if site.follows else None)
     if own.passed:  # the user's test calls this near enough, whatever the distance: it has to be the same fixed point
         site.loose = max(allowed, distance)
         tol = site.spec.config.tol
@@ -134,7 +135,7 @@ def _second_start(z: Tensor, rows: bool) -> Tensor:
 def _ends_apart(site: Site, solution: Solution, start: Tensor, finite: Tensor, solved: Solved) -> bool:
     """Whether a solve from `start` converges to another fixed point. One that does not converge says nothing."""
     spec = site.spec
-    if spec.config.solver == "picard":
+    if SOLVERS[spec.config.solver].plain:
         return False  # plain iterations from the user's own start end where the loop does
     other = solved(start, spec.config.tol if spec.stop else site.tol, tested=False)
     return _apart(site, solution, other, finite, solved)

@@ -6,42 +6,43 @@ replaces the cotangent q by the adjoint w = q + J^T w. Whatever f reads, closure
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from deq_compile.config import Config
-from deq_compile.kernels.broyden import Factors
-from deq_compile.kernels.device import on_gpu
 
-from . import records
-from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
-from .body import BodySpec
-from .call import solve_for
-from .forward import or_plain
+from . import engine
+from .backward import BACKWARDS, AdjointCall
+from .body import BodySpec, Linearised, Runner
+from .call import Call, Prepared
 from .layout import Layout
 from .modes import Ambient
 from .op import once
-from .probe import rows_are_independent
-from .run import record_forward
+from .run import Result, adjoint, run
 from .site import RegionSpec, Site
-from .status import converged
 from .surroundings import for_each_of_batch, is_batched
-from .verdict import count_misses, warn_of_gradient
-from .worth import factors_pay
+from .verdict import decide_rows
 
 Body = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+class Solved(NamedTuple):
+    """The state tensors of a fixed point, and what the solve came to."""
+
+    states: list[Tensor]
+    result: Result
+
 
 # Sites of one function that are remembered: options may change from call to call, as an annealed tolerance does.
 MOST_SITES = 64
 _sites: weakref.WeakKeyDictionary[Any, dict[Any, Site]] = weakref.WeakKeyDictionary()
 
 
-def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any, where: str) -> list[Tensor]:
+def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any, where: str) -> Solved:
     """The fixed point of `f` from `state0`, attached to the autograd graph of what f reads.
 
     Args:
@@ -50,40 +51,57 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
         config: settled options.
         key: what stands for f from call to call (its code object); facts learnt about it are kept under that.
         where: the user's file and line.
+
+    Raises:
+        ValueError: a backward that is the gradient of a loop's own iterates; or shapes that contradict ``batch``.
     """
-    if config.backward == "unroll":
+    if BACKWARDS[config.backward].gradient == "loop":
         raise ValueError(
-            f"fixed point at {where}: backward='unroll' is the gradient of the user's own loop, and a declared fixed point has "
-            "none. Fix: backward='exact'"
+            f"fixed point at {where}: backward={config.backward!r} is the gradient of the user's own loop, and a declared fixed "
+            "point has none. Fix: backward='exact'"
         )
     site = _site(key, state0, config, where)
-    layout = _layout(site, f, state0)
-
-    def flat(z: Tensor) -> Tensor:
-        with torch.no_grad():
-            return layout.flatten(f(layout.unflatten(z)))
-
-    z0 = layout.flatten(state0).detach()
-    solution = solve_for(site, flat, z0)
-    if not bool(converged(solution.status).all()):
-        relative = config.stop_mode == "rel"
-        solution = or_plain(solution, flat, z0, cap=config.max_iter, tol=site.tol, relative=relative)
-    count_misses(site, solution)
-    factors = solution.state.alone() if solution.state is not None and site.spec.stores_steps else None
-    serial = record_forward(site, solution, solution.z, solution.evaluations, factors)
+    call = Call(site, state0, (), (), _prepare(site, f, state0))
+    found, layout = run(call), call.layout
     if not torch.is_grad_enabled():
-        return layout.outputs(solution.z)
-    starts = [s.detach().requires_grad_() for s in layout.unflatten(solution.z)]
+        return Solved(layout.outputs(found.z), found)
+    starts = [s.detach().requires_grad_() for s in layout.unflatten(found.z)]
     inputs = [s.view_as(s) for s in starts]  # no leaves: hooks of modules do not expect those under `autograd.grad`
     images = list(f(inputs))
     if not _reads_more_than(images, starts):
-        return layout.outputs(solution.z)
+        return Solved(layout.outputs(found.z), found)
     for z in starts:  # the engine also brings J^T w here, where nobody wants it
         z.register_post_accumulate_grad_hook(_forget)
-    adjoint = _Adjoint(layout, inputs, images, factors, config, site, serial)
+    attached = _Attached(site, _Images(layout, inputs, images), found)
     # of its own memory: the user may write to it, and `inputs` are views of z
-    states = layout.outputs(solution.z, fresh=True)
-    return list(_Implicit.apply(adjoint, states, *images))
+    states = layout.outputs(found.z, fresh=True)
+    return Solved(list(_Implicit.apply(attached, states, *images)), found)
+
+
+class _Function(Runner):
+    """The user's own function as the body of a region; what it reads beside the state it finds for itself."""
+
+    def __init__(self, f: Body, layout: Layout) -> None:
+        self.f, self.layout = f, layout
+
+    def apply(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return self.layout.flatten(self.f(self.layout.unflatten(z)))
+
+    def evaluate_and_linearise(
+        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
+    ) -> tuple[Tensor, Linearised]:
+        raise NotImplementedError("the attached evaluation of f gives its products")
+
+
+def _prepare(site: Site, f: Body, state0: Sequence[Tensor]) -> Prepared:
+    def body(layout: Layout) -> Callable[[Tensor], Tensor]:
+        runner = _Function(f, layout)
+        return lambda z: runner.apply(z, ())
+
+    rows = decide_rows(site, state0, body)
+    layout = site.spec.layout([s.shape for s in state0], rows=rows)
+    return Prepared(rows, layout, _Function(f, layout))
 
 
 def _site(key: Any, state0: Sequence[Tensor], config: Config, where: str) -> Site:
@@ -113,27 +131,6 @@ def clear() -> None:
     _sites.clear()
 
 
-def _layout(site: Site, f: Body, state0: Sequence[Tensor]) -> Layout:
-    shapes = [s.shape for s in state0]
-    batched = all(s.dim() for s in state0) and len({s.shape[0] for s in state0}) == 1
-    if site.rows and not batched:
-        raise ValueError(
-            f"fixed point at {site.spec.where}: expected state tensors with one batch size in dimension 0 for batch='rows', got "
-            f"shapes {[tuple(s) for s in shapes]}. Fix: batch='whole' or batch='auto'"
-        )
-    if not batched:
-        return site.spec.layout(shapes, rows=False)
-    layout = site.spec.layout(shapes, rows=site.rows is not False)
-    if site.rows is None and shapes[0][0] >= 2:
-
-        def body(z: Tensor) -> Tensor:
-            with torch.no_grad():
-                return layout.flatten(f(layout.unflatten(z)))
-
-        site.rows = rows_are_independent(body, layout.flatten(state0).detach(), site.spec.body_eps)
-    return site.spec.layout(shapes, rows=site.rows is not False)
-
-
 def _reads_more_than(images: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     """Whether anything but `inputs` that requires gradients went into `images`."""
     own = {id(z) for z in inputs}
@@ -155,72 +152,14 @@ def _forget(z: Tensor) -> None:
     z.grad = None
 
 
-class _Adjoint:
-    """What the backward of one fixed point needs."""
+class _Images(Linearised):
+    """f, evaluated at the fixed point with gradients recorded: its products by autograd. The gradients of what f reads come from
+    this evaluation itself, so that w stands for them where they are measured."""
 
-    def __init__(
-        self,
-        layout: Layout,
-        inputs: list[Tensor],
-        images: list[Tensor],
-        factors: Factors | None,
-        config: Config,
-        site: Site,
-        serial: int,
-    ) -> None:
-        self.layout, self.inputs, self.images, self.factors = layout, inputs, images, factors
-        self.config, self.site, self.serial = config, site, serial
-
-    def of(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
-        """What goes on to the attached evaluation of f, for the cotangents of the fixed point."""
-        given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, self.inputs, strict=True)]
-        w = self.solve(self.layout.flatten(given))
-        return [g.to(image.dtype) for g, image in zip(self.layout.unflatten(w), self.images, strict=True)]
-
-    def solve(self, q: Tensor) -> Tensor:
-        config = self.config
-        if config.backward == "jfb":
-            if not self.serial:
-                return q  # only a record wants its residual
-            found = jacobian_free(self._certified, q)
-        elif config.backward in ("phantom", "neumann"):
-            damping = config.backward_damping if config.backward == "phantom" else 1.0
-            found = phantom(self.vjp, self._certified, q, config.backward_steps, damping)
-        else:
-            found = self._refined(q)
-            self.site.expected_vjps = found.needed
-            warn_of_gradient(self.site, found)
-        if self.serial:
-            records.complete_adjoint(self.serial, q, found)
-        return found.w
-
-    def _refined(self, q: Tensor) -> AdjointSolution:
-        config, site = self.config, self.site
-        tol, max_iter, eps = config.backward_tol, max(1, config.backward_max_iter), site.spec.body_eps
-        skip = 2 if config.memory < config.max_iter else 0  # a restart may have left two pairs that are not exact
-
-        def attempt(factors: Factors | None) -> AdjointSolution:
-            return solve_adjoint(
-                self.vjp, self._certified, q, factors, tol=tol, max_iter=max_iter, expected=site.expected_vjps, body_eps=eps,
-                skip=skip, estimate=bool(self.serial) and not on_gpu(q.device),
-            )  # fmt: skip
-
-        asks = self.factors is not None and not math.isinf(tol) and not on_gpu(q.device)
-        due = asks and site.reuse_due()
-        factors = None if asks and not (due or site.reuses) else self.factors
-        site.backwards += 1
-        found = attempt(factors)
-        if due and factors is not None and q.numel():
-            site.reuse(factors_pay(self.vjp, q, factors, found, tol=tol, max_iter=max_iter, body_eps=eps))
-            if not site.reuses:  # this very call's gradient is that of the calls after it
-                found = attempt(None)
-        return found
-
-    def _certified(self, w: Tensor) -> tuple[Tensor, None]:
-        return self.vjp(w), None  # the operands' gradients come from the attached evaluation of f
+    def __init__(self, layout: Layout, inputs: list[Tensor], images: list[Tensor]) -> None:
+        self.layout, self.inputs, self.images = layout, inputs, images
 
     def vjp(self, w: Tensor) -> Tensor:
-        """w (B, D) -> J^T w (B, D)."""
         cotangents = [
             c.to(image.dtype) for c, image in zip(self.layout.unflatten(w), self.images, strict=True) if image.requires_grad
         ]
@@ -228,23 +167,43 @@ class _Adjoint:
         grads = torch.autograd.grad(images, self.inputs, cotangents, retain_graph=True, allow_unused=True)
         return self.layout.flatten([torch.zeros_like(z) if g is None else g for g, z in zip(grads, self.inputs, strict=True)])
 
+    def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        return self.vjp(w), [w]
+
+
+class _Attached:
+    """What the backward of one fixed point needs."""
+
+    def __init__(self, site: Site, linear: _Images, found: Result) -> None:
+        self.site, self.linear, self.factors, self.serial = site, linear, found.left.factors, found.serial
+
+    def adjoint_of(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
+        """What goes on to the attached evaluation of f, for the cotangents of the fixed point."""
+        linear = self.linear
+        given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, linear.inputs, strict=True)]
+        mode = BACKWARDS[self.site.spec.config.backward]
+        call = AdjointCall(self.site, self.factors, inside=engine.capturing())
+        w = adjoint(mode, linear, linear.layout.flatten(given), call, self.serial).w
+        return [g.to(image.dtype) for g, image in zip(linear.layout.unflatten(w), linear.images, strict=True)]
+
 
 class _Implicit(torch.autograd.Function):
     """The fixed point; its cotangent q goes on as w to one attached evaluation of f."""
 
     @staticmethod
-    def forward(ctx: Any, adjoint: _Adjoint, states: list[Tensor], *images: Tensor) -> tuple[Tensor, ...]:
-        ctx.adjoint = adjoint
+    def forward(ctx: Any, attached: _Attached, states: list[Tensor], *images: Tensor) -> tuple[Tensor, ...]:
+        ctx.attached = attached
         ctx.set_materialize_grads(False)
         return tuple(states)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-        adjoint: _Adjoint = ctx.adjoint
+        attached: _Attached = ctx.attached
         if all(c is None for c in cotangents):
             return (None, None, *([None] * len(cotangents)))
         with torch.no_grad():
-            found = for_each_of_batch(adjoint.of, cotangents) if is_batched(cotangents) else adjoint.of(cotangents)
+            work = attached.adjoint_of
+            found = for_each_of_batch(work, cotangents) if is_batched(cotangents) else work(cotangents)
         if torch.is_grad_enabled():
-            found = once(found, (*adjoint.images, *cotangents))
+            found = once(found, (*attached.linear.images, *cotangents))
         return (None, None, *found)

@@ -10,31 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deq_compile.kernels import anderson
-from deq_compile.kernels.broyden import (
-    CONVERGED,
-    FALL,
-    NORM_EPS,
-    RESOLUTION,
-    RUNNING,
-    Factors,
-    Progress,
-    about_of,
-    new_progress,
-    new_state,
-    observe,
-    step,
-)
+from deq_compile.kernels.broyden import CONVERGED, FALL, NORM_EPS, RESOLUTION, Factors, Progress, about_of
 
 from .modes import without_grad
+from .solvers import BROYDEN, SOLVERS, Problem, Solver
 from .status import converged
 from .stop import accept, ends_well
-
-# Multiples of the body's eps below which stagnation is the precision's doing.
-FLOOR_EPS = 50
-
-SOLVERS = ("broyden", "anderson", "picard")
-STOP_MODES = ("rel", "abs")
 
 
 class Outcome(Protocol):
@@ -101,8 +82,8 @@ class Solution:
         return found
 
     def about(self) -> Tensor:
-        """(B, 2) float32: the stopping residual and the iterations of each sample."""
-        return about_of(self.residual, self.iterations) if self.progress is None else self.progress.about()
+        """(B, 3) float32: the stopping residual and the iterations of each sample, and its status."""
+        return about_of(self.residual, self.iterations, self.status) if self.progress is None else self.progress.about()
 
     def all_converged(self) -> bool:
         """Whether every sample is known to have reached the tolerance itself; asks no device of a captured solve."""
@@ -115,72 +96,28 @@ class Solution:
 
 @without_grad
 def solve(
-    f: Callable[[Tensor], Tensor],
-    z0: Tensor,
-    *,
-    solver: str = "broyden",
-    tol: float = 1e-4,
-    stop_mode: str = "rel",
-    max_iter: int = 40,
-    memory: int | None = None,
-    factor_dtype: torch.dtype | None = None,
-    eta: float = 0.1,
-    body_eps: float | None = None,
-    room: int | None = None,
-    watched: bool = True,
-    anderson_memory: int = 5,
-    anderson_damping: float = 1.0,
-    stop: Callable[[Tensor, Tensor], bool] | None = None,
+    f: Callable[[Tensor], Tensor], z0: Tensor, problem: Problem | None = None, *, solver: Solver | str = BROYDEN, **settings: Any
 ) -> Solution:
     """Solve z = f(z) for each sample of a batch, without recording gradients.
 
     A sample stops when its residual is at most ``tol``, stagnates at the floor of the body's precision, or is not
-    finite; it is then frozen while the others go on. The residual is |f(z) - z| / (|f(z)| + 1e-9), or its numerator.
+    finite; it is then frozen while the others go on.
 
     Args:
         f: body, (B, D) -> (B, D). It must not keep its argument, which changes in place afterwards.
         z0: (B, D) initial iterates, float32 or float64; left as it is. Nothing is evaluated where B = 0.
-        solver: "broyden" (good Broyden with H_0 = -I, :mod:`deq_compile.kernels.broyden`), "anderson" (type II,
-            :mod:`deq_compile.kernels.anderson`) or "picard" (z <- f(z)).
-        tol: residual at which a sample stops.
-        stop_mode: "rel" or "abs".
-        max_iter: cap on body evaluations, at least 1.
-        memory: updates that Broyden stores before it restarts; None is ``max_iter``.
-        factor_dtype: dtype of the stored steps; None is that of ``z0``.
-        eta: Powell's guard of Broyden's update.
-        body_eps: eps of the precision that the body computes in; None is that of ``z0``'s dtype.
-        room: updates to make room for at first, see :func:`deq_compile.kernels.broyden.new_state`.
-        anderson_memory, anderson_damping: m and beta of "anderson".
-        watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
-        stop: (z, f(z)) -> whether the whole batch may stop here; ``tol`` and the floor stop single samples beside it.
+        problem: tolerance, caps and sizes; None: `settings`, which are the fields of a :class:`~.solvers.Problem`.
+        solver: one of :data:`~.solvers.SOLVERS`, or its name.
 
     Raises:
         ValueError: an argument that is not as above, or a body whose result has another shape than its argument.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"expected solver among {SOLVERS}, got {solver!r}")
-    if stop_mode not in STOP_MODES:
-        raise ValueError(f"expected stop_mode among {STOP_MODES}, got {stop_mode!r}")
-    if max_iter < 1:
-        raise ValueError(f"expected max_iter >= 1, got {max_iter}")
-    floor = FLOOR_EPS * (torch.finfo(z0.dtype).eps if body_eps is None else body_eps)
-    relative = stop_mode == "rel"
-    if solver == "picard":
-        z = z0.clone(memory_format=torch.contiguous_format)
-        progress = new_progress(z0, tol=tol, relative=relative, floor=floor)
-        _iterate(f, z, progress, max_iter, _picard_step, stop)
-        return Solution.of(progress, None)
-    if solver == "anderson":
-        z = z0.clone(memory_format=torch.contiguous_format)
-        window = anderson.new_state(z0, anderson_memory, anderson_damping, tol=tol, relative=relative, floor=floor)
-        _iterate(f, z, window, max_iter, anderson.step, stop)
-        return Solution.of(window, None)
-    memory = max_iter if memory is None else memory
-    state = new_state(z0, memory, factor_dtype, eta, tol=tol, relative=relative, floor=floor, room=room)
-    if not watched:
-        state.unwatched()
-    _iterate(f, state.iterate(z0), state, max_iter, step, stop)
-    return Solution.of(state, state)
+    if isinstance(solver, str):
+        solver = SOLVERS[solver]
+    problem = problem or Problem(**settings)
+    progress, z = solver.start(z0, problem)
+    _iterate(f, z, progress, problem.max_iter, solver.step, problem.stop)
+    return Solution.of(progress, solver.factors(progress))
 
 
 def _iterate(
@@ -207,16 +144,6 @@ def _iterate(
                 # A test that holds for NaN holds for ever after; one that holds because |f| has grown may hold again.
                 last = last or not bool(torch.isfinite(here[0]).all())
         move(progress, z, fz, last=last)
-
-
-def _picard_step(progress: Progress, z: Tensor, f: Tensor, *, last: bool) -> None:
-    f = f.to(z.dtype)
-    scale = torch.linalg.vector_norm(f, dim=1).add_(NORM_EPS)
-    observe(progress, z, torch.linalg.vector_norm(f - z, dim=1), scale, last=last, f=f)
-    if progress.frozen:
-        torch.where((progress.done == RUNNING)[:, None], f, z, out=z)
-    else:
-        z.copy_(f)
 
 
 @without_grad

@@ -8,11 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from deq_compile.config import Config
-
-from . import records
 from .body import Linearised, Runner
-from .layout import Layout
 from .modes import without_grad
 from .site import RegionSpec
 
@@ -57,37 +53,50 @@ def own_loop(
     return OwnLoop(z.clone() if k == 0 else z, k or cap, passed, linears)  # an output may not share memory with an input
 
 
-def loop_gradient(
-    layout: Layout,
-    runner: Runner,
-    z0: Tensor,
-    q: Tensor,
-    operands: Sequence[Tensor],
-    needs: tuple[bool, ...],
-    serial: int,
-    count: int,
-    config: Config,
-    linears: Sequence[Linearised] = (),
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """The exact gradient of a loop of `count` iterations: one VJP at each of its iterates, last to first. `linears` is the body
-    linearised at each; where it is empty, they are computed again."""
-    total: list[Tensor | None] = [None] * sum(needs)
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """The user's own iterates z_0 .. z_{count-1}, to be differentiated.
+
+    runner   of the body
+    z0       (B, D) where they begin
+    operands of the body
+    needs    which of them want a gradient
+    count    of iterations
+    memory   the option `loop_memory`
+    linears  the body linearised at each iterate; where it is empty, they are computed again
+    """
+
+    runner: Runner
+    z0: Tensor
+    operands: Sequence[Tensor]
+    needs: tuple[bool, ...]
+    count: int
+    memory: int | None = None
+    linears: Sequence[Linearised] = ()
+
+    def backwards(self) -> Iterator[Linearised]:
+        """The body linearised at each iterate, last to first."""
+        if self.linears:
+            yield from reversed(self.linears)
+            return
+        for z in iterates_backwards(self.runner, self.z0, self.operands, self.count, self.memory):
+            yield self.runner.linearise(z, self.operands, self.needs)
+
+
+def loop_gradient(trajectory: Trajectory, q: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """The exact gradient of the user's own loop for cotangents q (B, D): one VJP at each of its iterates, last to first. That of
+    its start (B, D), and those of the operands that want one."""
+    total: list[Tensor | None] = [None] * sum(trajectory.needs)
     own = [False] * len(total)
     w = q
-    backwards = reversed(linears) if linears else (
-        runner.linearise(z, operands, needs)
-        for z in iterates_backwards(runner, z0, operands, count, config.loop_memory)
-    )  # fmt: skip
-    for linear in backwards:
+    for linear in trajectory.backwards():
         w, grads = linear.vjp_full(w)
         for i, (t, g) in enumerate(zip(total, grads, strict=True)):
             if t is None:
                 total[i] = g
             elif g is not None:
                 total[i], own[i] = t.add_(g) if own[i] else t + g, True  # the first may be a cotangent, or part of one
-    if serial:
-        records.complete(serial, cotangent=q, w=q, vjps=count, adjoint_message="the loop's own gradient")
-    return layout.unflatten(w), total
+    return w, total
 
 
 def iterates_backwards(

@@ -4,7 +4,7 @@
 
 state  fresh tensors of the shapes of state0, in the memory orders of the region
 ticket (3,) int64 on the CPU: iterations of a loop that was kept (0: solved), rows, serial number of the record
-about  (B, 2) float32, stopping residual and iterations of each sample; all rows are equal where the batch is one system
+about  (B, 3) float32, stopping residual, iterations and status of each sample; all rows are equal where the batch is one system
 held   one tensor where the region records gradients, none otherwise: the flat state in one dimension and in the solver's dtype,
        in memory of its own. The backward reads this one: the user may write to `state`, or through a view of it
 
@@ -63,7 +63,8 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
     site = find_site(region)
     done = run.run_forward(site, state0, operands, sizes)
     about, rows = done.about, _rows(state0)
-    ticket = torch.frombuffer(array.array("q", (done.kept, done.rows, done.serial)), dtype=torch.int64)
+    numbers = array.array("q", (done.ticket.kept, done.ticket.rows, done.ticket.serial))
+    ticket = torch.frombuffer(numbers, dtype=torch.int64)
     ticket.left, ticket.site = done.left, site  # type: ignore[attr-defined]
     if site.spec.grad and _saved_tensors_hooks(False) is not None:
         await_backward(site)
@@ -78,7 +79,7 @@ def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], 
         torch.empty_permuted(s.shape, order, dtype=dtype, device=s.device)
         for s, order, dtype in zip(state0, spec.orders, spec.dtypes, strict=True)
     ]
-    about = state0[0].new_empty((_rows(state0), 2), dtype=torch.float32)
+    about = state0[0].new_empty((_rows(state0), 3), dtype=torch.float32)
     found = [*states, torch.empty(3, dtype=torch.int64, device="cpu"), about]
     if spec.grad:
         elements = sum(s.numel() for s in state0)
@@ -98,16 +99,12 @@ def _solve_backward(
     needs_operands: list[bool],
 ) -> list[Tensor]:
     kept, rows, serial = ticket.tolist()
+    numbers = run.Ticket(kept, bool(rows), serial)
     grad_state0, grad_operands = run.run_backward(
         getattr(ticket, "site", None) or find_site(region),
         cotangents,
-        state,
-        state0,
-        operands,
-        sizes,
-        (kept, bool(rows), serial),
+        run.Saved(state, state0, operands, sizes, numbers, getattr(ticket, "left", None) or run.Left()),
         tuple(needs_operands),
-        getattr(ticket, "left", None) or run.Left(),
     )
     wanted = [s for s, need in zip(state0, needs_state0, strict=True) if need]
     found: list[Tensor | None] = [None] * len(wanted)
@@ -209,7 +206,7 @@ def _loop_itself(region: str, state0: list[Tensor], operands: list[Tensor], size
     with spec.body.ambient.autocast_entered():
         for _ in range(spec.iterations):
             states = spec.body.call(*states, *operands, *sizes)
-    about = state0[0].new_full((_rows(state0), 2), -1.0, dtype=torch.float32)
+    about = state0[0].new_full((_rows(state0), 3), -1.0, dtype=torch.float32)
     held = [torch.cat([s.detach().flatten() for s in states]).to(flat_dtype(spec.dtypes))] if spec.grad else []
     return [*states, torch.tensor((1, 0, 0)), about, *held]
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from .adjoint import AdjointSolution
+from .forward import Solution
+from .status import converged, message_of
 
 
 @dataclasses.dataclass
@@ -61,6 +63,15 @@ class SolveRecord:
     z: Tensor | None = None
     cotangent: Tensor | None = None
     w: Tensor | None = None
+
+    def describe(self, solution: Solution) -> None:
+        """Fill in what a solve of at least one sample came to."""
+        self.iterations = float(solution.iterations.double().mean())
+        self.iterations_max = int(solution.iterations.max())
+        self.residual = float(solution.residual.max())
+        self.residual_mean = float(solution.residual.mean())
+        self.converged = float(converged(solution.status).double().mean())
+        self.message = message_of(solution.status)
 
 
 @dataclasses.dataclass(eq=False)  # two recorders with equal contents are two

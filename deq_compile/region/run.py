@@ -1,9 +1,8 @@
-"""A region at run time: forward (solve, verify, or the loop as it was) and backward (adjoint, or the loop's gradient)."""
+"""A region at run time. Forward: solve, verify or keep, record. Backward: an adjoint, or the loop's own gradient."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,20 +11,22 @@ from torch import Tensor
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.device import on_gpu
 
-from . import engine, records
-from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
-from .body import Linearised, Runner, runner_for
-from .call import Call, solve_for
+from . import backwards, engine, records
+from .adjoint import AdjointSolution
+from .backward import BACKWARDS, AdjointCall, Backward
+from .backwards.reuse import skipped_pairs
+from .body import Deferred, Linearised, Runner, runner_for
+from .call import Call, problem_of
 from .comparison import compare, compare_call
-from .forward import Solution, or_plain
-from .kept import loop_gradient, own_loop
-from .layout import Layout
+from .forward import Solution, or_plain, solve
+from .kept import OwnLoop, Trajectory, loop_gradient, own_loop
 from .site import Site
-from .status import converged, message_of
+from .solvers import SOLVERS
 from .stop import any_of
 from .stopwatch import Stopwatch, TimedLinearised
-from .verdict import count_misses, gradient_is_the_loops, measure_gradient, warn_of_gradient
-from .worth import factors_pay
+from .verdict import count_misses, gradient_is_the_loops, warn_of_gradient
+
+__all__ = ["Forward", "Left", "Result", "Saved", "Ticket", "adjoint", "backwards", "run", "run_backward", "run_forward"]
 
 OPEN_CAP = 1000  # plain iterations for a solve that missed, where the user's loop has no cap and the fixed point is meant
 
@@ -44,16 +45,44 @@ class Left:
     factors: Factors | None = None
 
 
-@dataclasses.dataclass
-class Forward:
-    """What one forward gives: fresh state tensors, the iterations of the loop where its own result is given and 0 elsewhere, over
-    which rows, and what it leaves. `about` is (B, 2) float32: the stopping residual and the iterations of each sample, -1 for a
-    loop. `held` is the flat state in one dimension, for the backward: who gets `states` may change them in place."""
+@dataclasses.dataclass(frozen=True)
+class Ticket:
+    """What goes from a forward to its backward as numbers.
 
-    states: list[Tensor]
+    kept    iterations of the loop where its own result was given, 0 elsewhere
+    rows    whether dimension 0 of the state is a batch
+    serial  of the records; 0: nobody recorded
+    """
+
     kept: int
     rows: bool
     serial: int
+
+
+@dataclasses.dataclass
+class Result:
+    """What a call came to: its flat state z (B, D), by a solution or, where that is None, by the user's own loop."""
+
+    z: Tensor
+    solution: Solution | None
+    kept: int
+    serial: int
+    left: Left
+
+    def about(self) -> Tensor:
+        """(B, 3) float32: the stopping residual and the iterations of each sample, and its status; -1 for a loop."""
+        if self.solution is not None:
+            return self.solution.about()
+        return self.z.new_full((self.z.shape[0], 3), -1.0, dtype=torch.float32)
+
+
+@dataclasses.dataclass
+class Forward:
+    """What one forward gives: fresh state tensors, `about` (see `Result`), and what it leaves. `held` is the flat state in one
+    dimension, for the backward: who gets `states` may change them in place."""
+
+    states: list[Tensor]
+    ticket: Ticket
     about: Tensor
     left: Left
     held: Tensor | None = None
@@ -61,47 +90,65 @@ class Forward:
 
 def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> Forward:
     """Solve a region, or run its loop."""
-    spec, call = site.spec, Call(site, state0, operands, sizes)
-    due = site.due() and not call.inside
-    solution = first = call.first() if due or site.verdict != "kept" else None
-    due = due or (first is not None and not call.inside and site.unusual(first.evaluations))
+    call = Call(site, state0, operands, sizes)
+    found, grad = run(call), site.spec.grad
+    states = call.layout.outputs(found.z, fresh=grad)
+    ticket = Ticket(found.kept, call.rows, found.serial)
+    done = Forward(states, ticket, found.about(), found.left, found.z.reshape(-1) if grad else None)
+    if call.watch is not None:
+        records.add_seconds(found.serial, call.watch.read())
+    return done
+
+
+def run(call: Call) -> Result:
+    """One call: solve, verify or keep, record."""
+    site = call.site
+    first, due = _solve(call)
     everywhere = first is not None and call.layout.batch > 0 and not on_gpu(call.z0.device) and first.all_converged()
     linear = call.evaluations.linear() if everywhere else None
-    own = None
+    own: OwnLoop | None = None
     if due:
         assert first is not None
         own = call.own(linearised=False)
         site.compared(first.evaluations)
         solution = compare(site, first, own, call.z0, call.rows, call.solved)
-    elif first is not None and not call.inside and first.outcome is None and site.call_due():
-        solution = _where_it_missed(call, compare_call(site, first, call.z0, call.rows, call.solved))
-    elif everywhere:
-        site.misses = 0
-    elif first is not None and not call.inside:
-        solution = _where_it_missed(call, first)
+    else:
+        solution = _verified(call, first, everywhere)
     site.calls += call.layout.batch > 0
     if solution is None:
         own = own or call.own(linearised=True)
-        z, kept, linears = own.z, own.iterations, own.linears
+        z, left, kept = own.z, Left(loop=own.linears), own.iterations
     else:
-        z, kept, linears = solution.z, 0, ()
-    factors = None
-    if solution is not None and solution.state is not None and spec.stores_steps and (site.reuses or site.reuse_due()):
-        factors = solution.state.alone()
-    serial = 0 if call.inside else record_forward(site, solution, z, call.evaluations.count, factors, kept)
-    if solution is None or first is None or solution.z is not first.z:
-        linear = None
-    about = z.new_full((call.layout.batch, 2), -1.0, dtype=torch.float32) if solution is None else solution.about()
-    states, held = call.layout.outputs(z, fresh=spec.grad), z.reshape(-1) if spec.grad else None
-    done = Forward(states, kept, call.rows, serial, about, Left(linear, linears, factors), held)
-    if call.watch is not None:
-        records.add_seconds(serial, call.watch.read())
-    return done
+        z, kept = solution.z, 0
+        left = Left(linear if first is not None and solution.z is first.z else None, factors=_factors(site, solution))
+    serial = 0 if call.inside else _record(call, solution, z, left.factors, kept)
+    return Result(z, solution, kept, serial, left)
+
+
+def _solve(call: Call) -> tuple[Solution | None, bool]:
+    """The solve, unless the loop is kept; and whether it is to be compared with the loop."""
+    site = call.site
+    due = site.due() and not call.inside
+    first = call.first() if due or site.verdict != "kept" else None
+    return first, due or (first is not None and not call.inside and site.unusual(first.evaluations))
+
+
+def _verified(call: Call, first: Solution | None, everywhere: bool) -> Solution | None:
+    """The solution to go on with at a call that is not compared with the loop; None: the user's own loop is to be run."""
+    site = call.site
+    if first is None or call.inside:
+        return first
+    if first.outcome is None and site.call_due():
+        return _where_it_missed(call, compare_call(site, first, call.z0, call.rows, call.solved))
+    if everywhere:
+        site.misses = 0
+        return first
+    return _where_it_missed(call, first)
 
 
 def _where_it_missed(call: Call, solution: Solution) -> Solution | None:
     """The solution to go on with where not every sample is known to have converged; None where the user's own loop has to be
-    run. A captured solve with a loop behind it is not waited for: what it came to is asked at the next call."""
+    run. A captured solve with a loop behind it is not waited for: what it came to is asked at a later call."""
     site, spec = call.site, call.site.spec
     cap = spec.own_loop_cap
     if solution.outcome is not None and (cap is not None or spec.iterations is not None):
@@ -116,155 +163,145 @@ def _where_it_missed(call: Call, solution: Solution) -> Solution | None:
     return None if missed and cap is not None else solution
 
 
-def run_backward(
-    site: Site,
-    cotangents: Sequence[Tensor | None],
-    states: Sequence[Tensor],
-    state0: Sequence[Tensor],
-    operands: Sequence[Tensor],
-    sizes: Sequence[int],
-    forward: tuple[int, bool, int],
-    needs: tuple[bool, ...],
-    left: Left,
-) -> tuple[list[Tensor] | None, list[Tensor | None]]:
-    """Gradients of the initial state (None: zero) and of the operands marked in `needs`. `states` is what the forward `held`;
-    `left` is empty where it got lost."""
-    serial = forward[2]
-    watch = Stopwatch() if serial and records.wants_timing() else None
-    try:
-        return _gradients(site, cotangents, states, state0, operands, sizes, forward, needs, left, watch)
-    finally:
-        if watch is not None:
-            records.add_seconds(serial, watch.read())
+def _factors(site: Site, solution: Solution) -> Factors | None:
+    """What the backward is going to use of a solve."""
+    wanted = site.spec.stores_steps and (site.reuses or site.reuse_due())
+    return solution.state.alone() if wanted and solution.state is not None else None
 
 
-def _gradients(
-    site: Site, cotangents: Sequence[Tensor | None], states: Sequence[Tensor], state0: Sequence[Tensor],
-    operands: Sequence[Tensor], sizes: Sequence[int], forward: tuple[int, bool, int], needs: tuple[bool, ...], left: Left,
-    watch: Stopwatch | None,
-) -> tuple[list[Tensor] | None, list[Tensor | None]]:  # fmt: skip
-    spec, (kept, rows, serial), linear = site.spec, forward, left.linear
-    layout = spec.layout([s.shape for s in state0], rows)
-    q = layout.matrix(
-        [
-            torch.zeros(s.shape, dtype=dtype, device=s.device) if c is None else c
-            for s, dtype, c in zip(state0, spec.dtypes, cotangents, strict=True)
-        ]
-    )
-    if linear is not None and linear.source is not None:
-        runner, operands = linear.source
-    else:
-        operands = spec.arranged(operands)
-        runner = runner_for(spec.body, layout, operands, sizes)
-    if kept or spec.config.backward == "unroll":
-        linears = left.loop if kept and needs == spec.needs else ()
-        count = kept or spec.iterations or spec.config.max_iter
-        return loop_gradient(layout, runner, layout.flatten(state0), q, operands, needs, serial, count, spec.config, linears)
-    z = layout.held(states)
-    config = spec.config
-    if needs != spec.needs:
-        linear = None
-    if watch is not None:
-        linear = TimedLinearised(linear or runner.linearise(z, operands, needs), watch)
-    found: AdjointSolution
-    if config.backward == "jfb":
-        linear = linear or runner.linearise(z, operands, needs)
-        found = jacobian_free(linear.vjp_full, q)
-    elif config.backward in ("phantom", "neumann"):
-        linear = linear or runner.linearise(z, operands, needs)
-        damping = config.backward_damping if config.backward == "phantom" else 1.0
-        found = phantom(linear.vjp, linear.vjp_full, q, config.backward_steps, damping)
-    else:
-        adjoint = _adjoint if watch is None else watch.timed("solver", _adjoint)
-        factors = left.factors
-        if factors is None and spec.stores_steps and math.isinf(config.backward_tol):  # then the gradient is made of them
-            factors = _factors_again(site, layout, runner, state0, operands, sizes)
-        found, linear = adjoint(site, layout, runner, z, q, operands, sizes, needs, factors, linear)
-        site.expected_vjps = found.needed
-    if serial:
-        records.complete_adjoint(serial, q, found, site.gradient_error)
-    if engine.capturing():  # nothing may be asked of the device
-        return None, found.payload
-    assert linear is not None
-    warn_of_gradient(site, found)
-    if gradient_is_the_loops(site, linear, found):
-        return None, found.payload
-    z0 = layout.flatten(state0).detach()
-    stop = any_of(spec.own_tests, layout, (*operands, *sizes))
-    count = spec.iterations or own_loop(spec, runner.evaluations(operands, None), z0, stop).iterations
-    return loop_gradient(layout, runner, z0, q, operands, needs, serial, count, spec.config)
-
-
-def _adjoint(
-    site: Site, layout: Layout, runner: Runner, z: Tensor, q: Tensor, operands: Sequence[Tensor], sizes: Sequence[int],
-    needs: tuple[bool, ...], state: Factors | None, linear: Linearised | None,
-) -> tuple[AdjointSolution, Linearised]:  # fmt: skip
-    """The adjoint solve with the forward's factors, captured where that is possible; and the body linearised at z."""
-    spec, config = site.spec, site.spec.config
-    max_iter = max(1, config.backward_max_iter)
-    skip = 2 if config.memory < config.max_iter else 0  # a restart may have left two pairs that are not exact
-    inside = engine.capturing()
-    # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
-    raw = math.isinf(config.backward_tol)
-    asks = state is not None and not inside and not raw and not on_gpu(z.device)
-    due = asks and site.reuse_due()
-    if asks and not (due or site.reuses):
-        state = None
-    measures = site.gradient_due() and not (raw or inside) and q.numel() > 0
-    if on_gpu(z.device) and not (raw or inside or measures):
-        settings = engine.AdjointSettings(site.backward_tol, max_iter, spec.body_eps, skip)
-        engine.end_with(site)
-        captured = engine.captured_adjoint((site.key, *sizes), runner, z, operands, needs, state, settings, config.engine)
-        if captured is not None and (solved := captured.solve(z, q, operands, state)) is not None:
-            return dataclasses.replace(solved[0], reused=state is not None), solved[1]
-    linear = linear or runner.linearise(z, operands, needs)
-    site.backwards += 1
-    vjp, vjp_full, tol, eps = linear.vjp, linear.vjp_full, site.backward_tol, spec.body_eps
-    estimate = records.recording() and not on_gpu(z.device)
-
-    def attempt(factors: Factors | None, tol: float = tol, expected: int | None = site.expected_vjps) -> AdjointSolution:
-        return solve_adjoint(
-            vjp, vjp_full, q, factors, tol=tol, max_iter=max_iter, expected=expected, body_eps=eps, skip=skip,
-            watched=not inside, estimate=estimate,
-        )  # fmt: skip
-
-    found = attempt(state)
-    if due and state is not None and q.numel():
-        site.reuse(factors_pay(vjp, q, state, found, tol=tol, max_iter=max_iter, body_eps=eps))
-        if not site.reuses:  # this very call's gradient is that of the calls after it
-            found, state = attempt(None), None
-    if measures:
-        found = measure_gradient(site, found, lambda tol: attempt(state, tol, None))
-    return found, linear
-
-
-def _factors_again(
-    site: Site, layout: Layout, runner: Runner, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]
-) -> Factors | None:
-    """The factors of a forward whose own did not arrive: the same solve once more."""
-    z0, stop = layout.matrix(state0).detach(), any_of(site.spec.stop, layout, (*operands, *sizes))
-    state = solve_for(site, runner.evaluations(operands, None), z0, watched=not engine.capturing(), stop=stop).state
-    return None if state is None else state.alone()
-
-
-def record_forward(
-    site: Site, solution: Solution | None, z: Tensor, evaluations: int, factors: Factors | None, iterations: int = 0
-) -> int:
+def _record(call: Call, solution: Solution | None, z: Tensor, factors: Factors | None, iterations: int) -> int:
+    """The serial number of the records of a call; 0: nobody listens."""
     if not records.recording():
         return 0
-    record = records.SolveRecord(site.key, "kept" if solution is None else site.solving, evaluations=evaluations)
+    record = records.SolveRecord(
+        call.site.key, "kept" if solution is None else call.site.solving, evaluations=call.evaluations.count
+    )
     record.z = z.detach().clone() if records.wants_tensors() else None
     if factors is not None:
         record.bytes = sum(t.numel() * t.element_size() for t in (factors.S, factors.C))
     if solution is None:
         record.iterations = record.iterations_max = iterations
     elif z.numel():
-        record.iterations = float(solution.iterations.double().mean())
-        record.iterations_max = int(solution.iterations.max())
-        record.residual = float(solution.residual.max())
-        record.residual_mean = float(solution.residual.mean())
-        record.converged = float(converged(solution.status).double().mean())
-        record.message = message_of(solution.status)
+        record.describe(solution)
     return records.open_record(record)
 
 
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a forward's backward gets to see.
+
+    states    the flat state in one dimension, or the state tensors
+    state0, operands, sizes  as the forward was given them
+    ticket, left  as the forward made them; `left` is empty where it got lost
+    """
+
+    states: Sequence[Tensor]
+    state0: Sequence[Tensor]
+    operands: Sequence[Tensor]
+    sizes: Sequence[int]
+    ticket: Ticket
+    left: Left
+
+
+def run_backward(
+    site: Site, cotangents: Sequence[Tensor | None], saved: Saved, needs: tuple[bool, ...]
+) -> tuple[list[Tensor] | None, list[Tensor | None]]:
+    """Gradients of the initial state (None: zero) and of the operands marked in `needs`."""
+    serial = saved.ticket.serial
+    watch = Stopwatch() if serial and records.wants_timing() else None
+    try:
+        return _Backward(site, cotangents, saved, needs, watch).gradients()
+    finally:
+        if watch is not None:
+            records.add_seconds(serial, watch.read())
+
+
+class _Backward:
+    """One backward of one region."""
+
+    def __init__(
+        self, site: Site, cotangents: Sequence[Tensor | None], saved: Saved, needs: tuple[bool, ...], watch: Stopwatch | None
+    ) -> None:
+        spec, linear = site.spec, saved.left.linear
+        self.site, self.saved, self.needs, self.watch = site, saved, needs, watch
+        self.layout = spec.layout([s.shape for s in saved.state0], saved.ticket.rows)
+        given = [
+            torch.zeros(s.shape, dtype=dtype, device=s.device) if c is None else c
+            for s, dtype, c in zip(saved.state0, spec.dtypes, cotangents, strict=True)
+        ]
+        self.q = self.layout.matrix(given)
+        self.runner: Runner
+        self.operands: Sequence[Tensor]
+        if linear is not None and linear.source is not None:
+            self.runner, self.operands = linear.source
+        else:
+            self.operands = spec.arranged(saved.operands)
+            self.runner = runner_for(spec.body, self.layout, self.operands, saved.sizes)
+        self.inside = engine.capturing()
+
+    def gradients(self) -> tuple[list[Tensor] | None, list[Tensor | None]]:
+        site, spec, kept = self.site, self.site.spec, self.saved.ticket.kept
+        mode = BACKWARDS[spec.config.backward]
+        if kept or mode.gradient == "loop":
+            linears = self.saved.left.loop if kept and self.needs == spec.needs else ()
+            return self._loops_own(kept or spec.iterations or spec.config.max_iter, linears)
+        self.z = self.layout.held(self.saved.states)
+        self.deferred = Deferred(lambda: self.runner.linearise(self.z, self.operands, self.needs))
+        self.deferred.found = self.saved.left.linear if self.needs == spec.needs else None
+        linear = self.deferred if self.watch is None else TimedLinearised(self.deferred.get(), self.watch)
+        call = AdjointCall(site, self.saved.left.factors, self.inside, self._factors_again, self._captured)
+        found = adjoint(mode, linear, self.q, call, self.saved.ticket.serial, self.watch)
+        if self.inside or gradient_is_the_loops(site, linear, found):  # inside nothing may be asked of the device
+            return None, found.payload
+        stop = any_of(spec.own_tests, self.layout, (*self.operands, *self.saved.sizes))
+        f = self.runner.evaluations(self.operands, None)
+        return self._loops_own(spec.iterations or own_loop(spec, f, self._start(), stop).iterations)
+
+    def _start(self) -> Tensor:
+        return self.layout.flatten(self.saved.state0).detach()
+
+    def _loops_own(
+        self, count: int, linears: Sequence[Linearised] = ()
+    ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
+        """The gradient of `count` iterations of the user's own loop."""
+        z0 = self.layout.flatten(self.saved.state0)
+        memory = self.site.spec.config.loop_memory
+        w, grads = loop_gradient(Trajectory(self.runner, z0, self.operands, self.needs, count, memory, linears), self.q)
+        if serial := self.saved.ticket.serial:
+            records.complete(serial, cotangent=self.q, w=self.q, vjps=count, adjoint_message="the loop's own gradient")
+        return self.layout.unflatten(w), grads
+
+    def _captured(self, factors: Factors | None) -> AdjointSolution | None:
+        """The captured adjoint for these shapes, on a GPU and from the second call on."""
+        site, config = self.site, self.site.spec.config
+        settings = engine.AdjointSettings(
+            site.backward_tol, max(1, config.backward_max_iter), site.spec.body_eps, skipped_pairs(site)
+        )
+        engine.end_with(site)
+        key = (site.key, *self.saved.sizes)
+        captured = engine.captured_adjoint(key, self.runner, self.z, self.operands, self.needs, factors, settings, config.engine)
+        if captured is None or (solved := captured.solve(self.z, self.q, self.operands, factors)) is None:
+            return None
+        found, self.deferred.found = solved
+        return found
+
+    def _factors_again(self) -> Factors | None:
+        """The factors of a forward whose own did not arrive: the same solve once more."""
+        spec, operands = self.site.spec, self.operands
+        stop = any_of(spec.stop, self.layout, (*operands, *self.saved.sizes))
+        problem = problem_of(self.site, watched=not self.inside, stop=stop)
+        f = self.runner.evaluations(operands, None)
+        state = solve(f, self._start(), problem, solver=SOLVERS[spec.config.solver]).state
+        return None if state is None else state.alone()
+
+
+def adjoint(
+    mode: Backward, linear: Linearised, q: Tensor, call: AdjointCall, serial: int, watch: Stopwatch | None = None
+) -> AdjointSolution:
+    """The adjoint by a backward mode for cotangents q (B, D), recorded; a miss that no loop stands behind is warned of."""
+    found = (mode.solve if watch is None else watch.timed("solver", mode.solve))(linear, q, call)
+    if serial:
+        records.complete_adjoint(serial, q, found, call.site.gradient_error)
+    if not call.inside:
+        warn_of_gradient(call.site, found)
+    return found

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from deq_compile.config import Config
 
-from .body import BodySpec, Runner
+from .backward import BACKWARDS
+from .body import BodySpec
 from .forward import Solution
 from .layout import Layout, channels_last, flat_dtype, layout_of
+from .solvers import SOLVERS
 from .stop import StopTest
 
 log = logging.getLogger("deq_compile.region")
@@ -42,7 +44,7 @@ USUAL_COMPARISON = 20  # evaluations beside the loop's own: the solve from a sec
 USUAL_LOOP = 60  # of a loop that a test ends
 # Part of every key. Inductor caches graphs on disk by the text of our node: code cached by an earlier version of this
 # package expects that version's outputs. To be raised with every change of the operators' outputs.
-OUTPUT_FORMAT = 4
+OUTPUT_FORMAT = 5
 FIRST_STEPS = 16  # that a first solve makes room for
 MISSES_BEFORE_KEPT = 3  # consecutive solves of a fixed-count loop that miss the tolerance
 
@@ -91,7 +93,8 @@ class RegionSpec:
     def stores_steps(self) -> bool:
         """Whether the forward leaves factors for the backward."""
         config = self.config
-        return self.grad and config.solver == "broyden" and config.backward == "reuse" and config.reuse != "never"
+        used = SOLVERS[config.solver].leaves_factors and BACKWARDS[config.backward].wants_factors
+        return self.grad and used and config.reuse != "never"
 
     @functools.cached_property
     def own_loop_cap(self) -> int | None:
@@ -165,7 +168,7 @@ class Site:
     backwards adjoint solves so far
     steps     evaluations that solves needed lately: what the next one makes room for
     pending   captured solves whose outcome nobody has asked for yet, oldest first
-    prepared  shapes of the last forward, its layout and its runner
+    prepared  facts about the last forward's arguments, and what runs the body for those (call.Prepared)
     engine    what the iterations ran on at the last call, and why on nothing better
     place     the loop as all ranks of a distributed run name it (agree.py)
     finding   what this site has said to the other ranks; None where it has said nothing
@@ -197,7 +200,7 @@ class Site:
         self.steps = FIRST_STEPS
         self.warned = self.warned_of_gradient = False
         self.pending: list[Solution] = []
-        self.prepared: tuple[Any, Layout, Runner] | None = None
+        self.prepared: tuple[Any, Any] | None = None
         self.engine, self.engine_reason = "loop", ""
         self.has_captures = False
         self.place, self.votes = "", True

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from .adjoint import AdjointSolution, gradient_difference
 from .agree import agreed
-from .body import Linearised, runner_for
+from .backward import BACKWARDS
+from .body import Linearised
 from .forward import Solution
+from .layout import Layout
 from .probe import rows_are_independent
 from .site import MISSES_BEFORE_KEPT, Site
 from .status import AdjointStatus, Status, converged
@@ -37,25 +39,31 @@ class RegionWarning(UserWarning):
     """A region did not do what was asked of it, and says so."""
 
 
-def decide_rows(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> bool:
-    """Whether dimension 0 is a batch of independent samples. Undecided, and harmless, below two samples."""
+def decide_rows(site: Site, state0: Sequence[Tensor], body: Callable[[Layout], Callable[[Tensor], Tensor]]) -> bool:
+    """Whether dimension 0 is a batch of independent samples. Undecided, and harmless, below two samples.
+
+    Args:
+        site: takes note of it.
+        state0: the state tensors of a call.
+        body: f on the flat state of a layout, to be probed.
+
+    Raises:
+        ValueError: the option says so, and the shapes do not.
+    """
     if site.rows and len(state0) == 1 and state0[0].dim():
         return True
-    if site.rows is not None:
-        if site.rows and (any(s.dim() == 0 for s in state0) or len({s.shape[0] for s in state0}) > 1):
-            raise ValueError(
-                f"region at {site.spec.where}: expected state tensors with one batch size in dimension 0 for batch='rows', "
-                f"got shapes {[tuple(s.shape) for s in state0]}. Fix: batch='whole' or batch='auto'"
-            )
-        return site.rows
-    if any(s.dim() == 0 for s in state0) or len({s.shape[0] for s in state0}) > 1:
-        site.rows = False
-        return False
-    if state0[0].shape[0] < 2:
-        return True
-    layout = site.spec.layout([s.shape for s in state0], rows=True)
-    runner = runner_for(site.spec.body, layout, operands, sizes)
-    site.rows = rows_are_independent(lambda z: runner.apply(z, operands), layout.flatten(state0), site.spec.body_eps)
+    batched = all(s.dim() for s in state0) and len({s.shape[0] for s in state0}) == 1
+    if site.rows and not batched:
+        raise ValueError(
+            f"fixed point at {site.spec.where}: expected state tensors with one batch size in dimension 0 for batch='rows', got "
+            f"shapes {[tuple(s.shape) for s in state0]}. Fix: batch='whole' or batch='auto'"
+        )
+    if site.rows is None:
+        if not batched:
+            site.rows = False
+        elif state0[0].shape[0] >= 2:
+            layout = site.spec.layout([s.shape for s in state0], rows=True)
+            site.rows = rows_are_independent(body(layout), layout.flatten(state0).detach(), site.spec.body_eps)
     return site.rows is not False
 
 
@@ -119,7 +127,8 @@ def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution
     """
     config, check = site.spec.config, site.verify_gradient
     site.verify_gradient = False
-    if not site.compares or config.backward != "reuse":  # the others ask for another gradient than the loop's
+    # The other backward modes ask for another gradient than the loop's.
+    if not site.compares or BACKWARDS[config.backward].gradient != "implicit":
         return True
     if check and found.w.numel():
         w = found.w
@@ -175,7 +184,7 @@ def warn_of_gradient(site: Site, found: AdjointSolution) -> None:
     config = site.spec.config
     if site.compares or site.warned_of_gradient:
         return
-    asked = config.backward == "reuse" and config.backward_max_iter > 0
+    asked = BACKWARDS[config.backward].gradient == "implicit" and config.backward_max_iter > 0
     limit = max(10 * site.backward_tol, 0.1)
     if not asked or found.status in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR) or found.residual <= limit:
         return

@@ -9,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.gcr import move, new_state
 
-from .adjoint import MEMORY, VJP, AdjointSolution
-from .forward import FLOOR_EPS
+from .adjoint import MEMORY, VJP, AdjointProblem, AdjointSolution
 from .status import AdjointStatus
 
 # What a state element costs beside a product's matrix arithmetic: its own elementwise work, and one move of the adjoint.
@@ -20,21 +19,20 @@ OPERATOR_COST = 2
 
 
 @torch.no_grad()
-def factors_pay(
-    vjp: VJP, q: Tensor, factors: Factors, found: AdjointSolution, *, tol: float, max_iter: int, body_eps: float
-) -> bool:
+def factors_pay(vjp: VJP, q: Tensor, factors: Factors, found: AdjointSolution, problem: AdjointProblem) -> bool:
     """Whether ``found``, made with the factors, saved more than the factors cost. Solves once more, without them.
 
     A saved product counts with the floating-point operations of its matrix products and convolutions.
     """
     if found.status != AdjointStatus.CONVERGED:
         return True
-    adjoint = new_state(q, None, min(max_iter, MEMORY), tol=tol, floor=FLOOR_EPS * body_eps)
+    memory = min(problem.max_iter, MEMORY)
+    adjoint = new_state(q, None, memory, tol=problem.tol, floor=problem.floor(q.dtype))
     plain = 0
     with FlopCounterMode(display=False) as counter:
         while adjoint.running and not adjoint.converged:
             plain += 1
-            move(adjoint, vjp(adjoint.w), last=plain == max_iter)
+            move(adjoint, vjp(adjoint.w), last=plain == problem.max_iter)
     if not adjoint.converged:
         return True
     product = counter.get_total_flops() / plain + ELEMENT_FLOPS * q.numel()

@@ -221,7 +221,7 @@ static bool observe(const Broyden<T>& s, i64 b, T* z, T stop, T scale, i64 evalu
   if (improved) std::memcpy(z_best, z, sizeof(T) * s.D);
   s.done[b] = code;
   s.iterations[b] = int32_t(evaluation);
-  if (s.about) s.about[2 * b] = float(*best), s.about[2 * b + 1] = float(evaluation);
+  if (s.about) s.about[3 * b] = float(*best), s.about[3 * b + 1] = float(evaluation), s.about[3 * b + 2] = float(code);
   return false;
 }
 

@@ -55,7 +55,7 @@ class CpuState(native.Parts, BroydenState):
         self.room = room = memory if room is None or S is not None or C is not None else min(room, memory)
         self.places, size = _plan(B, D, room, z0.dtype, S is None, C is None)
         self.arena = workspace.Arena(size)
-        self.z_best, self.reports = torch.empty_like(z0), torch.empty((B, 2))
+        self.z_best, self.reports = torch.empty_like(z0), torch.empty((B, 3))
         self.eta, self.tol, self.relative, self.floor, self.active = eta, tol, relative, floor, B
         self.grown = False
         self.moves = 0  # calls of C++: no sample has stored more steps

@@ -75,7 +75,7 @@ class Outputs:
     z_best    (B, D) iterates
     ints      (3, padded(B)) int32: steps stored, evaluations, codes
     residual  (B,) compute dtype, of z_best
-    about     (B, 2) float32: residual and evaluations
+    about     (B, 3) float32: residual, evaluations, code
     """
 
     S: Tensor
@@ -167,7 +167,7 @@ class TritonState(BroydenState):
         S, C = factors or new_factors(like, self.sizes[0], self.S.dtype)
         return Outputs(
             S=S, C=C, z_best=torch.empty_like(like), ints=like.new_empty((3, padded(B)), dtype=torch.int32),
-            residual=like.new_empty(B), about=like.new_empty((B, 2), dtype=torch.float32),
+            residual=like.new_empty(B), about=like.new_empty((B, 3), dtype=torch.float32),
         )  # fmt: skip
 
     @contextlib.contextmanager

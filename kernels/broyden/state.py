@@ -73,9 +73,9 @@ class Factors:
         return self
 
 
-def about_of(residual: Tensor, iterations: Tensor) -> Tensor:
-    """(B, 2) float32 of two tensors (B,)."""
-    return torch.stack([residual.float(), iterations], dim=1)  # the counts become float32 on the way
+def about_of(residual: Tensor, iterations: Tensor, done: Tensor) -> Tensor:
+    """(B, 3) float32 of three tensors (B,)."""
+    return torch.stack([residual.float(), iterations, done], dim=1)  # the integers become float32 on the way
 
 
 @dataclass(kw_only=True, eq=False)
@@ -137,8 +137,8 @@ class Progress:
         return torch.maximum(norm, at_floor * scale).clamp_(min=self.tol / FALL)
 
     def about(self) -> Tensor:
-        """(B, 2) float32: the smallest stopping residual of each sample, and the evaluations at which it stopped."""
-        return about_of(self.best, self.iterations)
+        """(B, 3) float32: the smallest stopping residual of each sample, the evaluations at which it stopped, and why."""
+        return about_of(self.best, self.iterations, self.done)
 
     def all_converged(self) -> bool:
         """Whether every sample has reached the tolerance itself. Synchronises."""

@@ -83,7 +83,7 @@ def summarise(done_ptr, count_ptr, out_ptr, B, BB: tl.constexpr):
 @triton.jit(do_not_specialize=["B"])
 def finish(n_ptr, best_ptr, count_ptr, done_ptr, about_ptr, table_ptr, B, BB: tl.constexpr):
     """What a captured solve says of each sample, into the new tensors whose addresses are in the table: ints (3, padded(B)) of
-    steps, evaluations and codes; residual (B,); about (B, 2) of residual and evaluations. Grid (cdiv(B, BB),)."""
+    steps, evaluations and codes; residual (B,); about (B, 3) of residual, evaluations and codes. Grid (cdiv(B, BB),)."""
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     m = b < B
     ints = through(n_ptr, table_ptr, 3)
@@ -93,10 +93,12 @@ def finish(n_ptr, best_ptr, count_ptr, done_ptr, about_ptr, table_ptr, B, BB: tl
     best = tl.load(best_ptr + b, mask=m)
     tl.store(ints + b, tl.load(n_ptr + b, mask=m), mask=m)
     tl.store(ints + padded(B) + b, count, mask=m)
-    tl.store(ints + 2 * padded(B) + b, tl.load(done_ptr + b, mask=m), mask=m)
+    done = tl.load(done_ptr + b, mask=m)
+    tl.store(ints + 2 * padded(B) + b, done, mask=m)
     tl.store(residual + b, best, mask=m)
-    tl.store(about + 2 * b, best.to(tl.float32), mask=m)
-    tl.store(about + 2 * b + 1, count.to(tl.float32), mask=m)
+    tl.store(about + 3 * b, best.to(tl.float32), mask=m)
+    tl.store(about + 3 * b + 1, count.to(tl.float32), mask=m)
+    tl.store(about + 3 * b + 2, done.to(tl.float32), mask=m)
 
 
 @triton.jit(do_not_specialize=["max_iter"])

@@ -330,7 +330,7 @@ def test_through_a_table_of_addresses(form: str, interpreted: dict[str, Any]) ->
             assert torch.equal(out.z_best, direct.z_best)
             assert torch.equal(out.ints[:, :2], torch.stack([direct.n, direct.iterations, direct.done]))
             assert torch.equal(out.residual, direct.best)
-            assert torch.equal(out.about, torch.stack([direct.best, direct.iterations], 1))
+            assert torch.equal(out.about, torch.stack([direct.best, direct.iterations, direct.done], 1))
             for b, n in enumerate(direct.n.tolist()):
                 assert torch.equal(S[b, :n], direct.S[b, :n])
                 assert torch.equal(C[b, : n - 1, : n - 1].tril(), direct.C[b, : n - 1, : n - 1].tril())

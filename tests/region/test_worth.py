@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deq_compile.kernels.gcr import cpu
-from deq_compile.region.adjoint import AdjointSolution, solve_adjoint
+from deq_compile.region.adjoint import AdjointProblem, AdjointSolution, solve_adjoint
 from deq_compile.region.forward import Solution, solve
 from deq_compile.region.worth import factors_pay
 
@@ -15,7 +15,8 @@ TOL = 1e-3
 
 
 def pays(problem: Linear) -> bool:
-    return factors_pay(problem.vjp, problem.q, problem.factors, problem.solved(), tol=TOL, max_iter=40, body_eps=1e-16)
+    asked = AdjointProblem(tol=TOL, max_iter=40, body_eps=1e-16)
+    return factors_pay(problem.vjp, problem.q, problem.factors, problem.solved(), asked)
 
 
 class Linear:

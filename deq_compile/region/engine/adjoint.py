@@ -20,7 +20,7 @@ from deq_compile.kernels.reuse.multisecant import Multisecant, empty_weights
 from deq_compile.kernels.tiles import offsets_fit
 from deq_compile.region.adjoint import MEMORY, AdjointSolution, certified_at, choose
 from deq_compile.region.body import EagerRunner, Linearised, Runner
-from deq_compile.region.forward import FLOOR_EPS
+from deq_compile.region.solvers import FLOOR_EPS
 from deq_compile.region.status import AdjointStatus
 
 from .captures import Captured, find

@@ -13,7 +13,8 @@ from deq_compile.kernels.broyden.gpu import Outputs, TritonState
 from deq_compile.kernels.broyden.state import row_width
 from deq_compile.kernels.tiles import offsets_fit
 from deq_compile.region.body import Runner
-from deq_compile.region.forward import FLOOR_EPS, Solution
+from deq_compile.region.forward import Solution
+from deq_compile.region.solvers import FLOOR_EPS
 
 from .captures import Captured, find
 from .device import Device

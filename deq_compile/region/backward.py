@@ -1,0 +1,62 @@
+"""What a backward mode is: how the adjoint w of a cotangent is found. One file a mode, in `backwards`; `BACKWARDS` knows them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch import Tensor
+
+from deq_compile.kernels.broyden import Factors
+from deq_compile.registry import BACKWARDS
+
+__all__ = ["BACKWARDS", "AdjointCall", "Backward"]
+
+if TYPE_CHECKING:
+    from deq_compile.region.adjoint import AdjointSolution
+    from deq_compile.region.body import Linearised
+    from deq_compile.region.site import Site
+
+
+@dataclass
+class AdjointCall:
+    """One backward of one region, as a mode sees it.
+
+    site      of the region: options in ``site.spec.config``, and what earlier calls have taught
+    factors   of the forward, where the mode wants them and they have arrived
+    inside    whether somebody captures the stream: nothing may be asked of the device
+    again     makes the factors of a forward whose own did not arrive, by solving once more
+    captured  the same adjoint as a captured graph would give it; None where none serves
+    """
+
+    site: Site
+    factors: Factors | None = None
+    inside: bool = False
+    again: Callable[[], Factors | None] = lambda: None
+    captured: Callable[[Factors | None], AdjointSolution | None] = lambda factors: None
+
+
+class Backward(abc.ABC):
+    """A way from the cotangent q of a fixed point to an adjoint w, whose VJP gives the gradients.
+
+    name           what the option ``backward`` calls it
+    wants_factors  whether it uses the factors that a forward solve leaves
+    gradient       "implicit": that of the fixed point, which is compared with the loop's own; "loop": that of the loop's own
+                   iterates; "approximate": another one, which the user has asked for
+    """
+
+    name: str
+    wants_factors: ClassVar[bool] = False
+    gradient: ClassVar[Literal["implicit", "loop", "approximate"]] = "approximate"
+
+    @abc.abstractmethod
+    def solve(self, linear: Linearised, q: Tensor, call: AdjointCall) -> AdjointSolution:
+        """The adjoint for cotangents q (B, D), with its certificate; `certified_at` makes one of any w.
+
+        Args:
+            linear: the body linearised at the fixed point.
+            q: (B, D), compute dtype; left as it is.
+            call: the region and what its forward has left.
+        """

@@ -1,0 +1,7 @@
+"""The backward modes. To add one: a class like those in these files, and ``BACKWARDS.register(Mine())``."""
+
+# ruff: noqa: I001  (messages list the choices in the order in which they are registered)
+from . import reuse
+from . import jfb, phantom, unroll
+
+__all__ = ["jfb", "phantom", "reuse", "unroll"]

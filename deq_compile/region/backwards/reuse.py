@@ -1,0 +1,88 @@
+"""The implicit gradient: the adjoint solved to a tolerance, preconditioned with the forward's factors where that pays."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from torch import Tensor
+
+from deq_compile.kernels.broyden import Factors
+from deq_compile.kernels.device import on_gpu
+from deq_compile.region import records
+from deq_compile.region.adjoint import AdjointProblem, AdjointSolution, solve_adjoint
+from deq_compile.region.backward import BACKWARDS, AdjointCall, Backward
+from deq_compile.region.body import Linearised
+from deq_compile.region.site import Site
+from deq_compile.region.verdict import measure_gradient
+from deq_compile.region.worth import factors_pay
+
+
+class Reuse(Backward):
+    """w = q + J^T w to ``backward_tol``; inf: one raw reuse of the forward's inverse Jacobian."""
+
+    name = "reuse"
+    wants_factors = True
+    gradient = "implicit"
+
+    def solve(self, linear: Linearised, q: Tensor, call: AdjointCall) -> AdjointSolution:
+        site, raw = call.site, math.isinf(call.site.spec.config.backward_tol)
+        factors = call.factors
+        if factors is None and raw and site.spec.stores_steps:  # then the gradient is made of them
+            factors = call.again()
+        asked = not (raw or call.inside)
+        # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
+        asks = factors is not None and asked and not on_gpu(q.device)
+        due = asks and site.reuse_due()
+        if asks and not (due or site.reuses):
+            factors = None
+        measures = asked and q.numel() > 0 and site.gradient_due()
+        if on_gpu(q.device) and asked and not measures and (found := call.captured(factors)) is not None:
+            site.expected_vjps = found.needed
+            return dataclasses.replace(found, reused=factors is not None)
+        found = self._solve(linear, q, call, factors, due)
+        if measures:
+            factors = factors if found.reused else None
+
+            def attempt(tol: float) -> AdjointSolution:
+                problem = dataclasses.replace(_problem(call, q), tol=tol, expected=None)
+                return solve_adjoint(linear.vjp, linear.vjp_full, q, factors, problem)
+
+            found = measure_gradient(site, found, attempt)
+        site.expected_vjps = found.needed
+        return found
+
+    def _solve(
+        self, linear: Linearised, q: Tensor, call: AdjointCall, factors: Factors | None, due: bool
+    ) -> AdjointSolution:
+        """The adjoint; where that is `due`, made without the factors as well, to see whether they pay."""
+        site, problem = call.site, _problem(call, q)
+        site.backwards += 1
+        found = solve_adjoint(linear.vjp, linear.vjp_full, q, factors, problem)
+        if due and factors is not None and q.numel():
+            site.reuse(factors_pay(linear.vjp, q, factors, found, problem))
+            if not site.reuses:  # this very call's gradient is that of the calls after it
+                found = solve_adjoint(linear.vjp, linear.vjp_full, q, None, problem)
+        return found
+
+
+def _problem(call: AdjointCall, q: Tensor) -> AdjointProblem:
+    site, config = call.site, call.site.spec.config
+    return AdjointProblem(
+        tol=site.backward_tol,
+        max_iter=max(1, config.backward_max_iter),
+        expected=site.expected_vjps,
+        body_eps=site.spec.body_eps,
+        skip=skipped_pairs(site),
+        watched=not call.inside,
+        estimate=records.recording() and not on_gpu(q.device),
+    )
+
+
+def skipped_pairs(site: Site) -> int:
+    """A restart may have left two pairs that are not exact."""
+    config = site.spec.config
+    return 2 if config.memory < config.max_iter else 0
+
+
+BACKWARDS.register(Reuse())

@@ -1,0 +1,38 @@
+"""Good Broyden with H_0 = -I (:mod:`deq_compile.kernels.broyden`), whose factors the backward uses."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from deq_compile.kernels import broyden
+from deq_compile.kernels.broyden import BroydenState, Factors, Progress
+
+from .base import SOLVERS, Problem, Solver
+
+
+class Broyden(Solver):
+    """z <- z - H (f(z) - z) with a limited-memory H."""
+
+    name = "broyden"
+    leaves_factors = captures = stays = True
+
+    def start(self, z0: Tensor, problem: Problem) -> tuple[Progress, Tensor]:
+        memory = problem.max_iter if problem.memory is None else problem.memory
+        state = broyden.new_state(
+            z0, memory, problem.factor_dtype, problem.eta, tol=problem.tol, relative=problem.relative,
+            floor=problem.floor(z0.dtype), room=problem.room,
+        )  # fmt: skip
+        if not problem.watched:
+            state.unwatched()
+        return state, state.iterate(z0)
+
+    def step(self, progress: Progress, z: Tensor, f: Tensor, *, last: bool) -> None:
+        assert isinstance(progress, BroydenState)
+        broyden.step(progress, z, f, last=last)
+
+    def factors(self, progress: Progress) -> Factors | None:
+        assert isinstance(progress, BroydenState)
+        return progress
+
+
+BROYDEN = SOLVERS.register(Broyden())

@@ -1,0 +1,70 @@
+"""Named choices that can be added to from outside: solvers and backward modes."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from deq_compile.region.backward import Backward
+    from deq_compile.region.solvers import Solver
+
+
+class Named(Protocol):
+    """What a registry holds: an object with a name."""
+
+    name: str
+
+
+T = TypeVar("T", bound=Named)
+
+
+class Registry(Generic[T]):
+    """Objects by name. An option takes its choices from here, so that what is registered can be asked for at once.
+
+    what  the kind, for messages
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._items: dict[str, T] = {}
+
+    def register(self, item: T) -> T:
+        """Add an object under its name.
+
+        Raises:
+            ValueError: its name is no identifier, or belongs to another one.
+        """
+        if not item.name.isidentifier():
+            raise ValueError(f"expected a {self.what} with an identifier as its name, got {item.name!r}")
+        if item.name in self._items:
+            raise ValueError(f"expected a new name for a {self.what}, got {item.name!r}, which is taken. Fix: choose another")
+        self._items[item.name] = item
+        return item
+
+    def remove(self, name: str) -> None:
+        """Forget a name; for tests that registered one."""
+        del self._items[name]
+
+    def __getitem__(self, name: str) -> T:
+        """The object of a name.
+
+        Raises:
+            ValueError: there is none; the message lists those that there are.
+        """
+        if name in self._items:
+            return self._items[name]
+        near = difflib.get_close_matches(str(name), self._items, n=1)
+        raise ValueError(
+            f"expected a {self.what} among {', '.join(repr(n) for n in self._items)}, got {name!r}"
+            + (f" (did you mean {near[0]!r}?)" if near else "")
+        )
+
+    def names(self) -> tuple[str, ...]:
+        """The names in the order of their registration."""
+        return tuple(self._items)
+
+
+# The options `solver` and `backward` take their choices from here.
+SOLVERS: Registry[Solver] = Registry("solver")
+BACKWARDS: Registry[Backward] = Registry("backward mode")
