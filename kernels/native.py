@@ -22,7 +22,7 @@ from . import folder, workspace
 
 log = logging.getLogger("deq_compile.kernels")
 
-_SOURCES = ("vector.h", "broyden/cpu.cpp", "reuse/cpu.cpp", "reuse/multisecant.cpp", "gcr/cpu.cpp")
+_SOURCES = ("vector.h", "iteration/stopping.h", "broyden/cpu.cpp", "reuse/cpu.cpp", "reuse/multisecant.cpp", "gcr/cpu.cpp")
 _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 # Below this many elements a parallel region costs more than it saves.
 _PARALLEL_ELEMENTS = 1 << 15

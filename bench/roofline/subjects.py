@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deq_compile.kernels import broyden, gcr, reuse
+from deq_compile.kernels import broyden, gcr, iteration, reuse
 
 from . import counts
 from .counts import Count
@@ -84,7 +84,7 @@ def _body(shape: Shape, generator: torch.Generator) -> Callable[[torch.Tensor], 
 
 
 def _check(kernel: str, shape: Shape, n: torch.Tensor, done: torch.Tensor) -> None:
-    if (n != shape.n).any() or (done != broyden.RUNNING).any():
+    if (n != shape.n).any() or (done != iteration.RUNNING).any():
         raise RuntimeError(f"{kernel}: expected n = {shape.n} and all samples running at {shape}, got n {n}, done {done}")
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import CONVERGED, FLOOR
+from deq_compile.kernels.iteration import CONVERGED, FLOOR
 
 _MAPS = {"f", "fun", "func", "fn", "g", "function", "deq_func"}
 _STATES = {"x0", "z0", "z_init", "x_init", "z", "x", "init", "y0", "u0", "h0", "z_0", "x_0", "initial"}

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import MAX_ITER, NONFINITE, Factors
+from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.gcr import GcrState, move, new_state
+from deq_compile.kernels.iteration import MAX_ITER, NONFINITE
 from deq_compile.kernels.reuse import apply_transpose, multisecant
 from deq_compile.region.modes import without_grad
 from deq_compile.region.solvers import FLOOR_EPS

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import CONVERGED, FALL, NORM_EPS, RESOLUTION, Factors, Progress, about_of
+from deq_compile.kernels.broyden import Factors
+from deq_compile.kernels.iteration import CONVERGED, FALL, NORM_EPS, RESOLUTION, Progress, about_of
 
 from .modes import without_grad
 from .solvers import BROYDEN, SOLVERS, Problem, Solver

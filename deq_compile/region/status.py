@@ -6,7 +6,7 @@ import enum
 
 from torch import Tensor
 
-from deq_compile.kernels.broyden import CONVERGED, FLOOR, MAX_ITER, NONFINITE, RUNNING
+from deq_compile.kernels.iteration import CONVERGED, FLOOR, MAX_ITER, NONFINITE, RUNNING
 
 
 class _Code(enum.IntEnum):

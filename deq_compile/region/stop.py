@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import CONVERGED, FALL, NORM_EPS, RESOLUTION, RUNNING, Progress
+from deq_compile.kernels.iteration import CONVERGED, FALL, NORM_EPS, RESOLUTION, RUNNING, Progress
 
 from .layout import Layout
 

@@ -14,20 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..broyden.state import (
-    CONVERGED,
-    FALL,
-    FLOOR,
-    MAX_ITER,
-    NONFINITE,
-    NORM_EPS,
-    RESOLUTION,
-    RUNNING,
-    STALL_GAIN,
-    STALL_PATIENCE,
-    Progress,
-    progress_fields,
-)
+from ..iteration import RUNNING, Progress, observe_by_masks, progress_fields
 
 RIDGE_EPS = 10.0
 
@@ -92,7 +79,7 @@ def step(state: AndersonState, z: Tensor, f: Tensor, *, last: bool = False) -> N
     s = state
     f = f.to(z.dtype)
     g = f - z
-    _judge(s, z, g, f, last)
+    observe_by_masks(s, z, g, f, last)
     running = (s.done == RUNNING)[:, None]
     ahead = _accelerated(s, z, g) if s.evaluations > 1 else z + s.damping * g
     s.previous[:, 0], s.previous[:, 1] = z, g
@@ -102,36 +89,6 @@ def step(state: AndersonState, z: Tensor, f: Tensor, *, last: bool = False) -> N
         s.active = 0
     elif s.evaluations % s.poll_every == 0:
         s.active = int(running.sum())
-
-
-def _judge(s: AndersonState, z: Tensor, g: Tensor, f: Tensor, last: bool) -> None:
-    """What `observe` of the Broyden iteration does, by masks. A failed sample's z goes back to its best iterate."""
-    s.evaluations += 1
-    scale = torch.linalg.vector_norm(f, dim=1).add_(NORM_EPS)
-    stop = norm = torch.linalg.vector_norm(g, dim=1)
-    threshold = s.floor if s.relative else s.floor * scale
-    if s.relative:
-        stop = norm / scale
-    if s.evaluations == 1:
-        s.ceiling.copy_(s.ceiling_at(norm, scale))
-    norm = torch.maximum(norm, RESOLUTION * torch.finfo(z.dtype).eps * scale)
-    running, finite = s.done == RUNNING, torch.isfinite(stop)
-    improved = running & finite & (stop < s.best)
-    torch.where(improved, stop, s.best, out=s.best)
-    torch.where(improved[:, None], z, s.z_best, out=s.z_best)
-    below = s.best < threshold
-    gained = below & (s.best < STALL_GAIN * s.mark)
-    torch.where(gained & running, s.best, s.mark, out=s.mark)
-    s.stall.add_(1).masked_fill_(gained | ~below, 0)
-    code = torch.full_like(s.done, MAX_ITER if last else RUNNING)
-    code.masked_fill_(below & (s.stall >= STALL_PATIENCE) & (norm <= s.fall_at_floor * s.ceiling), FLOOR)
-    code.masked_fill_((stop <= s.tol) & (norm <= FALL * s.ceiling), CONVERGED)
-    code.masked_fill_(~finite, NONFINITE)
-    stopped = running & (code != RUNNING)
-    torch.where((stopped & ~finite)[:, None], s.z_best, z, out=z)
-    torch.where((stopped & ~finite & torch.isinf(s.best))[:, None], f, s.z_best, out=s.z_best)
-    torch.where(stopped, code, s.done, out=s.done)
-    s.iterations.masked_fill_(stopped, s.evaluations)
 
 
 def _accelerated(s: AndersonState, z: Tensor, g: Tensor) -> Tensor:

@@ -6,7 +6,6 @@
 
 #include <omp.h>
 
-enum Code : int8_t { RUNNING, CONVERGED, FLOOR, MAX_ITER, NONFINITE };
 enum Flag : i64 { LAST = 1, NO_OBSERVATION = 2, RESIDUAL_GIVEN = 4 };
 
 template <class T>
@@ -16,14 +15,9 @@ struct Broyden {
   T *S, *C, *best, *mark, *ceiling, *z_best;  // (B, M+1, D), (B, M, ld), (B,), (B,), (B,) or null, (B, D)
   int32_t *n, *iterations, *stall;  // (B,)
   int8_t* done;                     // (B,)
-  float* about;                     // (B, 2) or null: of each sample that has stopped, its residual and its evaluations
+  float* about;                     // (B, 3) or null: of each sample that has stopped, its residual, evaluations and code
   i64 converged;                    // samples that stopped with CONVERGED; set when none runs any more
 };
-
-template <class T>
-static inline bool finite(T x) {
-  return std::fabs(x) <= std::numeric_limits<T>::max();
-}
 
 // Call work(lo, hi, c) for the chunks of a row, over threads where `split` says so.
 template <class F>
@@ -194,30 +188,19 @@ static void advance(const Broyden<T>& s, Scratch<T>& w, i64 b, T* z, T* g, bool 
   s.n[b] = int32_t(n + 1);
 }
 
-// What aten.py's observe, _stalled and _stop_samples do, for one sample: whether it goes on. norm and ceiling: |g|, and what it
-// is measured against (see FALL in state.py); f: body(z) where that is known.
+// What iteration/aten.py's `observe` does, for one sample: whether it goes on. norm and ceiling: |g|, and what it is measured
+// against; f: body(z) where that is known.
 template <class T>
 static bool observe(const Broyden<T>& s, i64 b, T* z, T stop, T scale, i64 evaluation, bool last, bool& improved, T norm = 0,
                     T ceiling = std::numeric_limits<T>::infinity(), const T* f = nullptr) {
-  T *best = s.best + b, *mark = s.mark + b, *z_best = s.z_best + b * s.D;
-  Code code = last ? MAX_ITER : RUNNING;
-  improved = stop < *best;
-  if (improved) *best = stop;
-  if (!finite(stop)) {
-    code = NONFINITE;
+  T *best = s.best + b, *z_best = s.z_best + b * s.D;
+  Code code = classify<T>({stop, scale, norm, ceiling, last}, T(s.tol), T(s.floor), *best, s.mark[b], s.stall[b], improved);
+  if (code == RUNNING) return true;
+  if (code == NONFINITE) {
     std::memcpy(z, z_best, sizeof(T) * s.D);
     if (f && !finite(*best)) std::memcpy(z_best, f, sizeof(T) * s.D);  // none was finite: what a plain iteration has
     if (s.n[b] > 0) s.n[b]--;  // the step that led here is no good to anybody
-  } else {
-    if (s.floor > 0) {
-      bool below = *best < T(s.floor) * scale, gained = below && *best < T(0.9) * *mark;
-      if (gained) *mark = *best;
-      s.stall[b] = gained || !below ? 0 : s.stall[b] + 1;
-      if (s.stall[b] >= 5 && norm <= T(s.floor > 0.1 ? 0.5 : 0.1) * ceiling) code = FLOOR;
-    }
-    if (stop <= T(s.tol) && norm <= T(0.1) * ceiling) code = CONVERGED;
   }
-  if (code == RUNNING) return true;
   if (improved) std::memcpy(z_best, z, sizeof(T) * s.D);
   s.done[b] = code;
   s.iterations[b] = int32_t(evaluation);

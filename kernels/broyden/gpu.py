@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..device import triton_kernels
+from ..iteration import RUNNING
 from ..tiles import Tiles, offsets_fit, padded, power_of_two, tiles
-from .state import RUNNING, BroydenState, Factors, coefficient_width, new_factors, row_width
+from .state import BroydenState, Factors, coefficient_width, new_factors, row_width
 
 NEVER = 2**31 - 1
 SUMMARY = 4  # numbers that `summarise` writes

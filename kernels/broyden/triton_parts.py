@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_shared import CONVERGED, FLOOR, MAX_ITER, NONFINITE, RUNNING, finite
+from ..iteration.triton_stopping import classify
+from ..triton_shared import NONFINITE, RUNNING, finite
 
-# NORM_EPS 1e-9, STALL_GAIN 0.9, STALL_PATIENCE 5, FALL 0.1 (0.5 at a floor above 0.1) and RESOLUTION 2 of state.py stand below
-# as numbers: the interpreter multiplies no constexpr.
+# NORM_EPS 1e-9, FALL 0.1 (0.5 at a floor above 0.1) and RESOLUTION 2 of iteration/state.py stand below as numbers: the
+# interpreter multiplies no constexpr.
 
 
 @triton.jit
@@ -35,19 +36,10 @@ def judge(
             stop = stop / scale
         else:
             threshold = floor * scale
-    whole = finite(stop)
-    # An integer: the interpreter spreads a comparison of floats over a block as floats, which take no `&`.
-    improved = tl.where(whole & (stop < best), 1, 0)
-    lost = tl.where(whole | finite(best), 0, 1)
-    best = tl.where(improved != 0, stop, best)
-    below = (best < threshold) & (floor > 0.0)
-    gained = below & (best < mark * 0.9)
-    mark = tl.where(gained, best, mark)
-    stall = tl.where(gained | (below == 0), 0, stall + 1)
-    code = tl.where(count >= max_iter, MAX_ITER, RUNNING)
-    code = tl.where(below & (stall >= 5) & (fallen_at_floor != 0), FLOOR, code)
-    code = tl.where((stop <= tol) & (fallen != 0), CONVERGED, code)
-    code = tl.where(whole, code, NONFINITE)
+    code, best, mark, stall, improved = classify(
+        stop, best, mark, stall, count, tol, floor, threshold, max_iter, fallen, fallen_at_floor
+    )
+    lost = tl.where(finite(stop) | finite(best), 0, 1)
     return code, best, mark, ceiling, stall, improved, lost
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..broyden.aten import observe
-from ..broyden.state import RUNNING
+from ..iteration import RUNNING, observe
 from ..reuse.multisecant import Multisecant, apply_aten
 from .state import DEPENDENT_EPS, GcrState
 

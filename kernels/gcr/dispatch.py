@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import native
-from ..broyden.state import COMPUTE_DTYPES, progress_fields, row_width
+from ..broyden.state import COMPUTE_DTYPES, row_width
 from ..device import on_gpu, triton_kernels
+from ..iteration import progress_fields
 from ..reuse.multisecant import Multisecant
 from ..tiles import offsets_fit
 from . import aten

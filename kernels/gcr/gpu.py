@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..broyden.gpu import NEVER, launch, rows_of, summarise
-from ..broyden.state import RUNNING, row_width
+from ..broyden.state import row_width
+from ..iteration import RUNNING
 from ..reuse.multisecant import Multisecant
 from ..tiles import Tiles, offsets_fit, power_of_two, tiles
 from .state import DEPENDENT_EPS, GcrState

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..broyden.state import Progress
+from ..iteration import Progress
 from ..reuse.multisecant import Multisecant
 
 # A new image counts as dependent on the basis when orthogonalising leaves less than this many eps of it.

@@ -14,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_shared import CONVERGED, FLOOR, MAX_ITER, NONFINITE, RUNNING, finite, set_conditional, through
+from ..iteration.triton_stopping import classify
+from ..triton_shared import CONVERGED, NONFINITE, RUNNING, finite, set_conditional, through
 
 
 @triton.jit
@@ -105,23 +106,6 @@ def _sum(values_ptr, count, BB: tl.constexpr, ACC: tl.constexpr):
     for at in tl.range(0, count, BB):
         total += tl.load(values_ptr + at + i, mask=at + i < count, other=0.0)
     return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _judge(stop, best, mark, stall, count, tol, floor, max_iter):
-    """As in the Broyden step: status code, best, mark, stall, and whether the trial is the best so far."""
-    whole = finite(stop)
-    improved = tl.where(whole & (stop < best), 1, 0)
-    best = tl.where(improved != 0, stop, best)
-    below = (best < floor) & (floor > 0.0)
-    gained = below & (best < mark * 0.9)
-    mark = tl.where(gained, best, mark)
-    stall = tl.where(gained | (below == 0), 0, stall + 1)
-    code = tl.where(count >= max_iter, MAX_ITER, RUNNING)
-    code = tl.where(below & (stall >= 5), FLOOR, code)
-    code = tl.where(stop <= tol, CONVERGED, code)
-    code = tl.where(whole, code, NONFINITE)
-    return code, best, mark, stall, improved
 
 
 @triton.jit
@@ -219,9 +203,9 @@ def extend(
     was = tl.load(ints_ptr + b * 4 + 3)
     k = tl.load(ints_ptr + b * 4)
     count = tl.load(ints_ptr + b * 4 + 2) + 1
-    code, best, mark, stall, improved = _judge(
+    code, best, mark, stall, improved = classify(
         relative, tl.load(floats_ptr + b * 2), tl.load(floats_ptr + b * 2 + 1), tl.load(ints_ptr + b * 4 + 1), count, tol, floor,
-        max_iter,
+        floor, max_iter, 1, 1,
     )  # fmt: skip
     code = tl.where(ended != 0, CONVERGED, code)
     improved = tl.where(ended != 0, 0, improved)

@@ -9,21 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import (
-    CONVERGED,
-    FLOOR,
-    MAX_ITER,
-    NONFINITE,
-    RUNNING,
-    BroydenState,
-    factors_of,
-    new_state,
-    observe,
-    step,
-    step_residual,
-)
+from deq_compile.kernels.broyden import BroydenState, factors_of, new_state, step, step_residual
 from deq_compile.kernels.broyden.cpu import CpuState
 from deq_compile.kernels.broyden.reference import dense_broyden
+from deq_compile.kernels.iteration import CONVERGED, FLOOR, MAX_ITER, NONFINITE, RUNNING, observe
 from deq_compile.kernels.reuse import apply_transpose
 from deq_compile.kernels.reuse.reference import apply_transpose_reference
 

@@ -27,7 +27,7 @@ def _only_once(implementation: str) -> None:
 
 LANES = {
     "step": (["kernels/test_triton"], 50),
-    "adjoint": (["kernels/test_gcr", "kernels/test_weights"], 27),
+    "adjoint": (["kernels/test_gcr", "kernels/test_weights", "kernels/test_stopping"], 34),
     "engine": (["region/test_engine", "region/test_engine_host"], 12),
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deq_compile import explain, fixed_point, record_solves
-from deq_compile.kernels.broyden import NORM_EPS, RUNNING, Progress, new_progress, observe
+from deq_compile.kernels.iteration import NORM_EPS, RUNNING, Progress, new_progress, observe
 from deq_compile.region.adjoint import AdjointSolution, certified_at
 from deq_compile.region.backward import BACKWARDS, AdjointCall, Backward
 from deq_compile.region.body import Linearised

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from deq_compile.kernels import anderson
-from deq_compile.kernels.broyden import Progress
+from deq_compile.kernels.iteration import Progress
 
 from .base import SOLVERS, Problem, Solver
 

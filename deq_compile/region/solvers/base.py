@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import Factors, Progress
+from deq_compile.kernels.broyden import Factors
+from deq_compile.kernels.iteration import Progress
 from deq_compile.registry import SOLVERS
 
 __all__ = ["FLOOR_EPS", "SOLVERS", "Problem", "Solver"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from deq_compile.kernels import broyden
-from deq_compile.kernels.broyden import BroydenState, Factors, Progress
+from deq_compile.kernels.broyden import BroydenState, Factors
+from deq_compile.kernels.iteration import Progress
 
 from .base import SOLVERS, Problem, Solver
 

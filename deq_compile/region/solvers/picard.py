@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import NORM_EPS, RUNNING, Progress, new_progress, observe
+from deq_compile.kernels.iteration import NORM_EPS, RUNNING, Progress, new_progress, observe
 
 from .base import SOLVERS, Problem, Solver
 

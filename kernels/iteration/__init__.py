@@ -1,0 +1,34 @@
+"""What all iterations share: where each sample stands, and when it stops. The one place that says so, in each language."""
+
+from .aten import observe, observe_by_masks
+from .state import (
+    CONVERGED,
+    FALL,
+    FLOOR,
+    MAX_ITER,
+    NONFINITE,
+    NORM_EPS,
+    RESOLUTION,
+    RUNNING,
+    Progress,
+    about_of,
+    new_progress,
+    progress_fields,
+)
+
+__all__ = [
+    "CONVERGED",
+    "FALL",
+    "FLOOR",
+    "MAX_ITER",
+    "NONFINITE",
+    "NORM_EPS",
+    "RESOLUTION",
+    "RUNNING",
+    "Progress",
+    "about_of",
+    "new_progress",
+    "observe",
+    "observe_by_masks",
+    "progress_fields",
+]
