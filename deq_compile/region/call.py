@@ -132,7 +132,7 @@ def _prepared(
 
 def _captured(
     site: Site, runner: Runner, z0: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]
-) -> engine.CapturedForward | None:
+) -> engine.CapturedForward | engine.Declined | None:
     """The captured solve of this region for these shapes, on a GPU and from the second call on."""
     config = site.spec.config
     # A test of the user's own is a question to the host in every iteration.

@@ -18,7 +18,7 @@ from deq_compile.config import Config
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.device import on_gpu
 
-from . import records
+from . import engine, records
 from .adjoint import AdjointSolution, jacobian_free, phantom, solve_adjoint
 from .body import BodySpec
 from .call import solve_for
@@ -59,15 +59,18 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
     site = _site(key, state0, config, where)
     layout = _layout(site, f, state0)
 
+    z0 = layout.flatten(state0).detach()
+    here = engine.current_device(z0.device)
+
     def flat(z: Tensor) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), engine.made_current(here):  # the user's code runs as it would without a solver around it
             return layout.flatten(f(layout.unflatten(z)))
 
-    z0 = layout.flatten(state0).detach()
-    solution = solve_for(site, flat, z0)
-    if not bool(converged(solution.status).all()):
-        relative = config.stop_mode == "rel"
-        solution = or_plain(solution, flat, z0, cap=config.max_iter, tol=site.tol, relative=relative)
+    with engine.made_current(z0.device):
+        solution = solve_for(site, flat, z0)
+        if not bool(converged(solution.status).all()):
+            relative = config.stop_mode == "rel"
+            solution = or_plain(solution, flat, z0, cap=config.max_iter, tol=site.tol, relative=relative)
     count_misses(site, solution)
     factors = solution.state.alone() if solution.state is not None and site.spec.stores_steps else None
     serial = record_forward(site, solution, solution.z, solution.evaluations, factors)
@@ -243,7 +246,7 @@ class _Implicit(torch.autograd.Function):
         adjoint: _Adjoint = ctx.adjoint
         if all(c is None for c in cotangents):
             return (None, None, *([None] * len(cotangents)))
-        with torch.no_grad():
+        with torch.no_grad(), engine.made_current(adjoint.inputs[0].device):
             found = for_each_of_batch(adjoint.of, cotangents) if is_batched(cotangents) else adjoint.of(cotangents)
         if torch.is_grad_enabled():
             found = once(found, (*adjoint.images, *cotangents))

@@ -24,9 +24,14 @@ def _only_once(implementation: str) -> None:
         pytest.skip("no matter of the CPU implementation")
 
 
-@pytest.mark.parametrize(
-    ("names", "least"), [(["kernels/test_triton"], 50), (["kernels/test_gcr", "region/test_engine"], 25)], ids=["step", "adjoint"]
-)
+LANES = {
+    "step": (["kernels/test_triton"], 50),
+    "adjoint": (["kernels/test_gcr", "region/test_engine"], 25),
+    "failures": (["region/test_engine_failures", "region/test_engine_robust"], 20),
+}
+
+
+@pytest.mark.parametrize(("names", "least"), LANES.values(), ids=LANES)
 def test_interpreter_lane(names: list[str], least: int) -> None:
     files = [f"tests/{name}_interpreted.py" for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]

@@ -17,7 +17,8 @@ from deq_compile.region.adjoint import MEMORY, AdjointSolution, certified_at, ch
 from deq_compile.region.body import EagerRunner, Linearised, Runner
 from deq_compile.region.forward import FLOOR_EPS
 
-from .captures import Captured, find
+from .captured import Captured, Declined
+from .captures import find
 from .device import Device
 from .operands import Operands
 
@@ -35,8 +36,6 @@ class AdjointSettings:
 class CapturedAdjoint(Captured):
     """The adjoint iteration on one linearised body."""
 
-    linear: Linearised
-
     def __init__(
         self, device: Device, runner: Runner, z: Tensor, operands: Operands, needs: tuple[bool, ...], factors: Factors | None,
         settings: AdjointSettings, wanted: str,
@@ -49,7 +48,7 @@ class CapturedAdjoint(Captured):
             made = multisecant(factors, settings.skip)
             # S is found through the table; the tensor here only says its dtype and strides.
             operator = Multisecant(S=made.S, V=torch.empty_like(made.V), n=torch.empty_like(made.n), high=made.high)
-        q = torch.randn_like(self.z)
+        q = torch.ones_like(self.z)  # any cotangents; random ones would move the user's generator
         self.state = TritonGcr.create(
             q, operator, min(settings.max_iter, MEMORY), settings.tol, FLOOR_EPS * settings.body_eps, triton_kernels("gcr"),
             begin=False,
@@ -98,7 +97,8 @@ class CapturedAdjoint(Captured):
             self.z.copy_(z)
             self.state.q.copy_(q)
             self._load_operator(factors)
-            self.engine.launch()
+            if not self.launch():
+                return None
             _, vjps = self.engine.outcome()
             self.state.look()
             chosen, status = choose(self.state)
@@ -111,7 +111,7 @@ class CapturedAdjoint(Captured):
 def captured_adjoint(
     key: tuple[object, ...], runner: Runner, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...],
     factors: Factors | None, settings: AdjointSettings, wanted: str,
-) -> CapturedAdjoint | None:  # fmt: skip
+) -> CapturedAdjoint | Declined | None:  # fmt: skip
     """The captured adjoint for these shapes and settings; None where the loop serves (yet). `key` names the region and sizes."""
     steps = None if factors is None else (factors.S.shape, factors.S.stride(), factors.S.dtype)
     return find(

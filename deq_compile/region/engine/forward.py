@@ -13,7 +13,8 @@ from deq_compile.kernels.broyden.gpu import TritonState
 from deq_compile.region.body import Runner
 from deq_compile.region.forward import FLOOR_EPS, Solution
 
-from .captures import Captured, find
+from .captured import Captured, Declined
+from .captures import find
 from .device import Device
 from .operands import Operands
 
@@ -72,7 +73,8 @@ class CapturedForward(Captured):
                 self.own = self.own or state.buffers()
                 S, C = self.own
             state.restart(self.z, z0.contiguous(), S, C)
-            self.engine.launch()
+            if not self.launch():
+                return None
             # The buffers are used again by the next solve.
             return Solution(
                 z=state.z_best.clone(),
@@ -89,7 +91,7 @@ class CapturedForward(Captured):
 
 def captured_forward(
     key: tuple[object, ...], runner: Runner, z0: Tensor, operands: Sequence[Tensor], settings: ForwardSettings, wanted: str
-) -> CapturedForward | None:
+) -> CapturedForward | Declined | None:
     """The captured solve for these shapes and settings; None where the loop serves (yet). `key` names the region and sizes."""
     return find(
         (*key, "forward", settings), z0, operands, wanted,
