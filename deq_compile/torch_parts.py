@@ -7,6 +7,7 @@ leaves what it looked at as it is; the import of this package and the user's com
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 from collections import Counter, defaultdict
 from typing import Any
@@ -65,3 +66,53 @@ NEEDED = (
     "_enter_autocast", "_exit_autocast", "FakeTensorMode", "FakeTensor", "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass", "TorchDispatchMode", "free_unbacked_symbols",
 )  # fmt: skip
+
+# Without them a capture that failed leaves its memory pool behind.
+end_allocate_to_pool = find("torch._C", "_cuda_endAllocateToPool")
+release_pool = find("torch._C", "_cuda_releasePool")
+# Without it nothing is captured: cuBLAS would go on working in the memory of a graph. A build without CUDA has none.
+clear_workspaces = find("torch._C", "_cuda_clearCublasWorkspaces")
+
+
+def pool_segments(pool: Any) -> list[dict[str, Any]]:
+    """The segments of memory that a private pool of captured graphs has, with their sizes ("total_size") in bytes; none where
+    this torch cannot say."""
+    try:
+        found: list[dict[str, Any]] = torch.cuda.memory_snapshot(pool, include_traces=False)
+    except (TypeError, RuntimeError):  # an older signature; an allocator that keeps no such list
+        return []
+    return found
+
+
+# Settings that choose the kernels of a CUDA operation. Of the two ways to ask for TF32, torch's older functions raise where
+# somebody used the newer ones; the names here answer under both.
+_CUDA_SETTINGS = (
+    ("backends", "fp32_precision"),
+    ("backends.cuda.matmul", "fp32_precision"),
+    ("backends.cudnn.conv", "fp32_precision"),
+    ("backends.cudnn.rnn", "fp32_precision"),
+    ("backends.cuda.matmul", "allow_fp16_reduced_precision_reduction"),
+    ("backends.cuda.matmul", "allow_fp16_reduced_precision_reduction_split_k"),
+    ("backends.cuda.matmul", "allow_bf16_reduced_precision_reduction"),
+    ("backends.cuda.matmul", "allow_bf16_reduced_precision_reduction_split_k"),
+    ("backends.cuda.matmul", "allow_fp16_accumulation"),
+    ("backends.cudnn", "enabled"),
+    ("backends.cudnn", "benchmark"),
+    ("backends.cudnn", "deterministic"),
+)
+
+
+def cuda_settings() -> tuple[Any, ...]:
+    """What of the process's settings a captured graph has built in: hashable, and another one where a setting changed. None
+    stands for a setting that this torch does not have."""
+    found = [getattr(_part(path), name, None) for path, name in _CUDA_SETTINGS]
+    return (*found, torch.are_deterministic_algorithms_enabled())
+
+
+@functools.cache
+def _part(path: str) -> Any:
+    """A part of torch by its path; None where there is none."""
+    part: Any = torch
+    for name in path.split("."):
+        part = getattr(part, name, None)
+    return part

@@ -26,9 +26,9 @@ def _set_graph_conditional(handle, value, _semantic=None):
 
 @triton.jit
 def set_conditional(handle_ptr, value):
-    """Decide about the WHILE node whose handle lies at `handle_ptr`; in the interpreter, which has no graphs, that place itself
-    holds the decision."""
-    if INTERPRETED:
+    """Decide about the WHILE node whose handle, int64, lies at `handle_ptr`; in the interpreter, which has no graphs, that place
+    itself holds the decision. A place for int32 is a flag that holds it, too: `set_from` passes it on."""
+    if INTERPRETED or handle_ptr.dtype.element_ty == tl.int32:
         tl.store(handle_ptr, value)
     else:
         _set_graph_conditional(tl.load(handle_ptr), value)
@@ -53,6 +53,12 @@ def padded(B):
     """Counters of B samples lie in rows of this many elements, so that each row begins at a multiple of 128 bytes: Triton
     specialises on alignment, and another batch size would compile the kernels again. `padded` of tiles.py."""
     return (B + 31) // 32 * 32
+
+
+@triton.jit
+def set_from(handle_ptr, flag_ptr):
+    """Decide about a WHILE node as a flag says: handle_ptr int64, flag_ptr int32. In the body of the loop itself."""
+    set_conditional(handle_ptr, tl.load(flag_ptr))
 
 
 @triton.jit

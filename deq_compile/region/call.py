@@ -113,7 +113,7 @@ class Call:
         self.evaluations.count += len(found.linears)
         return found
 
-    def _captured(self) -> engine.CapturedForward | None:
+    def _captured(self) -> engine.CapturedForward | engine.Declined | None:
         """The captured solve of this region for these shapes, on a GPU and from the second call on."""
         site, spec, config = self.site, self.site.spec, self.site.spec.config
         # A test of the user's own is a question to the host in every iteration.

@@ -61,8 +61,15 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
             "point has none. Fix: backward='exact'"
         )
     site = _site(key, state0, config, where)
-    call = Call(site, state0, (), (), _prepare(site, f, state0))
-    found, layout = run(call), call.layout
+    here = engine.current_device(state0[0].device)
+
+    def as_given(states: list[Tensor]) -> Sequence[Tensor]:
+        with engine.made_current(here):  # the user's code runs as it would without a solver around it
+            return f(states)
+
+    with engine.made_current(state0[0].device):
+        call = Call(site, state0, (), (), _prepare(site, as_given, state0))
+        found, layout = run(call), call.layout
     if not torch.is_grad_enabled():
         return Solved(layout.outputs(found.z), found)
     starts = [s.detach().requires_grad_() for s in layout.unflatten(found.z)]
@@ -201,7 +208,7 @@ class _Implicit(torch.autograd.Function):
         attached: _Attached = ctx.attached
         if all(c is None for c in cotangents):
             return (None, None, *([None] * len(cotangents)))
-        with torch.no_grad():
+        with torch.no_grad(), engine.made_current(attached.linear.inputs[0].device):
             work = attached.adjoint_of
             found = for_each_of_batch(work, cotangents) if is_batched(cotangents) else work(cotangents)
         if torch.is_grad_enabled():

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from . import run
+from . import engine, run
 from .layout import flat_dtype
 from .site import await_backward
 from .site import site as find_site
@@ -61,7 +61,8 @@ def _rows(state0: Sequence[Tensor]) -> Any:
 
 def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> list[Tensor]:
     site = find_site(region)
-    done = run.run_forward(site, state0, operands, sizes)
+    with engine.made_current(state0[0].device):
+        done = run.run_forward(site, state0, operands, sizes)
     about, rows = done.about, _rows(state0)
     numbers = array.array("q", (done.ticket.kept, done.ticket.rows, done.ticket.serial))
     ticket = torch.frombuffer(numbers, dtype=torch.int64)
@@ -100,12 +101,11 @@ def _solve_backward(
 ) -> list[Tensor]:
     kept, rows, serial = ticket.tolist()
     numbers = run.Ticket(kept, bool(rows), serial)
-    grad_state0, grad_operands = run.run_backward(
-        getattr(ticket, "site", None) or find_site(region),
-        cotangents,
-        run.Saved(state, state0, operands, sizes, numbers, getattr(ticket, "left", None) or run.Left()),
-        tuple(needs_operands),
-    )
+    saved = run.Saved(state, state0, operands, sizes, numbers, getattr(ticket, "left", None) or run.Left())
+    with engine.made_current(state0[0].device):
+        grad_state0, grad_operands = run.run_backward(
+            getattr(ticket, "site", None) or find_site(region), cotangents, saved, tuple(needs_operands)
+        )
     wanted = [s for s, need in zip(state0, needs_state0, strict=True) if need]
     found: list[Tensor | None] = [None] * len(wanted)
     if grad_state0 is not None:

@@ -29,6 +29,7 @@ LANES = {
     "step": (["kernels/test_triton"], 50),
     "adjoint": (["kernels/test_gcr", "kernels/test_weights", "kernels/test_stopping"], 34),
     "engine": (["region/test_engine", "region/test_engine_host"], 12),
+    "failures": (["region/test_engine_failures", "region/test_engine_robust"], 20),
 }
 
 

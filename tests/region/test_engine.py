@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +12,6 @@ from bench.gpu.rehearse import rehearsed
 from deq_compile.backend import rewrite
 from deq_compile.config import Options
 from deq_compile.kernels.broyden.state import new_factors
-from deq_compile.region.engine import conditional
-from deq_compile.region.engine.device import Refused
 from deq_compile.region.engine.operands import Operands, addresses
 from deq_compile.region.layout import layout_of
 from deq_compile.report import Report
@@ -68,84 +65,6 @@ def test_copies_keep_strides(view: str) -> None:
     assert held.load([given])
     assert held.tensors[0].stride() == given.stride()
     torch.testing.assert_close(held.tensors[0], given, rtol=0, atol=0)
-
-
-class Runtime:
-    """The calls of cuda.bindings.runtime that a WHILE graph takes, logged."""
-
-    def __init__(self, kinds: list[str]) -> None:
-        self.log: list[str] = []
-        self.kinds = kinds
-        self.cudaGraphNodeType = SimpleNamespace(cudaGraphNodeTypeConditional="conditional")
-        self.cudaGraphConditionalNodeType = SimpleNamespace(cudaGraphCondTypeWhile="while")
-
-    def cudaGraphNodeParams(self) -> Any:
-        return SimpleNamespace(type=None, conditional=SimpleNamespace(phGraph_out=["body"]))
-
-    def cudaGraph_t(self, raw: Any) -> Any:
-        return raw
-
-    def cudaGraphGetNodes(self, graph: Any, count: int) -> Any:
-        return 0, self.kinds[:count], len(self.kinds)
-
-    def cudaGraphNodeGetType(self, node: str) -> Any:
-        return 0, SimpleNamespace(name=f"cudaGraphNodeType{node}")
-
-    def cudaGraphAddChildGraphNode(self, graph: Any, after: Any, count: int, part: Any) -> Any:
-        self.log.append(f"{part} into {graph} after {after}")
-        return 0, f"node of {part}"
-
-    def cudaGraphAddNode(self, graph: Any, after: Any, data: Any, count: int, params: Any) -> Any:
-        self.log.append(f"{params.conditional.type} {params.conditional.handle} into {graph} after {after}")
-        return 0, "loop"
-
-    def cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:
-        self.log.append(f"instantiate {graph}")
-        return 0, "executable"
-
-    def cudaGraphExecDestroy(self, executable: Any) -> Any:
-        return (0,)
-
-    def cudaGetLastError(self) -> None: ...
-
-
-def part(name: str) -> Any:
-    return SimpleNamespace(raw_cuda_graph=lambda: name)
-
-
-def test_a_while_graph_is_assembled_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = Runtime(["Kernel", "Memcpy", "Memset", "Kernel"])
-    monkeypatch.setattr(conditional, "runtime", lambda: fake)
-    condition: Any = SimpleNamespace(graph="outer", raw=7)
-    device: Any = SimpleNamespace(device=torch.device("cpu"))
-    conditional.WhileGraph(device, condition, part("before"), part("trip"), part("after"))
-    assert fake.log == [
-        "before into outer after None",
-        "while 7 into outer after ['node of before']",
-        "trip into body after None",
-        "after into outer after ['loop']",
-        "instantiate outer",
-    ]
-
-
-def test_a_body_with_other_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(conditional, "runtime", lambda: Runtime(["Kernel", "Host", "MemAlloc", "WaitEvent"]))
-    with pytest.raises(Refused, match="nodes of type Host, MemAlloc, WaitEvent"):
-        conditional.WhileGraph(
-            SimpleNamespace(device=None), SimpleNamespace(graph="g", raw=1), None, part("trip"), part("after")  # type: ignore[arg-type]
-        )  # fmt: skip
-    with pytest.raises(Refused, match="CUDA said 999"):
-        conditional.checked((999, None))
-
-
-def test_a_machine_without_the_bindings_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    conditional.runtime.cache_clear()
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(Refused, match="cuda-bindings is not installed"):
-        conditional.runtime()
-    conditional.runtime.cache_clear()
 
 
 def test_the_tag_outlives_aotautograd() -> None:

@@ -23,7 +23,8 @@ from deq_compile.region.body import EagerRunner, Linearised, Runner
 from deq_compile.region.solvers import FLOOR_EPS
 from deq_compile.region.status import AdjointStatus
 
-from .captures import Captured, find
+from .captured import Captured, Declined
+from .captures import find
 from .device import Device
 from .operands import Operands
 
@@ -40,8 +41,6 @@ class AdjointSettings:
 
 class CapturedAdjoint(Captured):
     """The adjoint iteration on one linearised body."""
-
-    linear: Linearised
 
     def __init__(
         self, device: Device, runner: Runner, z: Tensor, operands: Operands, needs: tuple[bool, ...], factors: Factors | None,
@@ -62,7 +61,7 @@ class CapturedAdjoint(Captured):
             self.z, operator, min(settings.max_iter, MEMORY), settings.tol, FLOOR_EPS * settings.body_eps,
             triton_kernels("gcr"), begin=False,
         )  # fmt: skip
-        self.state.q = torch.ones_like(self.z)
+        self.state.q = torch.ones_like(self.z)  # any cotangents; random ones would move the user's generator
         self.state.poll_every, self.state.limit = 0, settings.max_iter
         self.state.table = torch.zeros(3, dtype=torch.int64, device=z.device)
         self.points = Held()
@@ -118,7 +117,8 @@ class CapturedAdjoint(Captured):
         try:
             torch._foreach_copy_([self.z, self.state.q], [z, q])
             self._load_operator(factors)
-            self.engine.launch()
+            if not self.launch():
+                return None
             state, w = self.state, self.state.w.clone()
             jw, payload = self.linear.vjp_full(w)
             norms = torch.linalg.vector_norm(q + jw.to(q.dtype) - w, dim=1)
@@ -145,7 +145,7 @@ class CapturedAdjoint(Captured):
 def captured_adjoint(
     key: tuple[object, ...], runner: Runner, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...],
     factors: Factors | None, settings: AdjointSettings, wanted: str,
-) -> CapturedAdjoint | None:  # fmt: skip
+) -> CapturedAdjoint | Declined | None:  # fmt: skip
     """The captured adjoint for these shapes and settings; None where the loop serves (yet). `key` names the region and sizes."""
     rows = 2 * min(settings.max_iter, MEMORY)
     if not offsets_fit(rows, row_width(z.shape[1], z.device)):

@@ -7,69 +7,26 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from deq_compile.kernels import device as kernel_device
-from deq_compile.kernels.broyden.gpu import SUMMARY
 from deq_compile.region.site import Site
 
+from .captured import Captured, Declined
 from .device import Device
-from .engines import Engine, Program, capture
+from .engines import told
 from .operands import Operands, addresses
 
 log = logging.getLogger("deq_compile.region")
 
-# Captured solves that are held at a time. Each holds a few states and its small operands.
+# Captured solves that are held at a time, and the share of their device's memory that they may take: a solve keeps its states,
+# and its graphs a workspace of cuBLAS (32 MiB on Hopper).
 MOST = 32
-
-
-class Captured:
-    """A program, the operands of its body, and the engine it was captured for. Serves one caller at a time."""
-
-    def __init__(self, device: Device, operands: Operands) -> None:
-        self.device, self.operands = device, operands
-        self.busy = threading.Lock()
-        self.launched: Any = None
-        self.engine: Engine | None = None
-        self.reason = ""
-
-    @property
-    def name(self) -> str:
-        return "loop" if self.engine is None else self.engine.name
-
-    def build(self, program: Program, once: Callable[[], None], cap: int, wanted: str) -> None:
-        """Warm up in this thread, on the capturing stream, then capture."""
-        summary = self.device.pinned(SUMMARY)
-
-        def warm() -> None:
-            once()
-            program.state.summarise(summary)
-
-        self.device.warm(warm)
-        self.engine, self.reason = capture(self.device, program, cap, wanted)
-        if self.device.reads_addresses:
-            self.operands.release()
-
-    def enter(self, operands: Sequence[Tensor]) -> bool:
-        """Take it for one solve, with these operands; False where it cannot serve: in use, or an operand has moved."""
-        if self.engine is None or not self.busy.acquire(blocking=False):
-            return False
-        self.device.enter_stream(self.launched)
-        if self.operands.load(operands):
-            return True
-        self.busy.release()
-        return False
-
-    def leave(self) -> None:
-        self.launched = self.launched or self.device.event()
-        self.launched.record()
-        self.busy.release()
-
-    def finished(self) -> bool:
-        """Whether the last launch has ended, so that the buffers may go."""
-        return not self.busy.locked() and (self.launched is None or self.launched.query())
+MOST_OF_MEMORY = 0.25
 
 
 class _Seen:
@@ -88,8 +45,8 @@ device_class: type[Device] = Device
 
 def find(
     key: tuple[Any, ...], state: Tensor, operands: Sequence[Tensor], wanted: str, build: Callable[[Device, Operands], T]
-) -> T | None:
-    """The captured solve for a key; None where there is none (yet): the loop serves.
+) -> T | Declined | None:
+    """The captured solve for a key; None where there is none yet, and a `Declined` where there will be none: the loop serves.
 
     Args:
         key: the region, the direction, and all that is particular about this call beside shapes and thread.
@@ -102,7 +59,7 @@ def find(
         return None
     full = (
         *key, state.shape, state.dtype, state.device, wanted, threading.get_ident(), device_class.settings(),
-        tuple((o.shape, o.stride(), o.dtype) for o in operands),
+        tuple((o.shape, o.stride(), o.dtype, device_class.place(o)) for o in operands),
     )  # fmt: skip
     with _lock:
         if _orphans:
@@ -110,19 +67,60 @@ def find(
         entry = _found.get(full)
         if entry is None:
             _make_room()
-            _found[full] = _Seen(addresses(operands))
-            return None
+            reason = _elsewhere(state, operands)
+            entry = _found[full] = Declined(reason) if reason else _Seen(addresses(operands))
+            return entry if isinstance(entry, Declined) else None
         _found.move_to_end(full)
     if isinstance(entry, Captured):
-        if not entry.operands.hopeless:
+        if not entry.hopeless:
             return entry  # type: ignore[return-value]  # a key has one kind of solve
-        entry = _Seen(addresses(operands), frozenset(entry.operands.moved))
-    built = build(device_class(state.device), Operands(operands, entry.addresses, entry.copy))
+        entry = _replaced(full, entry, operands)
+    built = _built(state.device, operands, entry, build)
     if built.reason:
         log.info("region %s: %s", key[0], built.reason)
     with _lock:
         _found[full] = built
+        _stay_within(state.device, full)
     return built
+
+
+def _elsewhere(state: Tensor, operands: Sequence[Tensor]) -> str:
+    """Why a graph cannot read the operands ("" where it can): one on another device is a number to it, that of the capture."""
+    place = device_class.place(state)
+    for operand in operands:
+        if (where := device_class.place(operand)) != place:
+            return f"an operand of shape {list(operand.shape)} is on {where}: a graph on {place} would keep the value it has now"
+    return ""
+
+
+def _replaced(full: Any, entry: Captured, operands: Sequence[Tensor]) -> _Seen:
+    """What is known of a key whose captured solve goes: before another is made, so that there is memory for one at a time."""
+    seen = _Seen(addresses(operands), frozenset(entry.operands.moved))
+    with _lock:
+        _found[full] = seen
+    entry.wait()
+    return seen
+
+
+def _built(
+    device: torch.device, operands: Sequence[Tensor], seen: _Seen, build: Callable[[Device, Operands], T]
+) -> T | Declined:
+    """Where even warming up fails, the loop serves: it raises what the body has to say, or needs less memory."""
+    try:
+        built = build(device_class(device), Operands(operands, seen.addresses, seen.copy))
+    except Exception as error:
+        return Declined(told(error))
+    return Declined(built.reason) if built.engine is None else built  # buffers that nothing will use go
+
+
+def made_current(device: torch.device) -> AbstractContextManager[None]:
+    """Inside, kernels are launched on `device`, whichever the caller's current device is."""
+    return device_class.current(device)
+
+
+def current_device(like: torch.device) -> torch.device:
+    """The caller's current device of the type of `like`."""
+    return device_class.current_device(like)
 
 
 def capturing() -> bool:
@@ -157,6 +155,22 @@ def _make_room() -> None:
             return
 
 
+def _stay_within(device: torch.device, newest: Any) -> None:
+    """Drop captured solves of a device, those idle longest first, while they take more of its memory than they may.
+
+    The newest one stays, and so does what is still at work. How bytes are counted: see `Captured.bytes`.
+    """
+    of_device = [(key, entry) for key, entry in _found.items() if isinstance(entry, Captured) and entry.on(device)]
+    sizes = {key: entry.bytes() for key, entry in of_device}
+    excess = sum(sizes.values()) - MOST_OF_MEMORY * device_class.memory(device)
+    for key, entry in of_device:
+        if excess <= 0:
+            return
+        if key != newest and entry.finished():
+            del _found[key]
+            excess -= sizes[key]
+
+
 def end_with(site: Site) -> None:
     """Let the captured solves of a region go when its site does."""
     if not site.has_captures:
@@ -167,7 +181,8 @@ def end_with(site: Site) -> None:
 def _orphan(key: str) -> None:
     """Runs wherever the last reference to a site dies, maybe in the middle of what holds the lock: then `find` sweeps."""
     _orphans.append(key)
-    if _lock.acquire(blocking=False):
+    # Inside a capture, whoever's, the device may not be asked whether a solve has ended.
+    if not capturing() and _lock.acquire(blocking=False):
         try:
             _sweep()
         finally:
@@ -190,7 +205,8 @@ def _sweep() -> None:
 
 def held(kind: type[T]) -> list[T]:
     """All captured solves of a kind, those that ended up in the loop included."""
-    return [entry for entry in _found.values() if isinstance(entry, kind)]
+    with _lock:
+        return [entry for entry in _found.values() if isinstance(entry, kind)]
 
 
 def used() -> tuple[list[str], list[str]]:
@@ -200,9 +216,11 @@ def used() -> tuple[list[str], list[str]]:
 
 
 def clear() -> None:
-    """Forget all captured solves; waits for none, so only to be called when the device is idle."""
+    """Forget all captured solves; waits for those still at work, since their graphs and buffers go."""
     with _lock:
+        entries = list(_found.values())
         _found.clear()
         _orphans.clear()
-
-
+    for entry in entries:
+        if isinstance(entry, Captured):
+            entry.wait()

@@ -12,6 +12,10 @@ from deq_compile.kernels.gcr.gpu import TritonGcr
 
 from .device import Device, Graph, Refused
 
+# Who sets the condition of the WHILE node. "child": the kernels of an iteration, which are a child graph of the loop's body.
+# "flag": one node of the body's own, from a flag in device memory that those kernels write; one launch more an iteration, for
+# drivers that take the condition from the body itself only.
+STRUCTURE = "child"
 # Iterations of one graph of `chunks`. After the loop has ended, what is left of a chunk costs its bodies for nothing.
 CHUNK = 4
 
@@ -37,6 +41,7 @@ class Engine(abc.ABC):
     """A program, captured. `launch` enqueues all of it, or as much as is needed to see its end; `outcome` waits for that."""
 
     name: str
+    note = ""  # what is particular about the way it runs
 
     def __init__(self, device: Device) -> None:
         # What `summarise` writes: running, missed, most evaluations of this launch; missed in all.
@@ -68,11 +73,14 @@ class While(Engine):
 
     name = "while"
 
-    def __init__(self, device: Device, program: Program) -> None:
+    def __init__(self, device: Device, program: Program, structure: str = "child") -> None:
         super().__init__(device)
+        flagged = structure == "flag"
+        if flagged:
+            self.note = "while: a node of the loop's own sets the condition, from a flag"
         condition = device.new_condition()
         state = program.state
-        state.handle = condition.handle
+        state.handle = condition.flag if flagged else condition.handle
         try:
             # A kernel that sets the condition may run in that graph only: it is loaded, not run.
             with state.loading():
@@ -80,7 +88,7 @@ class While(Engine):
             before = device.capture(program.before, keep=True) if program.before is not None else None
             trip = device.capture(program.trip, keep=True)
             after = device.capture(lambda: state.summarise(self.summary), keep=True)
-            parts = {"condition": condition, "before": before, "trip": trip, "after": after}
+            parts = {"condition": condition, "before": before, "trip": trip, "after": after, "flagged": flagged}
             self.graph: Graph = device.while_graph(parts)
         except BaseException:
             state.handle = None
@@ -126,7 +134,7 @@ class Chunks(Engine):
 
 
 def capture(device: Device, program: Program, cap: int, wanted: str) -> tuple[Engine | None, str]:
-    """The best engine that can run a program, and why the better ones cannot ("" where it is the best).
+    """The best engine that can run a program, and in words why the better ones cannot, or what is particular about this one.
 
     Args:
         device: where to capture.
@@ -135,23 +143,27 @@ def capture(device: Device, program: Program, cap: int, wanted: str) -> tuple[En
         wanted: "auto", or the name of the best engine to try.
     """
     builders: dict[str, Callable[[], Engine]] = {
-        "while": lambda: While(device, program),
+        "while": lambda: While(device, program, STRUCTURE),
         "chunks": lambda: Chunks(device, program, cap),
     }
     names = list(builders)
     reasons: list[str] = []
     for name in names if wanted == "auto" else names[names.index(wanted) :]:
-        engine, reason = _attempt(builders[name])
+        engine, reason = _attempt(device, builders[name])
         if engine is not None:
-            return engine, "; ".join(reasons)
+            return engine, "; ".join([*reasons, *([engine.note] if engine.note else [])])
         reasons.append(f"{name}: {reason}")
     return None, "; ".join(reasons)
 
 
-def _attempt(build: Callable[[], Engine]) -> tuple[Engine | None, str]:
+def _attempt(device: Device, build: Callable[[], Engine]) -> tuple[Engine | None, str]:
+    device.new_pool()  # what an earlier attempt recorded is gone, and its pool with it
     try:
         return build(), ""
-    except Refused as refused:
-        return None, str(refused)
     except Exception as error:  # whatever a body may do that a capture does not allow
-        return None, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        return None, told(error)
+
+
+def told(error: Exception) -> str:
+    """An error in one line."""
+    return str(error) if isinstance(error, Refused) else f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

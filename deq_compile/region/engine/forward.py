@@ -16,7 +16,8 @@ from deq_compile.region.body import Runner
 from deq_compile.region.forward import Solution
 from deq_compile.region.solvers import FLOOR_EPS
 
-from .captures import Captured, find
+from .captured import Captured, Declined
+from .captures import find
 from .device import Device
 from .operands import Operands
 
@@ -108,17 +109,19 @@ class CapturedForward(Captured):
             if not leaves:
                 self.own = out.S, out.C
             state.restart(self.z, z0.contiguous(), out)
-            self.engine.launch()
+            outcome = self.engine
+            if not self.launch():
+                return None
             ended = Ended(out)
             factors = Factors(S=out.S, C=out.C, n=ended.steps, high=out.S.shape[1])
-            return Solution.of(ended, factors, z=out.z_best, outcome=self.engine)
+            return Solution.of(ended, factors, z=out.z_best, outcome=outcome)
         finally:
             self.leave()
 
 
 def captured_forward(
     key: tuple[object, ...], runner: Runner, z0: Tensor, operands: Sequence[Tensor], settings: ForwardSettings, wanted: str
-) -> CapturedForward | None:
+) -> CapturedForward | Declined | None:
     """The captured solve for these shapes and settings; None where the loop serves (yet). `key` names the region and sizes."""
     if not offsets_fit(settings.memory + 1, row_width(z0.shape[1], z0.device)):
         return None
