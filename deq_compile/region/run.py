@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -246,7 +247,8 @@ class _Backward:
             linears = self.saved.left.loop if kept and self.needs == spec.needs else ()
             return self._loops_own(kept or spec.iterations or spec.config.max_iter, linears)
         self.z = self.layout.held(self.saved.states)
-        self.deferred = Deferred(lambda: self.runner.linearise(self.z, self.operands, self.needs))
+        # Not a closure over self: what a backward holds has to go as soon as it ends, so that its memory, still warm, is used again.
+        self.deferred = Deferred(functools.partial(self.runner.linearise, self.z, self.operands, self.needs))
         self.deferred.found = self.saved.left.linear if self.needs == spec.needs else None
         linear = self.deferred if self.watch is None else TimedLinearised(self.deferred.get(), self.watch)
         call = AdjointCall(site, self.saved.left.factors, self.inside, self._factors_again, self._captured)
