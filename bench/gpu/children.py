@@ -5,27 +5,47 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 
-from . import cli, plan
+from . import cli, compile_ahead, plan
 from .common import Setting
 from .store import Store
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one group, or one share of the compiling, in this process."""
+    """Run one group, or one share of the compiling, or all of a rehearsal, in this process."""
     os.setpgrp()  # a group, and not a session: whoever kills the whole session still reaches it
-    part, _, name = args.child.partition(".")
-    setting = Setting(part, name, Store(cli.results_file(args.out, args.dry_run)), args.dry_run, args.until, args.run)
-    with rehearsal() if args.dry_run else contextlib.nullcontext():
-        if part == "compile":
-            from .compile_ahead import run_share
+    store, labels = Store(cli.results_file(args.out, args.dry_run)), [g.label for g in plan.chosen(args.parts, args.call)]
 
-            run_share(setting, {g.label for g in plan.chosen(args.parts, args.call)}, args.share)
-        else:
-            body_of(part)(setting)
+    def setting(label: str) -> Setting:
+        part, _, name = label.partition(".")
+        return Setting(part, name, store, args.dry_run, args.until, args.run)
+
+    if args.child == "compile":
+        compile_ahead.run_share(setting("compile"), set(labels), args.share)
+    elif args.child == "all":
+        with rehearsal():
+            rehearse_all([setting(label) for label in labels], args.share)
+    else:
+        body_of(setting(args.child).part)(setting(args.child))
     return 0
+
+
+def rehearse_all(settings: list[Setting], share: str) -> None:
+    """All groups one after the other, and the compiling ahead; what a group raises becomes a row, as a process's end would."""
+    first = settings[0]
+    ahead = Setting("compile", "", first.store, first.dry, first.until, first.run)
+    compile_ahead.run_share(ahead, {s.part for s in settings} & {"kernels"}, share)  # one part's tasks: nothing is compiled
+    for setting in settings:
+        begun, outcome = time.time(), ""
+        try:
+            body_of(setting.part)(setting)
+        except Exception as error:
+            outcome = f"{type(error).__name__}: {error}"[:300]
+        setting.row("outcome", outcome=outcome, seconds=round(time.time() - begun, 1))
+        setting.forget()
 
 
 @contextlib.contextmanager

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--call", type=int, choices=(0, 1, 2), default=0, help="1, 2, or 0 for all in one (default %(default)s)")
     parser.add_argument("--parts", default="", help="parts or groups with seconds, such as first=60,probe=90,steps.lm=120")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for the results (default %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="no device: tiny shapes, Triton interpreted, stand-ins for CUDA")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="no device: tiny shapes, Triton interpreted, stand-ins for CUDA, one process"
+    )
     parser.add_argument("--tune", action="store_true", help="only sweep the tiles, and save those that are faster (4 minutes)")
     parser.add_argument(
         "--goals", nargs="*", type=Path, metavar="FILE", help="run nothing: the goals, from results (several merge)"
@@ -58,6 +60,10 @@ def main(args: argparse.Namespace) -> int:
         if wanted is not None:
             return show(wanted or [results_file(args.out, args.dry_run)])
     groups = plan.chosen("facts,tuning" if args.tune else args.parts, args.call)
+    if args.dry_run and not (args.parts or args.call or args.tune):
+        groups = plan.rehearsed()
+    if groups[0].part != "facts":  # or nobody knows whose rows they are
+        groups = [*plan.chosen("facts", 0), *(g for g in groups if g.part != "facts")]
     if not args.dry_run and not device_seen():
         raise SystemExit("bench gpu: expected a CUDA device, found none. Fix: run it where there is one, or add --dry-run")
     return conduct.run(args, groups)

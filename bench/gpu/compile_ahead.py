@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,30 +58,37 @@ def _tasks_of(label: str, dry: bool) -> Iterator[Task]:
 
         for B, D in [(2, 17)] if dry else correct.SHAPES:
             for dtype in correct.DTYPES:
-                yield Task(f"{label} {B}x{D} {dtype}", 12, lambda s, B=B, D=D, t=dtype: correct.kernel_case(s, B, D, t))  # type: ignore[misc]
+                yield Task(f"{label} {B}x{D} {dtype}", 12, partial(correct.kernel_case, B=B, D=D, name=dtype))
     elif label == "correct.adjoints":
         from . import correct
 
         for B, D in [(2, 17)] if dry else correct.ADJOINT_SHAPES:
-            yield Task(f"{label} {B}x{D}", 15, lambda s, B=B, D=D: correct.adjoint_case(s, B, D))  # type: ignore[misc]
+            yield Task(f"{label} {B}x{D}", 15, partial(correct.adjoint_case, B=B, D=D))
     elif label == "correct.models":
         from . import models
 
         for name, make in models.chosen(dry).items():
-            yield Task(f"{label} {name}", 40, lambda s, n=name, m=make: models.check(s, n, m()))  # type: ignore[misc]
+            yield Task(f"{label} {name}", 40, partial(check_model, name=name, make=make))
     elif label == "experiments":
         from . import solves
 
         for B, D in [(2, 17)] if dry else solves.SHAPES:
-            yield Task(f"{label} {B}x{D}", 10, lambda s, B=B, D=D: solves.one_solve(s, B, D, "while", 1.0))  # type: ignore[misc]
+            yield Task(f"{label} {B}x{D}", 10, partial(solves.one_solve, B=B, D=D, wanted="while", bandwidth=1.0))
     elif label == "kernels":
         from . import kernel_times
 
         for case in kernel_times.cases(dry):
-            yield Task(f"{label} {case}", 15, lambda s, c=case: kernel_times.one_shape(s, 1.0, *c))  # type: ignore[misc]
+            yield Task(f"{label} {case}", 15, partial(kernel_times.one_shape, bandwidth=1.0, case=case))
     elif label.startswith("steps."):
         name = label.partition(".")[2]
-        yield from (Task(f"{label} {way}", 45, lambda s, n=name, w=way: step(s, n, w)) for way in _ways(dry))  # type: ignore[misc]
+        yield from (Task(f"{label} {way}", 45, partial(step, name=name, label=way)) for way in _ways(dry))
+
+
+def check_model(setting: Setting, name: str, make: Callable[[], Any]) -> None:
+    """A model through all engines, as the part does."""
+    from . import models
+
+    models.check(setting, name, make())
 
 
 def _ways(dry: bool) -> list[str]:

@@ -65,6 +65,11 @@ def of_call(call: int) -> list[Group]:
     return [group for group in PLAN if call == 0 or group.call in (0, call)]
 
 
+def rehearsed() -> list[Group]:
+    """What a rehearsal runs unless it is told otherwise: every part, of the steps one workload with integer operands."""
+    return [group for group in PLAN if group.part != "steps" or group.name == "graph"]
+
+
 def chosen(spec: str, call: int) -> list[Group]:
     """What ``--parts`` says: names of parts or groups, each with its seconds if wanted, as in ``first=60,probe=90,steps.lm=120``.
 

@@ -10,7 +10,7 @@ from deq_compile import record_solves
 
 from . import reference, ways, workloads
 from .common import Setting, relative_error
-from .models import STEPS_FIRST, engines_that_ran
+from .models import engines_that_ran, steps_first
 from .store import Row
 
 SECONDS_A_WAY = 4  # less than this and a way is not begun
@@ -49,7 +49,7 @@ def one_workload(setting: Setting, name: str) -> None:
 def one_way(setting: Setting, workload: workloads.Workload, label: str, exact: tuple[torch.Tensor, torch.Tensor]) -> Row:
     """Run a way until it is warm, read off what it found, then time it."""
     way = ways.make(setting, label, workload)
-    for _ in range(2 if setting.dry and not way.deq else STEPS_FIRST):
+    for _ in range(steps_first(setting.dry)):
         way.step()
     setting.sync()
     value, gradient = way.read()

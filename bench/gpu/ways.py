@@ -31,6 +31,7 @@ DEQ: dict[str, dict[str, Any]] = {
     "deq chunks": {"engine": "chunks"},
     "deq loop": {"engine": "loop"},
 }
+RUN_DRY: dict[str, Any] = {"inner": "aot_eager", "verify": "never"}
 ORDER = (EAGER, INDUCTOR, OURS, PEER, RAW, REUSED, FULL, TORCH_WHILE, *peer_jax.WAYS, "deq chunks", "deq loop")
 # In a rehearsal: one of each kind that runs without a compiler, on the stand-in for graphs.
 DRY = (EAGER, OURS, PEER, RAW, TORCH_WHILE, *peer_jax.WAYS)
@@ -70,7 +71,7 @@ def make(setting: Setting, name: str, workload: Workload) -> Way:
     call: Any = model
     note = ""
     if name in DEQ:
-        options: dict[str, Any] = {"tol": workload.tol, **DEQ[name], **({"inner": "aot_eager"} if setting.dry else {})}
+        options: dict[str, Any] = {"tol": workload.tol, **DEQ[name], **(RUN_DRY if setting.dry else {})}
         call = torch.compile(model, backend="deq", options=options)
     elif name == INDUCTOR:
         if setting.dry:

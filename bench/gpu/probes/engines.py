@@ -17,7 +17,7 @@ from deq_compile.region.engine.forward import CapturedForward, ForwardSettings
 from deq_compile.region.engine.operands import Operands, addresses
 
 from ..common import Setting, relative_error
-from ..models import STEPS_FIRST, engines_that_ran, first_model, moved, options, step_of
+from ..models import engines_that_ran, first_model, moved, options, step_of, steps_first
 from .registry import Finding, probe
 
 CHANNELS, SIDE = 16, 16
@@ -102,7 +102,7 @@ def compiled(setting: Setting) -> Finding:
     expected = step_of(own, own, given)
     setting.forget()
     call = torch.compile(own, backend="deq", options=options(setting))
-    for _ in range(STEPS_FIRST):
+    for _ in range(steps_first(setting.dry)):
         found = step_of(call, own, given)
     setting.sync()
     ran, errors = engines_that_ran(), [relative_error(a, b) for a, b in zip(found, expected, strict=True)]

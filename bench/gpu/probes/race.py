@@ -14,9 +14,9 @@ from .registry import Finding, probe
 EVALUATIONS = 12
 
 
-@probe("race", "6 the fused step's counters: 300 solves of 4096 rows, equal", "differ now and then without the barrier")
+@probe("race", "6 the fused step's counters: 300 solves, 4096 rows, equal", "differ now and then without the barrier")
 def counters(setting: Setting) -> Finding:
-    """A warp that is late reads what another has stored already: other codes, other best iterates, or a launch that never ends."""
+    """A warp that is late reads what another has stored: other codes, other best iterates, or a launch that never ends."""
     B, D, times = (3, 64, 2) if setting.dry else (4096, 64, 300)
     body, start = toy(B, D)
     z0 = start.to(setting.device, torch.float32)
