@@ -13,6 +13,7 @@ from torch import Tensor
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.reuse import multisecant
 from deq_compile.region.engine import captures
+from deq_compile.region.engine import engines as _engines
 from deq_compile.region.engine.forward import CapturedForward, ForwardSettings
 from deq_compile.region.engine.operands import Operands, addresses
 
@@ -21,6 +22,7 @@ from ..models import engines_that_ran, first_model, moved, options, step_of, ste
 from .registry import Finding, probe
 
 CHANNELS, SIDE = 16, 16
+engines: Any = _engines
 
 
 class Conv:
@@ -93,6 +95,19 @@ def _register() -> None:
 
 
 _register()
+
+
+@probe("engines", "2 a matrix product in while, its condition set from a flag by a node of the body's own", "works: for when 1b fails")
+def from_a_flag(setting: Setting) -> Finding:
+    """The engine's other structure, where it has one."""
+    if not hasattr(engines, "STRUCTURE"):
+        return Finding(True, {"skipped": "this engine has one structure only"})
+    before = engines.STRUCTURE
+    engines.STRUCTURE = "flag"
+    try:
+        return solve_twice(setting, False, "while")
+    finally:
+        engines.STRUCTURE = before
 
 
 @probe("engines", "3 and 5 a compiled model, its adjoint captured in autograd's thread", "both as WHILE graphs")

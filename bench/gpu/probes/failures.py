@@ -35,13 +35,20 @@ def _attempt(work: Callable[[], object]) -> str:
     return ""
 
 
-@probe("failures", "4a another capture after the last graph of a pool is gone", "fails unless each attempt has a pool of its own")
+@probe("failures", "4a a pool after its last graph is gone, and a new one", "the old one fails, a new one serves")
 def pool(setting: Setting) -> Finding:
+    """Each attempt of the engine takes a new pool: that has to do, whatever becomes of the old one."""
     device, x = captures.device_class(setting.device), torch.zeros(4, device=setting.device)
     device.capture(lambda: _discard(x.add_(1)))  # dropped at once, and its pool with it
     setting.sync()
-    again = _attempt(lambda: device.capture(lambda: _discard(x.add_(1))))
-    return Finding(again == "", {"again": again})
+    old = _attempt(lambda: device.capture(lambda: _discard(x.add_(1))))
+    renew = getattr(device, "new_pool", None)
+    if renew is None:
+        device = captures.device_class(setting.device)
+    else:
+        renew()
+    new = _attempt(lambda: device.capture(lambda: _discard(x.add_(1))))
+    return Finding(new == "", {"old_pool": old or "serves", "new_pool": new or "serves"})
 
 
 @probe(
