@@ -23,6 +23,8 @@ def run(args: argparse.Namespace) -> int:
         part, _, name = label.partition(".")
         return Setting(part, name, store, args.dry_run, args.until, args.run)
 
+    if not args.dry_run:
+        full_float32()
     if args.child == "compile":
         compile_ahead.run_share(setting("compile"), set(labels), args.share)
     elif args.child == "all":
@@ -31,6 +33,14 @@ def run(args: argparse.Namespace) -> int:
     else:
         body_of(setting(args.child).part)(setting(args.child))
     return 0
+
+
+def full_float32() -> None:
+    """Convolutions in full float32, as torch's matrix products are: its default for them is TF32, which rounds to 5e-4, so that
+    neither errors nor residuals below that would say anything. For all ways alike."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def rehearse_all(settings: list[Setting], share: str) -> None:

@@ -30,6 +30,7 @@ def describe(dry: bool) -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(0)
     found |= {
         "cuda": torch.version.cuda,
+        "convolutions": "TF32" if torch.backends.cudnn.allow_tf32 else "float32",
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_GiB": round(properties.total_memory / 2**30, 1),

@@ -97,7 +97,11 @@ def _register() -> None:
 _register()
 
 
-@probe("engines", "2 a matrix product in while, its condition set from a flag by a node of the body's own", "works: for when 1b fails")
+@probe(
+    "engines",
+    "2 a matrix product in while, its condition set from a flag by a node of the body's own",
+    "works: for when 1b fails",
+)
 def from_a_flag(setting: Setting) -> Finding:
     """The engine's other structure, where it has one."""
     if not hasattr(engines, "STRUCTURE"):
@@ -108,6 +112,20 @@ def from_a_flag(setting: Setting) -> Finding:
         return solve_twice(setting, False, "while")
     finally:
         engines.STRUCTURE = before
+
+
+@probe(
+    "engines", "11 a convolution in while under TF32, torch's default", "ends near 1e-4, maybe at the floor", needs_device=True
+)
+def under_tf32(setting: Setting) -> Finding:
+    """Not converging to 1e-4 is no fault here: the numbers say whether users of convolutions have to loosen `tol`."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        found = solve_twice(setting, True, "while")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+    return Finding(found.numbers.get("residual", 1.0) < 1e-3 and found.numbers["ran"] == "while", found.numbers)
 
 
 @probe("engines", "3 and 5 a compiled model, its adjoint captured in autograd's thread", "both as WHILE graphs")
