@@ -1,4 +1,4 @@
-"""The buffers that a captured solve copies operands to hold a call's numbers from the start: the warm-up runs the body on them."""
+"""Buffers that a captured solve copies operands to hold a call's numbers from the start: the warm-up runs the body on them."""
 
 from __future__ import annotations
 
