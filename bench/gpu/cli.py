@@ -1,116 +1,75 @@
-"""``python -m bench gpu``: everything that only a device can tell, in one command.
+"""``python -m bench gpu``: everything that only a device can tell, in two calls of ten minutes (`--call 1`, `--call 2`).
 
-Facts and copy bandwidth; correctness of kernels and compiled models; the first experiments, with their predictions; every kernel
-at real shapes; whole training steps. Each part is a process of its own with a time limit, and writes its rows as they come to
-OUT/gpu-rows.jsonl. A short table is printed last; all rows go to OUT/gpu-DEVICE-DATE.json.
+Call 1 runs one compiled model through all engines, then the probes of what was assumed about the device, then the correctness of
+kernels and models, then the first experiments. Call 2 times every kernel at real shapes, and whole training steps beside their
+peers. Kernels and models are compiled ahead in parallel processes. Each group of a part is a process of its own with a time
+limit; all rows go to OUT/gpu-results.json as they come, and a call adds to what the file holds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-from .common import Row, Setting, read
-
 ROOT = Path(__file__).resolve().parents[2]
-# Part, and how many seconds it gets: under eight minutes in all.
-PARTS = {"facts": 30, "correct": 150, "experiments": 90, "kernels": 80, "steps": 110}
-TUNING = 240  # a part of its own, with --tune
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for rows and JSON (default %(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="no device: tiny shapes, Triton interpreted, stand-ins for CUDA")
-    parser.add_argument("--parts", default=",".join(PARTS), help="of: %(default)s")
+    parser.add_argument("--call", type=int, choices=(0, 1, 2), default=0, help="1, 2, or 0 for all in one (default %(default)s)")
+    parser.add_argument("--parts", default="", help="parts or groups with seconds, such as first=60,probe=90,steps.lm=120")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder for the results (default %(default)s)")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="no device: tiny shapes, Triton interpreted, stand-ins for CUDA, one process"
+    )
     parser.add_argument("--tune", action="store_true", help="only sweep the tiles, and save those that are faster (4 minutes)")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--goals", nargs="*", type=Path, metavar="FILE", help="run nothing: the goals, from results (several merge)"
+    )
+    parser.add_argument("--readme", nargs="*", type=Path, metavar="FILE", help="run nothing: the README's table, from results")
+    for hidden in ("--child", "--share"):
+        parser.add_argument(hidden, default="", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=int, default=0, help=argparse.SUPPRESS)
 
 
-def child(args: argparse.Namespace) -> int:
-    """Run one part in this process."""
-    seconds = 600 if args.dry_run else PARTS.get(args.child, TUNING)
-    setting = Setting(args.child, args.out / "gpu-rows.jsonl", args.dry_run, seconds)
-    if args.dry_run:
-        import warnings
+def results_file(out: Path, dry: bool) -> Path:
+    return out / ("gpu-dry-run.json" if dry else "gpu-results.json")
 
-        from .interpreter import quicken
-        from .rehearse import rehearsed
 
-        quicken()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy on the inf and NaN that are masked away
-            with rehearsed():
-                run_part(setting)
+def environment(dry: bool) -> dict[str, str]:
+    """What the processes of a run find in their environment, in time: torch and XLA read it when they are imported."""
+    found = dict(os.environ)
+    if dry:
+        found["TRITON_INTERPRET"] = "1"
     else:
-        run_part(setting)
-    return 0
-
-
-def run_part(setting: Setting) -> None:
-    from . import correct, experiments, facts, kernel_times, steps, tuning
-
-    if setting.part == "tuning":
-        tuning.run(setting, save=not setting.dry)
-        return
-    if setting.part == "kernels":
-        rates = [r["GB_per_s"] for r in read(setting.file) if r["what"] == "copy bandwidth" and "GB_per_s" in r]
-        kernel_times.run(setting, max(rates, default=float("nan")))
-        return
-    {"facts": facts.run, "correct": correct.run, "experiments": experiments.run, "steps": steps.run}[setting.part](setting)
+        found.pop("TRITON_INTERPRET", None)  # a device is there: nothing is interpreted
+    found.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2" if dry else str(min(8, os.cpu_count() or 1)))
+    found.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # or JAX takes three quarters of the memory
+    return found
 
 
 def main(args: argparse.Namespace) -> int:
+    from . import children, conduct, plan
+
     if args.child:
-        return child(args)
-    chosen = ["facts", "tuning"] if args.tune else args.parts.split(",")
-    if unknown := [p for p in chosen if p not in (*PARTS, "tuning")]:
-        raise SystemExit(f"--parts: expected some of {', '.join(PARTS)}; got {', '.join(unknown)}")
-    if not args.dry_run:
-        import torch
-
-        if not torch.cuda.is_available():
-            raise SystemExit("bench gpu: expected a CUDA device, found none. Fix: run it where there is one, or add --dry-run")
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = args.out / "gpu-rows.jsonl"
-    file.unlink(missing_ok=True)
-    environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if args.dry_run else {})}
-    failed = []
-    for part in chosen:
-        print(f"--- {part}", flush=True)
-        command = [sys.executable, "-m", "bench", "gpu", "--child", part, "--out", str(args.out)]
-        begun = time.monotonic()
-        try:
-            limit = None if args.dry_run else PARTS.get(part, TUNING) + 30
-            done = subprocess.run(
-                command + ["--dry-run"] * args.dry_run, cwd=ROOT, env=environment, timeout=limit, check=False
-            )
-            outcome = "" if done.returncode == 0 else f"exit status {done.returncode}"
-        except subprocess.TimeoutExpired:
-            outcome = "stopped at its limit"
-        if outcome:
-            failed.append(f"{part}: {outcome}")
-        print(f"    {part}: {time.monotonic() - begun:.0f} s {outcome}", flush=True)
-    return report(args.out, file, failed, args.dry_run)
+        return children.run(args)
+    for wanted, show in ((args.goals, conduct.show_goals), (args.readme, conduct.show_readme)):
+        if wanted is not None:
+            return show(wanted or [results_file(args.out, args.dry_run)])
+    groups = plan.chosen("facts,tuning" if args.tune else args.parts, args.call)
+    if args.dry_run and not (args.parts or args.call or args.tune):
+        groups = plan.rehearsed()
+    if groups[0].part != "facts":  # or nobody knows whose rows they are
+        groups = [*plan.chosen("facts", 0), *(g for g in groups if g.part != "facts")]
+    if not args.dry_run and not device_seen():
+        raise SystemExit("bench gpu: expected a CUDA device, found none. Fix: run it where there is one, or add --dry-run")
+    return conduct.run(args, groups)
 
 
-def report(out: Path, file: Path, failed: list[str], dry: bool) -> int:
-    from .report import table
-
-    rows = read(file)
-    facts = next((r for r in rows if r["what"] == "device"), {})
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", "dry-run" if dry else str(facts.get("device", "unknown")))
-    target = out / f"gpu-{name}-{time.strftime('%Y-%m-%d')}.json"
-    target.write_text(json.dumps({"facts": facts, "failed_parts": failed, "rows": rows}, indent=1) + "\n")
-    print(table(rows, failed))
-    print(f"rows: {target}")
-    return 1 if failed or any(bad(r) for r in rows) else 0
-
-
-def bad(row: Row) -> bool:
-    return "error" in row or row.get("ok") is False
+def device_seen() -> bool:
+    """Whether torch sees a CUDA device; asked in a process of its own, so that this one holds no context."""
+    command = [sys.executable, "-c", "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 1)"]
+    return subprocess.run(command, check=False, env=environment(dry=False)).returncode == 0

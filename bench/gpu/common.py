@@ -1,117 +1,80 @@
-"""What the parts share: the setting, rows that are written as they come, and clocks."""
+"""What the parts share: the setting, and rows that are written as they come."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import statistics
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import time
 from typing import Any
 
 import torch
 
-Row = dict[str, Any]
-FLUSH_BYTES = 256 << 20  # several times any L2; while it is cleared the host gets ahead of the device
+from deq_compile.region.engine import captures
+
+from .clocks import Clocks
+from .store import Row, Store
+
+BROKEN = ("illegal", "unspecified launch failure", "misaligned address", "device-side assert")
 
 
 @dataclass
-class Setting:
-    """Where a part runs, how long it may, and the file its rows go to.
+class Setting(Clocks):
+    """Where a group of a part runs, until when it may, and where its rows go.
 
-    dry  no device: tiny shapes in Triton's interpreter; times mean nothing
+    dry    no device: tiny shapes in Triton's interpreter; times mean nothing
+    until  seconds since the epoch; the process is stopped a little later
+    run    number of the run in the store
     """
 
     part: str
-    file: Path
+    group: str
+    store: Store
     dry: bool
-    seconds: float
-    begun: float = field(default_factory=time.monotonic)
+    until: float
+    run: int = 0
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return torch.device("cpu" if self.dry else "cuda")
 
     @property
     def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.begun)
+        return self.until - time()
 
     def row(self, what: str, **values: Any) -> None:
         """Append a row at once: what is there survives whatever comes next."""
-        row = {"part": self.part, "what": what, **values}
-        line = json.dumps(row, default=str)
-        with self.file.open("a") as file:
-            file.write(line + "\n")
-        print(line[:300], flush=True)
+        row: Row = {"run": self.run, "part": self.part, "group": self.group, "what": what, **values}
+        self.store.add(row)
+        print(json.dumps(row, default=str)[:300], flush=True)
 
-    @contextmanager
+    def enough(self, seconds: float, at: str) -> bool:
+        """Whether that many seconds are left; a row says where the group stopped if not."""
+        if self.left >= seconds:
+            return True
+        self.row("stopped: out of time", at=at)
+        return False
+
+    @contextlib.contextmanager
     def guarded(self, what: str, **values: Any) -> Iterator[None]:
-        """A failure becomes a row, and the next measurement is taken. A broken device context ends the part."""
+        """A failure becomes a row, and the next measurement is taken. A broken device context ends the group."""
         try:
             yield
         except Exception as error:
             self.row(what, **values, error=f"{type(error).__name__}: {error}"[:600], trace=traceback.format_exc()[-1500:])
-            if "illegal" in str(error) or "unspecified launch failure" in str(error):
+            if any(sign in str(error) for sign in BROKEN):
                 raise
 
-    def sync(self) -> None:
-        if not self.dry:
-            torch.cuda.synchronize()
-
-    def device_us(self, work: Callable[[], None], reset: Callable[[], None] | None = None, repeats: int = 9) -> float:
-        """Median time on the device of what `work` enqueues, in µs, caches cleared before; `reset` is not timed."""
-        if self.dry:
-            return self.wall_us(work, reset, repeats=1)
-        flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device=self.device)
-        pairs = []
-        for turn in range(repeats + 2):
-            if reset is not None:
-                reset()
-            flush.zero_()
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            work()
-            end.record()
-            if turn >= 2:
-                pairs.append((begin, end))
-        torch.cuda.synchronize()
-        return statistics.median(begin.elapsed_time(end) for begin, end in pairs) * 1e3
-
-    def wall_us(self, work: Callable[[], None], reset: Callable[[], None] | None = None, repeats: int = 9) -> float:
-        """Median time until the device has done what `work` asks for, in µs."""
-        found = []
-        for turn in range(repeats + (0 if self.dry else 2)):
-            if reset is not None:
-                reset()
-            self.sync()
-            begin = time.perf_counter()
-            work()
-            self.sync()
-            if self.dry or turn >= 2:
-                found.append(1e6 * (time.perf_counter() - begin))
-        return statistics.median(found)
-
-    def host_us(self, work: Callable[[], None], calls: int = 20, repeats: int = 5) -> float:
-        """Median time the host spends in one call, in µs; it does not wait for the device within a series."""
-        found = []
-        for _ in range(1 if self.dry else repeats):
-            self.sync()
-            begin = time.perf_counter()
-            for _ in range(1 if self.dry else calls):
-                work()
-            found.append(1e6 * (time.perf_counter() - begin) / (1 if self.dry else calls))
+    def forget(self) -> None:
+        """Drop all compiled code and captured solves, once the device has done what it was given."""
         self.sync()
-        return statistics.median(found)
+        torch._dynamo.reset()
+        captures.clear()
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """|found - expected| / |expected| in float64; NaN where anything is NaN."""
     found, expected = found.double().cpu(), expected.double().cpu()
     return float((found - expected).norm() / expected.norm().clamp_min(1e-300))
-
-
-def read(file: Path) -> list[Row]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

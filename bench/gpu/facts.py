@@ -26,10 +26,11 @@ def describe(dry: bool) -> dict[str, Any]:
         "numpy": numpy.__version__,
     }
     if dry:
-        return found
+        return found | {"rehearsed": True}
     properties = torch.cuda.get_device_properties(0)
     found |= {
         "cuda": torch.version.cuda,
+        "convolutions": "TF32" if torch.backends.cudnn.allow_tf32 else "float32",
         "capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "memory_GiB": round(properties.total_memory / 2**30, 1),
@@ -48,8 +49,11 @@ def run(setting: Setting) -> None:
     setting.row("device", **describe(setting.dry))
     for gigabytes in (0.001,) if setting.dry else (1, 4):
         with setting.guarded("copy bandwidth"):
-            numbers = int(gigabytes * 2**30) // 4
-            a = torch.randn(numbers, device=setting.device)  # not zeros: those may be faster than data
-            b = torch.empty_like(a)
-            microseconds = setting.device_us(lambda a=a, b=b: b.copy_(a), repeats=15)  # type: ignore[misc]
-            setting.row("copy bandwidth", GiB=gigabytes, GB_per_s=round(2 * 4 * numbers / microseconds / 1e3, 1))
+            setting.row("copy bandwidth", GiB=gigabytes, GB_per_s=round(copy_rate(setting, int(gigabytes * 2**30)), 1))
+
+
+def copy_rate(setting: Setting, size: int) -> float:
+    """GB/s of a copy of `size` bytes on the device, bytes read and bytes written both counted."""
+    a = torch.randn(size // 4, device=setting.device)  # not zeros: those may be faster than data
+    b = torch.empty_like(a)
+    return 2 * size / setting.device_us(lambda: b.copy_(a), repeats=15) / 1e3

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from deq_compile.kernels.gcr.gpu import TritonGcr
 from deq_compile.kernels.reuse import apply_transpose, multisecant
 from deq_compile.kernels.tiles import tiles
 
+from .clocks import Timing
 from .common import Setting
+from .facts import copy_rate
 
 MEMORY = 40
 # (what, B, D): MDEQ CIFAR-10 LARGE, MDEQ ImageNet SMALL, DEQ-Transformer, DEQ-Flow, and states of MLPs
@@ -74,75 +77,92 @@ def adjoint_bytes(B: int, D: int, k: int, n: int, element: int) -> int:
     return B * D * (3 * k * 4 + 2 * n * element + 22 * 4)
 
 
-def run(setting: Setting, bandwidth: float) -> None:
-    """`bandwidth`: of a copy, in GB/s."""
-    shapes = DRY_SHAPES if setting.dry else SHAPES
-    memory = 6 if setting.dry else MEMORY
-    for what, B, D in shapes:
-        for n in (4,) if setting.dry else (10, 30):
-            for dtype in (torch.float32, torch.bfloat16):
-                if setting.left < 5:
-                    setting.row("stopped: out of time", shape=[B, D], n=n)
-                    return
-                with setting.guarded(what, B=B, D=D, n=n):
-                    one_shape(setting, bandwidth, what, B, D, n, dtype, memory)
-                if not setting.dry:
-                    torch.cuda.empty_cache()
+class Case(NamedTuple):
+    """Name of the shape, B, D, steps stored, dtype of the factors, and room for how many steps."""
+
+    what: str
+    B: int
+    D: int
+    n: int
+    dtype: torch.dtype
+    memory: int
 
 
-def one_shape(
-    setting: Setting, bandwidth: float, what: str, B: int, D: int, n: int, dtype: torch.dtype, memory: int
-) -> None:
+def cases(dry: bool) -> Iterator[Case]:
+    """float32 everywhere before bfloat16."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for what, B, D in DRY_SHAPES if dry else SHAPES:
+            for n in (4,) if dry else (10, 30):
+                yield Case(what, B, D, n, dtype, 6 if dry else MEMORY)
+
+
+def run(setting: Setting) -> None:
+    bandwidth = copy_rate(setting, 1 << (20 if setting.dry else 32))  # the same minute as what it is held against
+    setting.row("copy bandwidth of this group", GB_per_s=round(bandwidth, 1))
+    for case in cases(setting.dry):
+        if not setting.enough(4, f"{case.what}, n {case.n}"):
+            return
+        with setting.guarded(case.what, B=case.B, D=case.D, n=case.n):
+            one_shape(setting, bandwidth, case)
+        if not setting.dry:
+            torch.cuda.empty_cache()
+
+
+def one_shape(setting: Setting, bandwidth: float, case: Case) -> None:
+    """A row for each kernel at one shape; `bandwidth` of a copy, in GB/s, is what they are held against."""
+    what, B, D, n, dtype, memory = case
     state, z, f = filled(setting, B, D, n, dtype, memory)
-    element = dtype.itemsize
-    cut = tiles(B, D, memory + 1)
-    form = "fused" if cut.slabs == 1 else "split"
+    form = "fused" if tiles(B, D, memory + 1).slabs == 1 else "split"
 
-    at = z.clone()
+    def report(kernel: str, timing: Timing, moved: int, launches: int | None, **more: Any) -> None:
+        rate, floor = moved / timing.device / 1e3, moved / bandwidth / 1e3
+        setting.row(
+            kernel, shape=what, B=B, D=D, n=n, factors=str(dtype)[6:], form=form, **timing.rounded(), MB=round(moved / 1e6, 2),
+            GB_per_s=round(rate, 1), us_floor=round(floor, 2), share_of_copy=round(rate / bandwidth, 3),
+            times_the_floor=round(timing.device / floor, 2), launches=launches, **more,
+        )  # fmt: skip
+
+    at, x = z.clone(), f.contiguous()
 
     def reset() -> None:
         state.n.fill_(n)
         z.copy_(at)
 
-    def report(kernel: str, microseconds: float, moved: int, launches: int, **more: Any) -> None:
-        rate = moved / microseconds / 1e3
-        setting.row(
-            kernel, shape=what, B=B, D=D, n=n, factors=str(dtype)[6:], form=form, us=round(microseconds, 2),
-            MB=round(moved / 1e6, 2), GB_per_s=round(rate, 1), share_of_copy=round(rate / bandwidth, 3), launches=launches,
-            **more,
-        )  # fmt: skip
-
-    moved = step_bytes(B, D, n, element)
-    floor = {"predicted_us": PREDICTED.get((what, n)) if dtype == torch.float32 else None}
-    microseconds = setting.device_us(lambda: state.step(z, f), reset)
+    predicted = {"predicted_us": PREDICTED.get((what, n)) if dtype == torch.float32 else None}
+    timing = setting.timed(lambda: state.step(z, f), reset)
     if bool(state.done.any()):
         raise RuntimeError(f"expected every sample to run on, got status {state.done.tolist()}: no step was timed")
-    report("step", microseconds, moved, 1 if form == "fused" else 2, **floor)
+    report("step", timing, step_bytes(B, D, n, dtype.itemsize), 1 if form == "fused" else 2, **predicted)
+    reset()
     factors = Factors(S=state.S, C=state.C, n=state.n, high=n)
-    reset()
-    x = f.contiguous()
-    microseconds = setting.device_us(lambda: _discard(apply_transpose(factors, x)))
-    report("transpose", microseconds, transpose_bytes(B, D, n, element), 1 if form == "fused" else 2)
-    reset()
+    timing = setting.timed(lambda: _discard(apply_transpose(factors, x)))
+    report("transpose", timing, transpose_bytes(B, D, n, dtype.itemsize), 1 if form == "fused" else 2)
     pairs = min(n, 10)
-    adjoint = new_adjoint(x, multisecant(factors), 20, tol=0.0)
+    timing = adjoint_move(setting, factors, x, pairs)
+    report("adjoint move", timing, adjoint_bytes(B, D, pairs, n, dtype.itemsize), 3, pairs=pairs)
+    report("multisecant", setting.timed(lambda: _discard(multisecant(factors).V)), B * D * n * dtype.itemsize, None)
+
+
+def adjoint_move(setting: Setting, factors: Factors, x: Tensor, pairs: int) -> Timing:
+    """One move of the adjoint iteration from `pairs` random pairs, preconditioned with M of the factors; x (B, D)."""
+    room = 20
+    adjoint = new_adjoint(x, multisecant(factors), room, tol=0.0)
     assert isinstance(adjoint, TritonGcr)
     adjoint.unwatched()
-    adjoint.basis.copy_(torch.randn_like(adjoint.basis[:1]) / D**0.5)
-    adjoint.gram.copy_(torch.eye(20, device=x.device))
+    adjoint.basis.copy_(torch.randn_like(adjoint.basis[:1]) / x.shape[1] ** 0.5)
+    adjoint.gram.copy_(torch.eye(room, device=x.device))
     adjoint.squares.fill_(1.0)
-    jw, starts = torch.randn_like(x) / D**0.5, [t.clone() for t in (adjoint.w, adjoint.x, adjoint.r)]
+    jw, starts = torch.randn_like(x) / x.shape[1] ** 0.5, [t.clone() for t in (adjoint.w, adjoint.x, adjoint.r)]
 
     def again() -> None:
         adjoint.n.fill_(pairs)
         for t, s in zip((adjoint.w, adjoint.x, adjoint.r), starts, strict=True):
             t.copy_(s)
 
-    microseconds = setting.device_us(lambda: move(adjoint, jw), again)
+    timing = setting.timed(lambda: move(adjoint, jw), again)
     if bool(adjoint.done.any()):
         raise RuntimeError(f"expected every sample to run on, got status {adjoint.done.tolist()}: no move was timed")
-    report("adjoint move", microseconds, adjoint_bytes(B, D, pairs, n, element), 3, pairs=pairs)
-    report("multisecant", setting.device_us(lambda: _discard(multisecant(factors).V)), B * D * n * element, 0)
+    return timing
 
 
 def _discard(result: Tensor) -> None:

@@ -1,114 +1,93 @@
-"""Whole training steps: the user's loop, torch.compile of it, an eager Broyden, and ours on each engine and backward."""
+"""Whole training steps, a workload a group: each way's time on the host, on the device and until all is done, and its errors."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from bench import problems
 from deq_compile import record_solves
-from deq_compile.region.engine import captures
 
-from . import peer
-from .common import Row, Setting
+from . import reference, ways, workloads
+from .common import Setting, relative_error
+from .models import engines_that_ran, steps_first
+from .store import Row
 
-# (problem, iterations of the user's loop): as on the CPU, and larger ones of the same forms, which a GPU is used for.
-CASES = [("mlp1024", 30), ("conv", 30), ("transformer", 30), ("mlp1024wide", 30), ("convlarge", 30), ("mlp128", 30)]
-INF = float("inf")
-
-
-def make(name: str, loop: int, dry: bool) -> tuple[problems.Loop, Tensor]:
-    torch.manual_seed(0)
-    if dry:
-        toy = problems.MLP(17, 12, "before")
-        problems.scale_spectral_norm(toy.W.weight, 0.25)
-        return toy, torch.randn(2, 17)
-    if name == "mlp1024wide":
-        return problems.MLP(1024, loop, "before"), torch.randn(128, 1024)
-    if name == "convlarge":
-        return problems.Conv(64, 32, loop, "before"), torch.randn(32, 64, 32, 32)
-    model, x, _ = problems.make(name, loop, "before")
-    return model, x.detach()
-
-
-class PeerLoop(nn.Module):
-    """The same model, its loop replaced by the eager solver."""
-
-    def __init__(self, model: problems.Loop) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        u = self.model.injection(x)
-        return peer.solve(lambda z: self.model.body(z, u), torch.zeros_like(x), 1e-4, 40)
-
-
-def ways(model: problems.Loop, dry: bool) -> dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]]:
-    """Each way to run the step: the module that owns the parameters, and the call."""
-    inner = "aot_eager" if dry else "inductor"
-
-    def deq(**options: Any) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-        own = copy.deepcopy(model)
-        tol: dict[str, Any] = {"tol": 1e-3} if dry else {}
-        return own, torch.compile(own, backend="deq", options={"inner": inner, **tol, **options})
-
-    eager, inductor, theirs = copy.deepcopy(model), copy.deepcopy(model), PeerLoop(copy.deepcopy(model))
-    found: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {
-        "eager loop": (eager, eager),
-        "eager Broyden, implicit": (theirs, theirs),
-        "deq while": deq(engine="while"),
-        "deq chunks": deq(engine="chunks"),
-        "deq loop": deq(engine="loop"),
-        "deq while, raw reuse": deq(engine="while", backward_tol=INF),
-        "deq while, adjoint 1e-4": deq(engine="while", backward_tol=1e-4),
-    }
-    if not dry:
-        found["torch.compile of the loop"] = (inductor, torch.compile(inductor))
-    return found
-
-
-def gradient(owner: nn.Module) -> Tensor:
-    return torch.cat([p.grad.flatten().double() for p in owner.parameters() if p.grad is not None])
+SECONDS_A_WAY = 4  # less than this and a way is not begun
 
 
 def run(setting: Setting) -> None:
-    for name, loop in [("toy", 12)] if setting.dry else CASES:
-        with setting.guarded("step", problem=name):
-            one_problem(setting, name, loop)
+    with setting.guarded("step", problem=setting.group):
+        one_workload(setting, setting.group)
 
 
-def one_problem(setting: Setting, name: str, loop: int) -> None:
-    torch._dynamo.reset()
-    captures.clear()
-    model, x = make(name, loop, setting.dry)
-    model, x = model.to(setting.device), x.to(setting.device)
-    exact = copy.deepcopy(model).double()
-    exact.n_iter = 150
-    c = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x)
-    problems.loss(exact(x.double()), c.double()).backward()
-    truth = gradient(exact)
-    baseline: float | None = None
-    for label, (owner, call) in ways(model, setting.dry).items():
-        if setting.left < 15:
-            setting.row("stopped: out of time", problem=name, at=label)
+def one_workload(setting: Setting, name: str) -> None:
+    workload = workloads.make(name, setting.dry).to(setting.device)
+    exact = reference.exact(workload)
+    done: dict[str, Row] = {}
+    for label in ways.DRY if setting.dry else ways.ORDER:
+        if not setting.enough(SECONDS_A_WAY, label):
             return
+        about = {"problem": name, "way": label}
+        is_peer = label not in ways.DEQ
+        try:
+            setting.forget()
+            done[label] = one_way(setting, workload, label, exact)
+            setting.row("step", **about, **done[label], **against(done, label))
+        except ways.Skipped as skipped:
+            setting.row("step", **about, skipped=str(skipped))
+        except Exception as error:
+            # A peer that cannot do this is no fault of ours; a broken context is everybody's.
+            told = f"{type(error).__name__}: {error}"[:600]
+            setting.row("step", **about, **({"failed": told} if is_peer else {"error": told}))
+            if "CUDA error" in told:
+                raise
+        if not setting.dry:
+            torch.cuda.empty_cache()
 
-        def once(owner: nn.Module = owner, call: Callable[[Tensor], Tensor] = call) -> None:
-            owner.zero_grad(set_to_none=True)
-            problems.loss(call(x), c).backward()
 
-        with setting.guarded("step", problem=name, way=label):
-            for _ in range(2 if setting.dry else 4):
-                once()
-            row: Row = {"gradient_error": float((gradient(owner) - truth).norm() / truth.norm())}
-            with record_solves() as solves:
-                once()
-            if solves:
-                row |= {"iterations": solves[0].iterations, "vjps": solves[0].vjps, "status": solves[0].status}
-            ms = setting.wall_us(once, repeats=15) / 1e3
-            baseline = ms if baseline is None else baseline
-            setting.row("step", problem=name, way=label, ms=round(ms, 4), against_eager=round(baseline / ms, 2), **row)
+def one_way(setting: Setting, workload: workloads.Workload, label: str, exact: tuple[torch.Tensor, torch.Tensor]) -> Row:
+    """Run a way until it is warm, read off what it found, then time it."""
+    way = ways.make(setting, label, workload)
+    for _ in range(steps_first(setting.dry)):
+        way.step()
+    setting.sync()
+    value, gradient = way.read()
+    row: Row = {"value_error": relative_error(value, exact[0]), "gradient_error": relative_error(gradient, exact[1])}
+    if way.deq:
+        with record_solves() as solves:
+            way.step()
+        setting.sync()
+        row |= solved(solves) | engines_that_ran()
+        wanted = label.split(",")[0].removeprefix("deq ")
+        row["ok"] = row["status"] in ("solve", "follow") and (wanted == "loop" or row["forward"] == [wanted])
+    return row | times(setting, way) | ({"note": way.note} if way.note else {})
+
+
+def solved(solves: list[Any]) -> Row:
+    """What a region's record says of one step."""
+    if not solves:
+        return {"status": "no region"}
+    first = solves[0]
+    return {"iterations": first.iterations, "vjps": first.vjps, "status": first.status, "message": first.message}
+
+
+def times(setting: Setting, way: ways.Way) -> Row:
+    """Milliseconds: `ms` until all is done, `ms_host` until the call returns, `ms_device` with the host out of the way."""
+    repeats = 1 if setting.dry else 11
+    row: Row = {"ms": round(setting.wall_us(way.step, repeats=repeats) / 1e3, 4)}
+    if way.halves is None:
+        return row
+    timing = setting.timed(way.step, repeats=max(repeats // 2, 1))
+    row |= {"ms_host": round(timing.host / 1e3, 4), "ms_device": round(timing.device / 1e3, 4), "host_hidden": timing.covered}
+    forward, backward = way.halves
+    losses: list[torch.Tensor] = []
+    half = setting.wall_us(lambda: backward(losses.pop()), lambda: losses.append(forward()), repeats)
+    return row | {"ms_backward": round(half / 1e3, 4)}
+
+
+def against(done: dict[str, Row], label: str) -> Row:
+    """How many times faster than the user's loop, its compilation, and the peer, where those have run."""
+    names = {"against_eager": ways.EAGER, "against_inductor": ways.INDUCTOR, "against_torchdeq": ways.PEER}
+    ms = done[label]["ms"]
+    return {key: round(done[name]["ms"] / ms, 2) for key, name in names.items() if name in done}

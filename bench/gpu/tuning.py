@@ -31,16 +31,15 @@ def candidates(plain: Tiles, D: int) -> Iterator[Tiles]:
             yield dataclasses.replace(plain, slabs=-(-D // slab), slab=slab)
 
 
-def run(setting: Setting, save: bool) -> None:
-    """Sweep the shapes, largest first; with `save` the winners go to the file that the kernels read."""
+def run(setting: Setting) -> None:
+    """Sweep the shapes, largest first; on a device the winners go to the file that the kernels read."""
     memory = 6 if setting.dry else MEMORY
     shapes = DRY_SHAPES if setting.dry else sorted(SHAPES, key=lambda s: -s[1] * s[2])
     for what, B, D in shapes:
         with setting.guarded("tuning", B=B, D=D):
-            if (best := _one_shape(setting, what, B, D, memory)) is not None and save:
+            if (best := _one_shape(setting, what, B, D, memory)) is not None and not setting.dry:
                 setting.row("tuning: saved", file=str(tuned.save(best)))
-        if setting.left < 10:
-            setting.row("stopped: out of time", at=what)
+        if not setting.enough(10, what):
             return
 
 

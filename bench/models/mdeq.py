@@ -17,12 +17,14 @@ def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with GroupNorm, the injection added in between, and a residual connection."""
+    """Two 3x3 convolutions with GroupNorm, the injection added in between, and a residual connection; `expansion` times as many
+    channels between the two."""
 
-    def __init__(self, channels: int, groups: int) -> None:
+    def __init__(self, channels: int, groups: int, expansion: int = 1) -> None:
         super().__init__()
-        self.conv1, self.conv2 = conv3x3(channels, channels), conv3x3(channels, channels)
-        self.gn1, self.gn2, self.gn3 = (nn.GroupNorm(groups, channels) for _ in range(3))
+        inner = channels * expansion
+        self.conv1, self.conv2 = conv3x3(channels, inner), conv3x3(inner, channels)
+        self.gn1, self.gn2, self.gn3 = (nn.GroupNorm(groups, c) for c in (inner, channels, channels))
         self.relu, self.relu3 = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor, injection: Tensor) -> Tensor:
@@ -64,9 +66,9 @@ class Upsample(nn.Module):
 class MDEQModule(nn.Module):
     """One application of f: a block a scale, then the sum over all scales in each."""
 
-    def __init__(self, channels: tuple[int, ...], groups: int) -> None:
+    def __init__(self, channels: tuple[int, ...], groups: int, expansion: int = 1) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(BasicBlock(c, groups) for c in channels)
+        self.branches = nn.ModuleList(BasicBlock(c, groups, expansion) for c in channels)
         self.fuse = nn.ModuleList(
             nn.ModuleList(self._fuse(j, i, channels, groups) for j in range(len(channels))) for i in range(len(channels))
         )
@@ -92,6 +94,17 @@ class MDEQModule(nn.Module):
         return fused
 
 
+@torch.no_grad()
+def scale_norms(f: MDEQModule, gain: float) -> None:
+    """Make a body contract. A norm divides by its input's size, so it does where norms on the state's way are small beside those
+    on the injection's way: the first of a block, those between scales, and the last of all."""
+    for branch in f.branches:
+        branch.gn1.weight.fill_(0.2 * gain)  # type: ignore[union-attr, operator]
+    for norm in [*f.fuse.modules(), *f.post.modules()]:
+        if isinstance(norm, nn.GroupNorm):
+            norm.weight.fill_(gain)
+
+
 class MDEQ(nn.Module):
     """Image classifier; the state is one tensor a scale, each coarser one half the size.
 
@@ -107,14 +120,7 @@ class MDEQ(nn.Module):
         self.f = MDEQModule(channels, groups=2)
         self.head = nn.Linear(sum(channels), classes)
         scale_weights(self, 1.0)
-        # A norm divides by its input's size, so a body contracts where norms on the state's way are small beside those on
-        # the injection's way: the first of a block, those between scales, and the last of all.
-        with torch.no_grad():
-            for branch in self.f.branches:
-                branch.gn1.weight.fill_(0.2 * gain)  # type: ignore[union-attr, operator]
-            for norm in [*self.f.fuse.modules(), *self.f.post.modules()]:
-                if isinstance(norm, nn.GroupNorm):
-                    norm.weight.fill_(gain)
+        scale_norms(self.f, gain)
 
     def forward(self, x: Tensor) -> Tensor:
         injection = [stem(F.avg_pool2d(x, 2**scale)) for scale, stem in enumerate(self.stems)]

@@ -37,6 +37,8 @@ class Operands:
             for i, o in enumerate(operands)
         ]
         self.targets = [_compact(self.tensors[i]) for i in self.copied]
+        if self.targets:  # the warm-up reads them: an index that is not one would break the device's context
+            torch._foreach_copy_(self.targets, [_compact(operands[i]) for i in self.copied])
         self.misses = 0
         self.moved: set[int] = set()
 

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .workloads import Equilibrium, Layout
 
 
 def broyden(f: Callable[[Tensor], Tensor], z: Tensor, tol: float, max_iter: int) -> tuple[Tensor, int]:
@@ -71,3 +73,18 @@ def solve(body: Callable[[Tensor], Tensor], z0: Tensor, tol: float, max_iter: in
 
     found: Tensor = Implicit.apply(body(z.view(shape)), pull, tol, max_iter)
     return found
+
+
+class TorchDEQ(nn.Module):
+    """A workload whose loop is replaced by this solver."""
+
+    def __init__(self, model: Equilibrium, tol: float, max_iter: int = 40) -> None:
+        super().__init__()
+        self.model, self.tol, self.max_iter = model, tol, max_iter
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        u = self.model.inject(*inputs)
+        start = self.model.start(u)
+        layout = Layout(start)
+        z = solve(lambda z: layout.pack(self.model.body(layout.unpack(z), u)), layout.pack(start), self.tol, self.max_iter)
+        return self.model.read(layout.unpack(z))
