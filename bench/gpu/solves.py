@@ -113,8 +113,8 @@ def _replayed(setting: Setting, solve: Solve) -> float | None:
     graph = getattr(engine, "graph", None)
     if engine is None or engine.name != "while" or graph is None:
         return None
-    S, C = state.buffers()
-    return setting.device_us(graph.replay, lambda: state.restart(solve.held.z, solve.z0, S, C))
+    out = state.outputs()
+    return setting.device_us(graph.replay, lambda: state.restart(solve.held.z, solve.z0, out))
 
 
 def _launches(setting: Setting, solve: Solve) -> int | None:

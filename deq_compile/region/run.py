@@ -247,7 +247,7 @@ class _Backward:
             linears = self.saved.left.loop if kept and self.needs == spec.needs else ()
             return self._loops_own(kept or spec.iterations or spec.config.max_iter, linears)
         self.z = self.layout.held(self.saved.states)
-        # Not a closure over self: what a backward holds has to go as soon as it ends, so that its memory, still warm, is used again.
+        # Not a closure over self: what a backward holds has to go when it ends, so that its memory, still warm, is used again.
         self.deferred = Deferred(functools.partial(self.runner.linearise, self.z, self.operands, self.needs))
         self.deferred.found = self.saved.left.linear if self.needs == spec.needs else None
         linear = self.deferred if self.watch is None else TimedLinearised(self.deferred.get(), self.watch)
