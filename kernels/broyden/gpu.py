@@ -21,7 +21,9 @@ SUMMARY = 4  # numbers that `summarise` writes
 
 
 def launch(state: Any, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """Launch a kernel; within `state.loading()` compile and load it only."""
+    """Launch a kernel; within `state.loading()` compile and load it only, within `state.idle()` not even that."""
+    if state.idling:
+        return
     if not state.only_load:
         kernel[grid](*args, **constants)
     elif (compiled := kernel.warmup(*args, grid=grid, **constants)) is not None:  # the interpreter compiles nothing
@@ -92,8 +94,33 @@ class Outputs:
         return tuple(t.data_ptr() for t in (self.S, self.C, self.z_best, self.ints, self.residual, self.about))
 
 
+class Launches:
+    """What the launches of a state do: run, or less than that."""
+
+    only_load: bool = False
+    idling: bool = False
+
+    @contextlib.contextmanager
+    def loading(self) -> Iterator[None]:
+        """Launches inside compile and load their kernels, and run nothing."""
+        self.only_load = True
+        try:
+            yield
+        finally:
+            self.only_load = False
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """Launches inside do nothing: a graph has variants of its own, and these ones would be compiled for nothing."""
+        self.idling = True
+        try:
+            yield
+        finally:
+            self.idling = False
+
+
 @dataclass(kw_only=True, eq=False)
-class TritonState(BroydenState):
+class TritonState(BroydenState, Launches):
     """A Broyden state that Triton kernels work on. Counters live on the device; `active` is what the host last saw.
 
     kernels     the module of kernels (triton_kernels, or its twin for the interpreter)
@@ -119,7 +146,6 @@ class TritonState(BroydenState):
     ticket: Tensor | None = None
     begins: Held = field(default_factory=Held)
     scratch: dict[str, Tensor] = field(default_factory=dict)
-    only_load: bool = False
 
     @staticmethod
     def create(
@@ -171,14 +197,6 @@ class TritonState(BroydenState):
             residual=like.new_empty(B), about=like.new_empty((B, 3), dtype=torch.float32),
         )  # fmt: skip
 
-    @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
-        """Launches inside compile and load their kernels, and run nothing."""
-        self.only_load = True
-        try:
-            yield
-        finally:
-            self.only_load = False
 
     def restart(self, z: Tensor, z0: Tensor, out: Outputs | None = None) -> None:
         """Begin another solve in the same buffers: z and the best iterate become z0 (both (B, D), contiguous). With a table,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..broyden.gpu import NEVER, launch, rows_of, summarise
+from ..broyden.gpu import NEVER, Launches, launch, rows_of, summarise
 from ..broyden.state import row_width
 from ..iteration import RUNNING
 from ..reuse.multisecant import Multisecant
@@ -33,7 +31,7 @@ def project_columns(cut: Tiles) -> int:
 
 
 @dataclass(kw_only=True, eq=False)
-class TritonGcr(GcrState):
+class TritonGcr(GcrState, Launches):
     """An adjoint iteration that Triton kernels work on. What the host knows of it is what it last asked.
 
     kernels     the module of kernels
@@ -53,7 +51,6 @@ class TritonGcr(GcrState):
     table: Tensor | None = None
     handle: Tensor | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
-    only_load: bool = False
     slots: tuple[int, int] = (1, 16)
 
     @staticmethod
@@ -90,14 +87,6 @@ class TritonGcr(GcrState):
         assert self.operator is not None
         self.operator = replace(self.operator, S=self.operator.S.new_empty((1, 1, 16)))
 
-    @contextlib.contextmanager
-    def loading(self) -> Iterator[None]:
-        """Launches inside compile and load their kernels, and run nothing."""
-        self.only_load = True
-        try:
-            yield
-        finally:
-            self.only_load = False
 
     def restart(self) -> None:
         """Begin with the cotangents in `q` and the operator as they are now: x = 0, r = q, w = M q. Enqueued, never waiting."""

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import deq_compile  # noqa: F401, the backend's name
 from bench.gpu import rehearse
+from deq_compile.kernels.broyden import gpu as broyden_gpu
+from deq_compile.kernels.gcr import gpu as gcr_gpu
 from deq_compile.region import engine, op, verdict
 from tests.region.test_engine_interpreted import Loop, device
 
@@ -147,3 +149,29 @@ def test_inference_waits_for_nothing(device: type[rehearse.RehearsalDevice], mon
         with pytest.warns(UserWarning, match=r"missed tol=0.001"):
             call(x)
     assert Slow.waited == 2
+
+
+@pytest.mark.parametrize("wanted", ["while", "chunks"])
+def test_a_graph_compiles_its_own_variants_only(
+    wanted: str, device: type[rehearse.RehearsalDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling a step takes seconds. Warming up runs the body, and of the kernels what the graph is going to launch."""
+    seen: set[tuple[str, bool, bool]] = set()
+
+    def spy(launch: Any) -> Any:
+        def logged(state: Any, kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+            if not state.idling and "COND" in constants:
+                seen.add((kernel.fn.__name__, constants.get("INDIRECT", state.table is not None), constants["COND"]))
+            launch(state, kernel, grid, *args, **constants)
+
+        return logged
+
+    for module in (broyden_gpu, gcr_gpu):
+        monkeypatch.setattr(module, "launch", spy(module.launch))
+    model = Loop(16)
+    options = {"inner": "aot_eager", "tol": 1e-3, "max_iter": 8, "verify": "never", "engine": wanted, "reuse": "always"}
+    call = torch.compile(model, backend="deq", options=options)
+    for _ in range(4):
+        call(torch.randn(2, 16)).square().sum().backward()
+    in_graphs = {(name, conditional) for name, captured, conditional in seen if captured}
+    assert in_graphs == {(name, wanted == "while") for name in ("step_fused", "project", "extend")}

@@ -73,7 +73,8 @@ class CapturedAdjoint(Captured):
         def once() -> None:
             self._load_operator(factors)
             self.before()
-            self.trip()
+            with self.state.idle():
+                self.trip()
 
         self.build(self, once, settings.max_iter, wanted)
         if operator is not None:

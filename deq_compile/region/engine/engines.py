@@ -115,6 +115,8 @@ class Chunks(Engine):
                 program.trip()
             state.summarise(self.summary)
 
+        with state.loading():
+            program.trip()
         self.before = device.capture(program.before) if program.before is not None else None
         self.graph = device.capture(chunk)
 

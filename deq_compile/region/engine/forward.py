@@ -90,7 +90,8 @@ class CapturedForward(Captured):
 
         def once() -> None:
             self.state.restart(self.z, z0.contiguous(), out)
-            self.trip()
+            with self.state.idle():
+                self.trip()
 
         self.build(self, once, settings.max_iter, wanted)
 
