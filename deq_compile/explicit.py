@@ -78,7 +78,7 @@ def _eager(f: Callable[[S], S], z0: S, return_info: bool, options: dict[str, Any
         raise NotHere(NO_TANGENT)
     found = solve_eagerly(body, leaves, config, key=getattr(f, "__code__", type(f)), where=_caller())
     solved = unflatten(found.states, structure)
-    return (solved, SolveInfo.of(found.result.about().expand(rows, -1))) if return_info else solved
+    return (solved, SolveInfo.of(found.result.solve_info().expand(rows, -1))) if return_info else solved
 
 
 _outside = torch._dynamo.disable(

@@ -36,7 +36,8 @@ class Broyden(ctypes.Structure):
     _fields_ = [
         *((name, _I) for name in ("B", "D", "M", "ld", "threads", "relative")),
         *((name, _D) for name in ("tol", "floor", "eta")),
-        *((name, _P) for name in ("S", "C", "best", "mark", "ceiling", "z_best", "n", "iterations", "stall", "done", "about")),
+        *((name, _P) for name in ("S", "C", "best", "mark", "ceiling", "z_best", "n", "iterations", "stall", "done")),
+        ("solve_info", _P),
         ("converged", _I),
     ]  # fmt: skip
 

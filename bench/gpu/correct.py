@@ -72,7 +72,7 @@ def kernel_case(setting: Setting, B: int, D: int, name: str) -> None:
     n = int(state.n.max())
     S, C = (t.cpu().double().nan_to_num(0.0) for t in (state.S[:, :n], state.C))
     expected = apply_transpose_reference(S, C, state.n.cpu(), x.cpu())
-    transposed = relative_error(apply_transpose(Factors(S=state.S, C=state.C, n=state.n, high=n), x), expected)
+    transposed = relative_error(apply_transpose(Factors(S=state.S, C=state.C, n=state.n, slots_written=n), x), expected)
     good = residual <= 1.01 * TOL and transposed <= (1e-11 if name == "fp64" else 1e-4)
     setting.row(
         "kernels", B=B, D=D, dtype=name, ok=good and bool((state.done == 1).all()), residual=residual, n=n,
@@ -125,7 +125,7 @@ def adjoint_case(setting: Setting, B: int, D: int) -> None:
     def full(w: Tensor) -> tuple[Tensor, None]:
         return vjp(w), None
 
-    factors = Factors(S=state.S, C=state.C, n=state.n, high=state.S.shape[1])
+    factors = Factors(S=state.S, C=state.C, n=state.n, slots_written=state.S.shape[1])
     found = solve_adjoint(vjp, full, q, factors, tol=1e-4, max_iter=40)
     plain = solve_adjoint(vjp, full, q, None, tol=1e-4, max_iter=40)
     r = q.double() + vjp(found.w).double() - found.w.double()

@@ -134,7 +134,7 @@ def one_shape(setting: Setting, bandwidth: float, case: Case) -> None:
         raise RuntimeError(f"expected every sample to run on, got status {state.done.tolist()}: no step was timed")
     report("step", timing, step_bytes(B, D, n, dtype.itemsize), 1 if form == "fused" else 2, **predicted)
     reset()
-    factors = Factors(S=state.S, C=state.C, n=state.n, high=n)
+    factors = Factors(S=state.S, C=state.C, n=state.n, slots_written=n)
     timing = setting.timed(lambda: _discard(apply_transpose(factors, x)))
     report("transpose", timing, transpose_bytes(B, D, n, dtype.itemsize), 1 if form == "fused" else 2)
     pairs = min(n, 10)
@@ -145,12 +145,12 @@ def one_shape(setting: Setting, bandwidth: float, case: Case) -> None:
 
 def adjoint_move(setting: Setting, factors: Factors, x: Tensor, pairs: int) -> Timing:
     """One move of the adjoint iteration from `pairs` random pairs, preconditioned with M of the factors; x (B, D)."""
-    room = 20
-    adjoint = new_adjoint(x, multisecant(factors), room, tol=0.0)
+    capacity = 20
+    adjoint = new_adjoint(x, multisecant(factors), capacity, tol=0.0)
     assert isinstance(adjoint, TritonGcr)
     adjoint.unwatched()
     adjoint.basis.copy_(torch.randn_like(adjoint.basis[:1]) / x.shape[1] ** 0.5)
-    adjoint.gram.copy_(torch.eye(room, device=x.device))
+    adjoint.gram.copy_(torch.eye(capacity, device=x.device))
     adjoint.squares.fill_(1.0)
     jw, starts = torch.randn_like(x) / x.shape[1] ** 0.5, [t.clone() for t in (adjoint.w, adjoint.x, adjoint.r)]
 

@@ -46,7 +46,7 @@ def run(setting: Setting) -> None:
 def _one_shape(setting: Setting, what: str, B: int, D: int, memory: int) -> dict[str, dict[str, int]] | None:
     n = 4 if setting.dry else 16
     state, z, f = filled(setting, B, D, n, torch.float32, memory)
-    factors, at = Factors(S=state.S, C=state.C, n=state.n, high=n), z.clone()
+    factors, at = Factors(S=state.S, C=state.C, n=state.n, slots_written=n), z.clone()
     where = tuned.key(B, D, memory + 1, 4)
     plain = by_shape(B, D, memory + 1)
     tried = list(dict.fromkeys([plain, *candidates(plain, D)]))[: 2 if setting.dry else None]

@@ -126,7 +126,7 @@ def solve_adjoint(
         return replace(found, reused=factors is not None)
     operator = multisecant(factors, problem.skip) if factors is not None else None
     memory = min(problem.max_iter, MEMORY)
-    adjoint = new_state(q, operator, memory, tol=problem.tol, floor=problem.floor(q.dtype), room=problem.expected)
+    adjoint = new_state(q, operator, memory, tol=problem.tol, floor=problem.floor(q.dtype), capacity=problem.expected)
     if not problem.watched:
         return _unwatched(vjp, vjp_full, adjoint, problem.max_iter)
     found = _refine(vjp, vjp_full, adjoint, problem.max_iter, 1 if problem.expected is None else problem.expected)

@@ -83,7 +83,7 @@ class Call:
             problem = dataclasses.replace(problem, max_iter=max_iter)
         found = self._solve(self.body, start, problem, solver=solver or SOLVERS[site.spec.config.solver])
         if found.state is not None:
-            site.took(found.evaluations)
+            site.note_length(found.evaluations)
         return found
 
     def first(self) -> Solution:
@@ -126,7 +126,7 @@ class Call:
         key = (site.key, *self.sizes)
         found = engine.captured_forward(key, self.runner, self.z0, self.operands, settings, config.engine)
         if found is not None:
-            site.use(found.name, found.reason)
+            site.note_engine(found.name, found.reason)
         return found
 
 
@@ -142,7 +142,7 @@ def problem_of(
         memory=config.memory,
         factor_dtype=spec.factor_dtype,
         body_eps=spec.body_eps,
-        room=site.room,
+        capacity=site.capacity,
         watched=watched,
         anderson_memory=config.anderson_memory,
         anderson_damping=config.anderson_damping,

@@ -182,7 +182,7 @@ class _Attached:
     """What the backward of one fixed point needs."""
 
     def __init__(self, site: Site, linear: _Images, found: Result) -> None:
-        self.site, self.linear, self.factors, self.serial = site, linear, found.left.factors, found.serial
+        self.site, self.linear, self.factors, self.serial = site, linear, found.saved.factors, found.serial
 
     def adjoint_of(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
         """What goes on to the attached evaluation of f, for the cotangents of the fixed point."""

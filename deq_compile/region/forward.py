@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deq_compile.kernels.broyden import Factors
-from deq_compile.kernels.iteration import CONVERGED, FALL, NORM_EPS, RESOLUTION, Progress, about_of
+from deq_compile.kernels.iteration import CONVERGED, FALL, NORM_EPS, RESOLUTION, Progress, solve_info_of
 
 from .modes import without_grad
 from .solvers import BROYDEN, SOLVERS, Problem, Solver
@@ -82,9 +82,9 @@ class Solution:
         self.__dict__[name] = found
         return found
 
-    def about(self) -> Tensor:
+    def solve_info(self) -> Tensor:
         """(B, 3) float32: the stopping residual and the iterations of each sample, and its status."""
-        return about_of(self.residual, self.iterations, self.status) if self.progress is None else self.progress.about()
+        return solve_info_of(self.residual, self.iterations, self.status) if self.progress is None else self.progress.solve_info()
 
     def all_converged(self) -> bool:
         """Whether every sample is known to have reached the tolerance itself; asks no device of a captured solve."""

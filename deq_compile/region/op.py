@@ -1,18 +1,18 @@
 """The region as a pair of opaque operators, `deq::solve` and `deq::solve_backward`, in one whole graph.
 
-    solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> [state..., ticket, about, held...]
+    solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> [state..., ticket, solve_info, held...]
 
 state  fresh tensors of the shapes of state0, in the memory orders of the region
 ticket (3,) int64 on the CPU: iterations of a loop that was kept (0: solved), rows, serial number of the record
-about  (B, 3) float32, stopping residual, iterations and status of each sample; all rows are equal where the batch is one system
+solve_info  (B, 3) float32, stopping residual, iterations and status of each sample; all rows equal where the batch is one system
 held   one tensor where the region records gradients, none otherwise: the flat state in one dimension and in the solver's dtype,
        in memory of its own. The backward reads this one: the user may write to `state`, or through a view of it
 
 What a backward needs is an output or an input: forward, forward, backward, backward and retain_graph are right. The factors,
-whose size is known when the solve has ended, and the linearised body hang on the ticket (`run.Left`), which autograd saves for
-the backward, and die with it. So does the site, which may have no other owner by then. Where a copy of the ticket arrives there
-(hooks on saved tensors), the adjoint is solved without factors, or, where the gradient is made of them (`backward_tol=inf`), the
-region is solved again.
+whose size is known when the solve has ended, and the linearised body hang on the ticket (`run.SavedForBackward`), which autograd
+saves for the backward, and die with it. So does the site, which may have no other owner by then. Where a copy of the ticket
+arrives there (hooks on saved tensors), the adjoint is solved without factors, or, where the gradient is made of them
+(`backward_tol=inf`), the region is solved again.
 """
 
 from __future__ import annotations
@@ -63,15 +63,15 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
     site = find_site(region)
     with engine.made_current(state0[0].device):
         done = run.run_forward(site, state0, operands, sizes)
-    about, rows = done.about, _rows(state0)
+    solve_info, rows = done.solve_info, _rows(state0)
     numbers = array.array("q", (done.ticket.kept, done.ticket.rows, done.ticket.serial))
     ticket = torch.frombuffer(numbers, dtype=torch.int64)
-    ticket.left, ticket.site = done.left, site  # type: ignore[attr-defined]
+    ticket.saved, ticket.site = done.saved, site  # type: ignore[attr-defined]
     if site.spec.grad and _saved_tensors_hooks(False) is not None:
         await_backward(site)
-    if about.shape[0] != rows:
-        about = about[:1].repeat(rows, 1)
-    return [*done.states, ticket, about] if done.held is None else [*done.states, ticket, about, done.held]
+    if solve_info.shape[0] != rows:
+        solve_info = solve_info[:1].repeat(rows, 1)
+    return [*done.states, ticket, solve_info] if done.held is None else [*done.states, ticket, solve_info, done.held]
 
 
 def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:
@@ -80,31 +80,24 @@ def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], 
         torch.empty_permuted(s.shape, order, dtype=dtype, device=s.device)
         for s, order, dtype in zip(state0, spec.orders, spec.dtypes, strict=True)
     ]
-    about = state0[0].new_empty((_rows(state0), 3), dtype=torch.float32)
-    found = [*states, torch.empty(3, dtype=torch.int64, device="cpu"), about]
+    solve_info = state0[0].new_empty((_rows(state0), 3), dtype=torch.float32)
+    found = [*states, torch.empty(3, dtype=torch.int64, device="cpu"), solve_info]
     if spec.grad:
         elements = sum(s.numel() for s in state0)
         found.append(state0[0].new_empty((elements,), dtype=flat_dtype(spec.dtypes)))
     return found
 
 
-def _solve_backward(
-    cotangents: list[Tensor | None],
-    state: list[Tensor],
-    ticket: Tensor,
-    state0: list[Tensor],
-    operands: list[Tensor],
-    sizes: list[int],
-    region: str,
-    needs_state0: list[bool],
-    needs_operands: list[bool],
-) -> list[Tensor]:
+def _solve_backward(*arguments: Any) -> list[Tensor]:
+    """The kernel of `deq::solve_backward`; its arguments are those of the operator's schema, in order."""
+    cotangents, state, ticket, state0, operands, sizes, region, needs_state0, needs_operands = arguments
     kept, rows, serial = ticket.tolist()
     numbers = run.Ticket(kept, bool(rows), serial)
-    saved = run.Saved(state, state0, operands, sizes, numbers, getattr(ticket, "left", None) or run.Left())
+    saved = getattr(ticket, "saved", None) or run.SavedForBackward()
+    inputs = run.BackwardInputs(state, state0, operands, sizes, numbers, saved)
     with engine.made_current(state0[0].device):
         grad_state0, grad_operands = run.run_backward(
-            getattr(ticket, "site", None) or find_site(region), cotangents, saved, tuple(needs_operands)
+            getattr(ticket, "site", None) or find_site(region), cotangents, inputs, tuple(needs_operands)
         )
     wanted = [s for s, need in zip(state0, needs_state0, strict=True) if need]
     found: list[Tensor | None] = [None] * len(wanted)
@@ -136,10 +129,8 @@ def _strides_of_empty_like(grad: Tensor, tensor: Tensor) -> bool:
     return grad.stride() == torch.empty_like(tensor, device="meta").stride()
 
 
-def _solve_backward_fake(
-    cotangents: Any, state: Any, ticket: Any, state0: list[Tensor], operands: list[Tensor],
-    sizes: Any, region: str, needs_state0: list[bool], needs_operands: list[bool],
-) -> list[Tensor]:  # fmt: skip
+def _solve_backward_fake(*arguments: Any) -> list[Tensor]:
+    _, _, _, state0, operands, _, _, needs_state0, needs_operands = arguments
     tensors, needs = [*state0, *operands], [*needs_state0, *needs_operands]
     return [torch.empty_like(t) for t, need in zip(tensors, needs, strict=True) if need]
 
@@ -206,9 +197,9 @@ def _loop_itself(region: str, state0: list[Tensor], operands: list[Tensor], size
     with spec.body.ambient.autocast_entered():
         for _ in range(spec.iterations):
             states = spec.body.call(*states, *operands, *sizes)
-    about = state0[0].new_full((_rows(state0), 3), -1.0, dtype=torch.float32)
+    solve_info = state0[0].new_full((_rows(state0), 3), -1.0, dtype=torch.float32)
     held = [torch.cat([s.detach().flatten() for s in states]).to(flat_dtype(spec.dtypes))] if spec.grad else []
-    return [*states, torch.tensor((1, 0, 0)), about, *held]
+    return [*states, torch.tensor((1, 0, 0)), solve_info, *held]
 
 
 def once(grads: Sequence[Tensor], sources: Iterable[Tensor | None]) -> list[Tensor]:

@@ -27,13 +27,14 @@ from .stop import any_of
 from .stopwatch import Stopwatch, TimedLinearised
 from .verdict import count_misses, gradient_is_the_loops, warn_of_gradient
 
-__all__ = ["Forward", "Left", "Result", "Saved", "Ticket", "adjoint", "backwards", "run", "run_backward", "run_forward"]
+__all__ = ["BackwardInputs", "Forward", "Result", "SavedForBackward", "Ticket", "adjoint", "backwards", "run", "run_backward",
+           "run_forward"]  # fmt: skip
 
 OPEN_CAP = 1000  # plain iterations for a solve that missed, where the user's loop has no cap and the fixed point is meant
 
 
 @dataclasses.dataclass
-class Left:
+class SavedForBackward:
     """What a forward leaves for its backward beside tensors. Where it does not arrive there, nothing is lost but time.
 
     linear   the body linearised at the fixed point, where the last evaluation gave that too
@@ -68,12 +69,12 @@ class Result:
     solution: Solution | None
     kept: int
     serial: int
-    left: Left
+    saved: SavedForBackward
 
-    def about(self) -> Tensor:
+    def solve_info(self) -> Tensor:
         """(B, 3) float32: the stopping residual and the iterations of each sample, and its status; -1 for a loop."""
         if self.solution is not None:
-            return self.solution.about()
+            return self.solution.solve_info()
         return self.z.new_full((self.z.shape[0], 3), -1.0, dtype=torch.float32)
 
 
@@ -84,8 +85,8 @@ class Forward:
 
     states: list[Tensor]
     ticket: Ticket
-    about: Tensor
-    left: Left
+    solve_info: Tensor
+    saved: SavedForBackward
     held: Tensor | None = None
 
 
@@ -95,7 +96,7 @@ def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor]
     found, grad = run(call), site.spec.grad
     states = call.layout.outputs(found.z, fresh=grad)
     ticket = Ticket(found.kept, call.rows, found.serial)
-    done = Forward(states, ticket, found.about(), found.left, found.z.reshape(-1) if grad else None)
+    done = Forward(states, ticket, found.solve_info(), found.saved, found.z.reshape(-1) if grad else None)
     if call.watch is not None:
         records.add_seconds(found.serial, call.watch.read())
     return done
@@ -118,12 +119,13 @@ def run(call: Call) -> Result:
     site.calls += call.layout.batch > 0
     if solution is None:
         own = own or call.own(linearised=True)
-        z, left, kept = own.z, Left(loop=own.linears), own.iterations
+        z, saved, kept = own.z, SavedForBackward(loop=own.linears), own.iterations
     else:
         z, kept = solution.z, 0
-        left = Left(linear if first is not None and solution.z is first.z else None, factors=_factors(site, solution))
-    serial = 0 if call.inside else _record(call, solution, z, left.factors, kept)
-    return Result(z, solution, kept, serial, left)
+        where = linear if first is not None and solution.z is first.z else None
+        saved = SavedForBackward(where, factors=_factors(site, solution))
+    serial = 0 if call.inside else _record(call, solution, z, saved.factors, kept)
+    return Result(z, solution, kept, serial, saved)
 
 
 def _solve(call: Call) -> tuple[Solution | None, bool]:
@@ -188,12 +190,12 @@ def _record(call: Call, solution: Solution | None, z: Tensor, factors: Factors |
 
 
 @dataclasses.dataclass(frozen=True)
-class Saved:
+class BackwardInputs:
     """What a forward's backward gets to see.
 
     states    the flat state in one dimension, or the state tensors
     state0, operands, sizes  as the forward was given them
-    ticket, left  as the forward made them; `left` is empty where it got lost
+    ticket, saved  as the forward made them; `saved` is empty where it got lost
     """
 
     states: Sequence[Tensor]
@@ -201,17 +203,17 @@ class Saved:
     operands: Sequence[Tensor]
     sizes: Sequence[int]
     ticket: Ticket
-    left: Left
+    saved: SavedForBackward
 
 
 def run_backward(
-    site: Site, cotangents: Sequence[Tensor | None], saved: Saved, needs: tuple[bool, ...]
+    site: Site, cotangents: Sequence[Tensor | None], inputs: BackwardInputs, needs: tuple[bool, ...]
 ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
     """Gradients of the initial state (None: zero) and of the operands marked in `needs`."""
-    serial = saved.ticket.serial
+    serial = inputs.ticket.serial
     watch = Stopwatch() if serial and records.wants_timing() else None
     try:
-        return _Backward(site, cotangents, saved, needs, watch).gradients()
+        return _Backward(site, cotangents, inputs, needs, watch).gradients()
     finally:
         if watch is not None:
             records.add_seconds(serial, watch.read())
@@ -221,14 +223,15 @@ class _Backward:
     """One backward of one region."""
 
     def __init__(
-        self, site: Site, cotangents: Sequence[Tensor | None], saved: Saved, needs: tuple[bool, ...], watch: Stopwatch | None
-    ) -> None:
-        spec, linear = site.spec, saved.left.linear
-        self.site, self.saved, self.needs, self.watch = site, saved, needs, watch
-        self.layout = spec.layout([s.shape for s in saved.state0], saved.ticket.rows)
+        self, site: Site, cotangents: Sequence[Tensor | None], inputs: BackwardInputs, needs: tuple[bool, ...],
+        watch: Stopwatch | None,
+    ) -> None:  # fmt: skip
+        spec, linear = site.spec, inputs.saved.linear
+        self.site, self.inputs, self.needs, self.watch = site, inputs, needs, watch
+        self.layout = spec.layout([s.shape for s in inputs.state0], inputs.ticket.rows)
         given = [
             torch.zeros(s.shape, dtype=dtype, device=s.device) if c is None else c
-            for s, dtype, c in zip(saved.state0, spec.dtypes, cotangents, strict=True)
+            for s, dtype, c in zip(inputs.state0, spec.dtypes, cotangents, strict=True)
         ]
         self.q = self.layout.matrix(given)
         self.runner: Runner
@@ -236,40 +239,40 @@ class _Backward:
         if linear is not None and linear.source is not None:
             self.runner, self.operands = linear.source
         else:
-            self.operands = spec.arranged(saved.operands)
-            self.runner = runner_for(spec.body, self.layout, self.operands, saved.sizes)
+            self.operands = spec.arranged(inputs.operands)
+            self.runner = runner_for(spec.body, self.layout, self.operands, inputs.sizes)
         self.inside = engine.capturing()
 
     def gradients(self) -> tuple[list[Tensor] | None, list[Tensor | None]]:
-        site, spec, kept = self.site, self.site.spec, self.saved.ticket.kept
+        site, spec, kept = self.site, self.site.spec, self.inputs.ticket.kept
         mode = BACKWARDS[spec.config.backward]
         if kept or mode.gradient == "loop":
-            linears = self.saved.left.loop if kept and self.needs == spec.needs else ()
+            linears = self.inputs.saved.loop if kept and self.needs == spec.needs else ()
             return self._loops_own(kept or spec.iterations or spec.config.max_iter, linears)
-        self.z = self.layout.held(self.saved.states)
+        self.z = self.layout.held(self.inputs.states)
         # Not a closure over self: what a backward holds has to go when it ends, so that its memory, still warm, is used again.
         self.deferred = Deferred(functools.partial(self.runner.linearise, self.z, self.operands, self.needs))
-        self.deferred.found = self.saved.left.linear if self.needs == spec.needs else None
+        self.deferred.found = self.inputs.saved.linear if self.needs == spec.needs else None
         linear = self.deferred if self.watch is None else TimedLinearised(self.deferred.get(), self.watch)
-        call = AdjointCall(site, self.saved.left.factors, self.inside, self._factors_again, self._captured)
-        found = adjoint(mode, linear, self.q, call, self.saved.ticket.serial, self.watch)
+        call = AdjointCall(site, self.inputs.saved.factors, self.inside, self._factors_again, self._captured)
+        found = adjoint(mode, linear, self.q, call, self.inputs.ticket.serial, self.watch)
         if self.inside or gradient_is_the_loops(site, linear, found):  # inside nothing may be asked of the device
             return None, found.payload
-        stop = any_of(spec.own_tests, self.layout, (*self.operands, *self.saved.sizes))
+        stop = any_of(spec.own_tests, self.layout, (*self.operands, *self.inputs.sizes))
         f = self.runner.evaluations(self.operands, None)
         return self._loops_own(spec.iterations or own_loop(spec, f, self._start(), stop).iterations)
 
     def _start(self) -> Tensor:
-        return self.layout.flatten(self.saved.state0).detach()
+        return self.layout.flatten(self.inputs.state0).detach()
 
     def _loops_own(
         self, count: int, linears: Sequence[Linearised] = ()
     ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
         """The gradient of `count` iterations of the user's own loop."""
-        z0 = self.layout.flatten(self.saved.state0)
+        z0 = self.layout.flatten(self.inputs.state0)
         memory = self.site.spec.config.loop_memory
         w, grads = loop_gradient(Trajectory(self.runner, z0, self.operands, self.needs, count, memory, linears), self.q)
-        if serial := self.saved.ticket.serial:
+        if serial := self.inputs.ticket.serial:
             records.complete(serial, cotangent=self.q, w=self.q, vjps=count, adjoint_message="the loop's own gradient")
         return self.layout.unflatten(w), grads
 
@@ -280,7 +283,7 @@ class _Backward:
             site.backward_tol, max(1, config.backward_max_iter), site.spec.body_eps, skipped_pairs(site)
         )
         engine.end_with(site)
-        key = (site.key, *self.saved.sizes)
+        key = (site.key, *self.inputs.sizes)
         captured = engine.captured_adjoint(key, self.runner, self.z, self.operands, self.needs, factors, settings, config.engine)
         if captured is None or (solved := captured.solve(self.z, self.q, self.operands, factors)) is None:
             return None
@@ -290,7 +293,7 @@ class _Backward:
     def _factors_again(self) -> Factors | None:
         """The factors of a forward whose own did not arrive: the same solve once more."""
         spec, operands = self.site.spec, self.operands
-        stop = any_of(spec.stop, self.layout, (*operands, *self.saved.sizes))
+        stop = any_of(spec.stop, self.layout, (*operands, *self.inputs.sizes))
         problem = problem_of(self.site, watched=not self.inside, stop=stop)
         f = self.runner.evaluations(operands, None)
         state = solve(f, self._start(), problem, solver=SOLVERS[spec.config.solver]).state

@@ -273,15 +273,15 @@ class Site:
             self.on_change(self)
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         """Updates that the next solve makes room for at first."""
         return (self.steps + 7) // 8 * 8
 
-    def took(self, evaluations: int) -> None:
+    def note_length(self, evaluations: int) -> None:
         """Note how long a solve was. What is not needed any more is given up little by little."""
         self.steps = max(evaluations, self.steps - 1)
 
-    def use(self, engine: str, reason: str) -> None:
+    def note_engine(self, engine: str, reason: str) -> None:
         """Note the engine of a call."""
         if (engine, reason) != (self.engine, self.engine_reason):
             self.engine, self.engine_reason = engine, reason

@@ -100,7 +100,7 @@ def advance(state: BroydenState, z: Tensor, g: Tensor) -> None:
         target.copy_(row if frozen is None else torch.where(frozen, target, row))
         _store(state, n, z, p, frozen)
     state.count = n + 1
-    state.high = max(state.high, state.count)
+    state.slots_written = max(state.slots_written, state.count)
     if frozen is None:
         state.n.fill_(state.count)
     else:
@@ -178,7 +178,7 @@ def _restart(state: BroydenState, frozen: Tensor | None) -> int:
         state.S[:, 0] = last
         state.C.zero_()
     else:
-        # What froze before keeps its factors: the backward reuses them. From now on slots below `high` may be in use.
+        # What froze before keeps its factors: the backward reuses them. From now on slots below `slots_written` may be in use.
         state.guarded = True
         state.S[:, 0] = torch.where(frozen, state.S[:, 0], last)
         state.C.masked_fill_(~frozen[:, :, None], 0)

@@ -15,7 +15,7 @@ struct Broyden {
   T *S, *C, *best, *mark, *ceiling, *z_best;  // (B, M+1, D), (B, M, ld), (B,), (B,), (B,) or null, (B, D)
   int32_t *n, *iterations, *stall;  // (B,)
   int8_t* done;                     // (B,)
-  float* about;                     // (B, 3) or null: of each sample that has stopped, its residual, evaluations and code
+  float* solve_info;                     // (B, 3) or null: of each sample that has stopped, its residual, evaluations and code
   i64 converged;                    // samples that stopped with CONVERGED; set when none runs any more
 };
 
@@ -204,7 +204,7 @@ static bool observe(const Broyden<T>& s, i64 b, T* z, T stop, T scale, i64 evalu
   if (improved) std::memcpy(z_best, z, sizeof(T) * s.D);
   s.done[b] = code;
   s.iterations[b] = int32_t(evaluation);
-  if (s.about) s.about[3 * b] = float(*best), s.about[3 * b + 1] = float(evaluation), s.about[3 * b + 2] = float(code);
+  if (s.solve_info) s.solve_info[3 * b] = float(*best), s.solve_info[3 * b + 1] = float(evaluation), s.solve_info[3 * b + 2] = float(code);
   return false;
 }
 

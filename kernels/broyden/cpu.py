@@ -26,34 +26,34 @@ def describe(factors: Factors) -> native.Broyden:
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(B: int, D: int, room: int, dtype: torch.dtype, S: bool, C: bool) -> tuple[dict[str, workspace.Place], int]:
-    """Where the parts of a state lie. S and C: whether the factors are among them, for `room` updates."""
+def _plan(B: int, D: int, capacity: int, dtype: torch.dtype, S: bool, C: bool) -> tuple[dict[str, workspace.Place], int]:
+    """Where the parts of a state lie. S and C: whether the factors are among them, for `capacity` updates."""
     rows = ((name, dtype, B) for name in ("best", "mark", "ceiling"))
     counts = ((name, torch.int32, B) for name in ("n", "iterations", "stall"))
     parts = [("struct", torch.uint8, native.BROYDEN.size), *rows, *counts, ("done", torch.int8, B), ("z", dtype, B * D)]
     if C:
-        parts.append(("C", dtype, B * room * coefficient_width(room)))
+        parts.append(("C", dtype, B * capacity * coefficient_width(capacity)))
     if S:
-        parts.append(("S", dtype, B * (room + 1) * D))
+        parts.append(("S", dtype, B * (capacity + 1) * D))
     return workspace.plan(parts)
 
 
 class CpuState(native.Parts, BroydenState):
     """A Broyden state that C++ works on. `count` and `guarded` of the lockstep implementation are not used.
 
-    room  updates that S and C have room for; grows up to `most`, where the solver restarts
+    capacity  updates that S and C have room for; grows up to `most`, where the solver restarts
     """
 
     def __init__(
-        self, z0: Tensor, S: Tensor | None, C: Tensor | None, memory: int, room: int | None, *, eta: float, tol: float,
+        self, z0: Tensor, S: Tensor | None, C: Tensor | None, memory: int, capacity: int | None, *, eta: float, tol: float,
         relative: bool, floor: float, functions: native.Functions,
     ) -> None:  # fmt: skip
         """No step stored yet. All is uninitialised before, and filled by C++."""
         B, D = z0.shape
         z0 = z0.contiguous()
         self.most = memory
-        self.room = room = memory if room is None or S is not None or C is not None else min(room, memory)
-        self.places, size = _plan(B, D, room, z0.dtype, S is None, C is None)
+        self.capacity = capacity = memory if capacity is None or S is not None or C is not None else min(capacity, memory)
+        self.places, size = _plan(B, D, capacity, z0.dtype, S is None, C is None)
         self.arena = workspace.Arena(size)
         self.z_best, self.reports = torch.empty_like(z0), torch.empty((B, 3))
         self.eta, self.tol, self.relative, self.floor, self.active = eta, tol, relative, floor, B
@@ -71,8 +71,8 @@ class CpuState(native.Parts, BroydenState):
             return at + self.places[name][2]
 
         native.BROYDEN.pack_into(
-            self.arena.lease, 0, B, D, room, coefficient_width(room), native.threads_for(B * D), relative, tol, floor, eta,
-            part("S") if S is None else S.data_ptr(), part("C") if C is None else C.data_ptr(), part("best"), part("mark"),
+            self.arena.lease, 0, B, D, capacity, coefficient_width(capacity), native.threads_for(B * D), relative, tol, floor,
+            eta, part("S") if S is None else S.data_ptr(), part("C") if C is None else C.data_ptr(), part("best"), part("mark"),
             part("ceiling"), self.z_best.data_ptr(), part("n"), part("iterations"), part("stall"), part("done"),
             self.reports.data_ptr(), 0,
         )  # fmt: skip
@@ -83,40 +83,40 @@ class CpuState(native.Parts, BroydenState):
         return native.Broyden.from_address(self.address)
 
     @property
-    def high(self) -> int:  # type: ignore[override]
-        return min(self.moves, self.room + 1)
+    def slots_written(self) -> int:  # type: ignore[override]
+        return min(self.moves, self.capacity + 1)
 
     def alone(self) -> Factors:
         if self.grown:  # the first block may go
-            return Factors(S=self.S, C=self.C, n=self.n.clone(), high=self.high)
+            return Factors(S=self.S, C=self.C, n=self.n.clone(), slots_written=self.slots_written)
         struct = self.struct
         struct.arena = self.arena  # or its memory would go where all tensors of it are empty
-        return Factors(S=self.S, C=self.C, n=self.n, high=self.high, native=struct)
+        return Factors(S=self.S, C=self.C, n=self.n, slots_written=self.slots_written, native=struct)
 
     def shaped(self, name: str, flat: Tensor) -> Tensor:
         B, D = self.z_best.shape
         if name == "S":
-            return flat.view(B, self.room + 1, D)
+            return flat.view(B, self.capacity + 1, D)
         if name == "C":
-            return flat.view(B, self.room, coefficient_width(self.room))
+            return flat.view(B, self.capacity, coefficient_width(self.capacity))
         return flat.view(B, D) if name == "z" else flat
 
     def _grow(self) -> None:
         """Room for twice as many updates."""
         S, C, self.grown = self.S, self.C, True
-        self.room = min(2 * self.room, self.most)
-        self.S, self.C = new_factors(self.z_best, self.room, S.dtype)
+        self.capacity = min(2 * self.capacity, self.most)
+        self.S, self.C = new_factors(self.z_best, self.capacity, S.dtype)
         self.S[:, : S.shape[1]] = S
         self.C[:, : C.shape[1], : C.shape[2]] = C
         self.C[:, : C.shape[1], C.shape[2] :] = 0  # C++ reads whole rows
         struct = self.struct
-        struct.S, struct.C, struct.M, struct.ld = self.S.data_ptr(), self.C.data_ptr(), self.room, self.C.shape[2]
+        struct.S, struct.C, struct.M, struct.ld = self.S.data_ptr(), self.C.data_ptr(), self.capacity, self.C.shape[2]
 
     def iterate(self, z0: Tensor) -> Tensor:
         return self.z
 
-    def about(self) -> Tensor:
-        return self.reports if self.settled else super().about()
+    def solve_info(self) -> Tensor:
+        return self.reports if self.settled else super().solve_info()
 
     def all_converged(self) -> bool:
         struct = self.struct
@@ -130,7 +130,7 @@ class CpuState(native.Parts, BroydenState):
         if norms is not None:
             norms = norms.to(z.dtype).contiguous()
         self.moves += 1
-        if self.moves > self.room + 1 and self.room < self.most:  # a step may lie in the last slot: the next needs another
+        if self.moves > self.capacity + 1 and self.capacity < self.most:  # one may lie in the last slot: the next needs another
             self._grow()
         norms_at = None if norms is None else norms.data_ptr()
         self.active = self.functions.step(self.address, z.data_ptr(), f.data_ptr(), norms_at, self.evaluations, flags)

@@ -27,7 +27,7 @@ def new_state(
     tol: float = 0.0,
     relative: bool = True,
     floor: float = 0.0,
-    room: int | None = None,
+    capacity: int | None = None,
 ) -> BroydenState:
     """A Broyden state with no stored step, H = -I.
 
@@ -39,7 +39,7 @@ def new_state(
         S: (B, M+1, D) buffer to use, rows dense and evenly spaced; its contents are never read.
         C: (B, M, coefficient_width(M)) buffer to use, in the compute dtype; its contents are never read.
         tol: see :class:`~.state.Progress`; so are ``relative`` and ``floor``.
-        room: updates to make room for at first, at least 1; where more are stored the C++ step makes more room. None: all
+        capacity: updates to make room for at first, at least 1; where more are stored the C++ step makes more room. None: all
             ``memory``. Others than the C++ step always make room for all.
 
     Raises:
@@ -51,7 +51,7 @@ def new_state(
     if factor_dtype == z0.dtype and contiguous and z0.device.type == "cpu" and not on_gpu(z0.device):
         functions = native.functions_of(z0.dtype)
         if functions is not None:
-            return CpuState(z0, S, C, memory, room, eta=eta, tol=tol, relative=relative, floor=floor, functions=functions)
+            return CpuState(z0, S, C, memory, capacity, eta=eta, tol=tol, relative=relative, floor=floor, functions=functions)
     if S is None or C is None:
         own = new_factors(z0, memory, factor_dtype)
         S, C = own[0] if S is None else S, own[1] if C is None else C

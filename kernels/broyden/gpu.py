@@ -78,7 +78,7 @@ class Outputs:
     z_best    (B, D) iterates
     ints      (3, padded(B)) int32: steps stored, evaluations, codes
     residual  (B,) compute dtype, of z_best
-    about     (B, 3) float32: residual, evaluations, code
+    solve_info  (B, 3) float32: residual, evaluations, code
     """
 
     S: Tensor
@@ -86,12 +86,12 @@ class Outputs:
     z_best: Tensor
     ints: Tensor
     residual: Tensor
-    about: Tensor
+    solve_info: Tensor
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """In the order of the table."""
-        return tuple(t.data_ptr() for t in (self.S, self.C, self.z_best, self.ints, self.residual, self.about))
+        return tuple(t.data_ptr() for t in (self.S, self.C, self.z_best, self.ints, self.residual, self.solve_info))
 
 
 class Launches:
@@ -182,7 +182,7 @@ class TritonState(BroydenState, Launches):
         return state
 
     def alone(self) -> Factors:
-        return Factors(S=self.S, C=self.C, n=self.n, high=self.S.shape[1])  # the kernels look at each sample's own n
+        return Factors(S=self.S, C=self.C, n=self.n, slots_written=self.S.shape[1])  # the kernels look at each sample's own n
 
     @property
     def memory(self) -> int:
@@ -194,7 +194,7 @@ class TritonState(BroydenState, Launches):
         S, C = factors or new_factors(like, self.sizes[0], self.S.dtype)
         return Outputs(
             S=S, C=C, z_best=torch.empty_like(like), ints=like.new_empty((3, padded(B)), dtype=torch.int32),
-            residual=like.new_empty(B), about=like.new_empty((B, 3), dtype=torch.float32),
+            residual=like.new_empty(B), solve_info=like.new_empty((B, 3), dtype=torch.float32),
         )  # fmt: skip
 
 
@@ -224,10 +224,10 @@ class TritonState(BroydenState, Launches):
         out: (4,) int32. With a table, each sample's numbers go to their outputs too."""
         B = self.done.shape[0]
         if self.table is not None and B:
-            about = self._buffer("about", (1,), torch.float32)  # says a dtype
+            solve_info = self._buffer("solve_info", (1,), torch.float32)  # says a dtype
             launch(
-                self, self.kernels.finish, (-(-B // 256),), self.n, self.best, self.iterations, self.done, about, self.table, B,
-                BB=256, num_warps=4,
+                self, self.kernels.finish, (-(-B // 256),), self.n, self.best, self.iterations, self.done, solve_info, self.table,
+                B, BB=256, num_warps=4,
             )  # fmt: skip
         summarise(self, out)
 

@@ -24,21 +24,21 @@ FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 class Factors:
     """The inverse-Jacobian estimate H = -(I + S[1:]^T C S[:-1]) of each sample, as steps (Kelley's product form).
 
-    Two properties let every sample be used with the same slice, whatever its own ``n``: ``S[:, :high]`` is finite, and
+    Two properties let every sample be used with the same slice, whatever its own ``n``: ``S[:, :slots_written]`` is finite, and
     row j of C is zero from j = n - 1 on.
 
     Attributes:
-        S: (B, M+1, D) steps s_0 .. s_{n-1}; compute dtype, bfloat16 or float16. Uninitialised from slot ``high`` on.
+        S: (B, M+1, D) steps s_0 .. s_{n-1}; compute dtype, bfloat16 or float16. Uninitialised from slot ``slots_written`` on.
         C: (B, M, coefficient_width(M)) lower triangular, compute dtype; columns from M on are padding.
         n: (B,) int32, number of steps stored; n - 1 of them have a row in C.
-        high: number of slots of S that have ever been written.
+        slots_written: number of slots of S that have ever been written.
         native: what an implementation remembers of the tensors above.
     """
 
     S: Tensor
     C: Tensor
     n: Tensor
-    high: int = 0
+    slots_written: int = 0
     native: Any = None
 
     @property
@@ -59,7 +59,7 @@ class BroydenState(Progress, Factors):
     Attributes:
         eta: Powell's guard: an update whose denominator is below eta in magnitude is damped; 0 for the textbook's.
         count: steps stored by every sample that still runs; equals its ``n``.
-        guarded: whether samples were frozen before a restart, so that slots below ``high`` may be in use.
+        guarded: whether samples were frozen before a restart, so that slots below ``slots_written`` may be in use.
     """
 
     eta: float
@@ -70,7 +70,7 @@ class BroydenState(Progress, Factors):
         """Do not ask a device how far it is: the iteration goes on to its cap, as somebody else's capture needs."""
 
     def alone(self) -> Factors:
-        return Factors(S=self.S, C=self.C, n=self.n, high=self.high)
+        return Factors(S=self.S, C=self.C, n=self.n, slots_written=self.slots_written)
 
     def iterate(self, z0: Tensor) -> Tensor:
         """The iterate to begin with: (B, D), contiguous, equal to the ``z0`` of this state and no other's."""
@@ -79,7 +79,7 @@ class BroydenState(Progress, Factors):
 
 def factors_of(S: Tensor, C: Tensor, n: Tensor) -> Factors:
     """Factors from the tensors that a finished solve left (S, C and n as in :class:`Factors`). Synchronises once."""
-    return Factors(S=S, C=C, n=n, high=int(n.max()) if n.numel() else 0)
+    return Factors(S=S, C=C, n=n, slots_written=int(n.max()) if n.numel() else 0)
 
 
 def coefficient_width(memory: int) -> int:

@@ -22,13 +22,13 @@ import triton.language as tl
 from ..triton_shared import CONVERGED, MAX_ITER, NONFINITE, RUNNING, padded, set_conditional, through, vote
 from .triton_parts import coefficients, freeze, judge, move, products, steps_after, store_row
 
-ADDRESSES = ["S_address", "C_address", "best_z_address", "ints_address", "residual_address", "about_address"]
+ADDRESSES = ["S_address", "C_address", "best_z_address", "ints_address", "residual_address", "solve_info_address"]
 
 
 @triton.jit(do_not_specialize=ADDRESSES)
 def start(
     z0_ptr, z_ptr, best_z_ptr, n_ptr, best_ptr, mark_ptr, stall_ptr, count_ptr, done_ptr, table_ptr,
-    S_address, C_address, best_z_address, ints_address, residual_address, about_address,
+    S_address, C_address, best_z_address, ints_address, residual_address, solve_info_address,
     D, SLAB, BD: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
     """A new solve: no step stored, every sample at its row of z0, addresses in the table. Grid (B, slabs)."""
@@ -48,7 +48,7 @@ def start(
                 tl.store(table_ptr + 2, best_z_address.to(tl.int64))
                 tl.store(table_ptr + 3, ints_address.to(tl.int64))
                 tl.store(table_ptr + 4, residual_address.to(tl.int64))
-                tl.store(table_ptr + 5, about_address.to(tl.int64))
+                tl.store(table_ptr + 5, solve_info_address.to(tl.int64))
     d = tl.arange(0, BD)
     lo = tl.program_id(1) * SLAB
     hi = tl.minimum(lo + SLAB, D)
@@ -81,14 +81,14 @@ def summarise(done_ptr, count_ptr, out_ptr, B, BB: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["B"])
-def finish(n_ptr, best_ptr, count_ptr, done_ptr, about_ptr, table_ptr, B, BB: tl.constexpr):
+def finish(n_ptr, best_ptr, count_ptr, done_ptr, solve_info_ptr, table_ptr, B, BB: tl.constexpr):
     """What a captured solve says of each sample, into the new tensors whose addresses are in the table: ints (3, padded(B)) of
-    steps, evaluations and codes; residual (B,); about (B, 3) of residual, evaluations and codes. Grid (cdiv(B, BB),)."""
+    steps, evaluations and codes; residual (B,); solve_info (B, 3) of residual, evaluations and codes. Grid (cdiv(B, BB),)."""
     b = tl.program_id(0) * BB + tl.arange(0, BB)
     m = b < B
     ints = through(n_ptr, table_ptr, 3)
     residual = through(best_ptr, table_ptr, 4)
-    about = through(about_ptr, table_ptr, 5)
+    solve_info = through(solve_info_ptr, table_ptr, 5)
     count = tl.load(count_ptr + b, mask=m)
     best = tl.load(best_ptr + b, mask=m)
     tl.store(ints + b, tl.load(n_ptr + b, mask=m), mask=m)
@@ -96,9 +96,9 @@ def finish(n_ptr, best_ptr, count_ptr, done_ptr, about_ptr, table_ptr, B, BB: tl
     done = tl.load(done_ptr + b, mask=m)
     tl.store(ints + 2 * padded(B) + b, done, mask=m)
     tl.store(residual + b, best, mask=m)
-    tl.store(about + 3 * b, best.to(tl.float32), mask=m)
-    tl.store(about + 3 * b + 1, count.to(tl.float32), mask=m)
-    tl.store(about + 3 * b + 2, done.to(tl.float32), mask=m)
+    tl.store(solve_info + 3 * b, best.to(tl.float32), mask=m)
+    tl.store(solve_info + 3 * b + 1, count.to(tl.float32), mask=m)
+    tl.store(solve_info + 3 * b + 2, done.to(tl.float32), mask=m)
 
 
 @triton.jit(do_not_specialize=["max_iter"])

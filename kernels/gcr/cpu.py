@@ -32,12 +32,12 @@ class CpuGcr(native.Parts, GcrState):
     """A state that C++ works on. `count` of the lockstep implementation is not used; x and r are set by the first move."""
 
     def __init__(
-        self, q: Tensor, operator: Multisecant | None, memory: int, tol: float, floor: float, room: int | None,
+        self, q: Tensor, operator: Multisecant | None, memory: int, tol: float, floor: float, capacity: int | None,
         functions: native.Functions,
     ) -> None:  # fmt: skip
         """All is uninitialised before, and filled by C++."""
         B, D = q.shape
-        self.pairs = pairs = min(memory, PAIRS if room is None else (room + 3) // 4 * 4)
+        self.pairs = pairs = min(memory, PAIRS if capacity is None else (capacity + 3) // 4 * 4)
         self.most = memory  # pairs to which the basis may grow
         self.places, size = _plan(B, D, pairs, q.dtype)
         self.arena = workspace.Arena(size)

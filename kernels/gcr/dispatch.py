@@ -17,7 +17,7 @@ from .state import GcrState
 
 
 def new_state(
-    q: Tensor, operator: Multisecant | None, memory: int, *, tol: float, floor: float = 0.0, room: int | None = None
+    q: Tensor, operator: Multisecant | None, memory: int, *, tol: float, floor: float = 0.0, capacity: int | None = None
 ) -> GcrState:
     """The iteration for w = q + J^T w, before its first VJP, which is to be taken at ``state.w`` = M q.
 
@@ -27,7 +27,7 @@ def new_state(
         memory: pairs that are stored before the basis is dropped, at least 1.
         tol: relative residual at which a sample, or the batch as a whole, stops.
         floor: relative residual below which stagnation counts as having converged.
-        room: VJPs to make room for at first, where C++ runs the iteration; None: not known.
+        capacity: VJPs to make room for at first, where C++ runs the iteration; None: not known.
 
     Raises:
         ValueError: an argument that is not as above.
@@ -44,7 +44,7 @@ def new_state(
         return TritonGcr.create(q, operator, memory, tol, floor, kernels)
     functions = native.functions(q) if operator is None else native.functions(q, operator.S, operator.V)
     if functions is not None:
-        return CpuGcr(q, operator, memory, tol, floor, room, functions)
+        return CpuGcr(q, operator, memory, tol, floor, capacity, functions)
     return aten.new_aten_state(q, operator, memory, progress_fields(q, tol, relative=True, floor=floor))
 
 

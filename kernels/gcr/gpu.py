@@ -67,7 +67,7 @@ class TritonGcr(GcrState, Launches):
         z_best, x, r, w, true_residual = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(5))
         if operator is None:
             nothing = q.new_empty((1, 1, 16))
-            operator = Multisecant(S=nothing, V=nothing, n=torch.zeros(B, dtype=torch.int32, device=device), high=0)
+            operator = Multisecant(S=nothing, V=nothing, n=torch.zeros(B, dtype=torch.int32, device=device), slots_written=0)
         found = TritonGcr(
             done=done, best=best, z_best=z_best, iterations=iterations, mark=mark, stall=stall,
             ceiling=q.new_full((B,), math.inf), tol=tol, relative=True,
@@ -76,7 +76,7 @@ class TritonGcr(GcrState, Launches):
             outcome=q.new_zeros(2), norm_of_batch=q.new_zeros(1), row=row, gram=q.new_empty((B, memory, memory)),
             squares=q.new_empty((B, memory)),
         )  # fmt: skip
-        if operator.high:
+        if operator.slots_written:
             found.slots = (operator.S.shape[1], operator.S.stride(1))
         if begin:
             found.restart()

@@ -11,9 +11,9 @@ from .state import (
     RESOLUTION,
     RUNNING,
     Progress,
-    about_of,
     new_progress,
     progress_fields,
+    solve_info_of,
 )
 
 __all__ = [
@@ -26,9 +26,9 @@ __all__ = [
     "RESOLUTION",
     "RUNNING",
     "Progress",
-    "about_of",
     "new_progress",
     "observe",
     "observe_by_masks",
     "progress_fields",
+    "solve_info_of",
 ]

@@ -36,7 +36,7 @@ COARSE = 0.1
 RESOLUTION = 2.0
 
 
-def about_of(residual: Tensor, iterations: Tensor, done: Tensor) -> Tensor:
+def solve_info_of(residual: Tensor, iterations: Tensor, done: Tensor) -> Tensor:
     """(B, 3) float32 of three tensors (B,)."""
     return torch.stack([residual.float(), iterations, done], dim=1)  # the integers become float32 on the way
 
@@ -99,9 +99,9 @@ class Progress:
             return torch.maximum(norm, max(2 * self.tol / FALL, at_floor) * scale)
         return torch.maximum(norm, at_floor * scale).clamp_(min=self.tol / FALL)
 
-    def about(self) -> Tensor:
+    def solve_info(self) -> Tensor:
         """(B, 3) float32: the smallest stopping residual of each sample, the evaluations at which it stopped, and why."""
-        return about_of(self.best, self.iterations, self.done)
+        return solve_info_of(self.best, self.iterations, self.done)
 
     def all_converged(self) -> bool:
         """Whether every sample has reached the tolerance itself. Synchronises."""

@@ -19,7 +19,7 @@ def multisecant(factors: Factors, skip: int, functions: native.Functions) -> Mul
     """:func:`~.dispatch.multisecant`; rows of V from n on are not written."""
     V = empty_weights(factors)
     functions.multisecant(ctypes.addressof(describe(factors)), V.data_ptr(), V.shape[2], skip, RIDGE, RIDGE_FAR)
-    return Multisecant(S=factors.S, V=V, n=factors.n, high=factors.high)
+    return Multisecant(S=factors.S, V=V, n=factors.n, slots_written=factors.slots_written)
 
 
 def native_operator(operator: Multisecant | None) -> native.Operator:

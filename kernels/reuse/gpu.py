@@ -36,7 +36,8 @@ def multisecant(factors: Factors, skip: int, kernels: Any) -> Multisecant:
     """:func:`~.dispatch.multisecant` in two launches; nothing goes to the host. ATen where a kernel would not fit."""
     if not weighs(factors):
         return multisecant_aten(factors, skip)
-    operator = Multisecant(S=factors.S, V=empty_weights(factors), n=torch.empty_like(factors.n), high=factors.high)
+    V, n = empty_weights(factors), torch.empty_like(factors.n)
+    operator = Multisecant(S=factors.S, V=V, n=n, slots_written=factors.slots_written)
     make_weights(factors, operator, skip, kernels)
     return operator
 
@@ -44,7 +45,7 @@ def multisecant(factors: Factors, skip: int, kernels: Any) -> Multisecant:
 def weighs(factors: Factors) -> bool:
     """Whether the kernels make the weights of these factors: fp32, at most 64 steps."""
     slots = factors.S.shape[1]
-    return factors.high >= 2 and factors.C.dtype == torch.float32 and slots <= MOST_SLOTS and factors.S.shape[0] > 0
+    return factors.slots_written >= 2 and factors.C.dtype == torch.float32 and slots <= MOST_SLOTS and factors.S.shape[0] > 0
 
 
 @dataclass

@@ -39,14 +39,14 @@ class Multisecant:
         S: (B, M+1, D) steps, as in :class:`~..broyden.state.Factors`.
         V: (B, M+1, coefficient_width(M+1)) compute dtype; zero where a sample has no pair. Only n rows and columns are in use.
         n: (B,) int32, number of steps stored.
-        high: number of slots of S that have ever been written.
+        slots_written: number of slots of S that have ever been written.
         native: what an implementation remembers of the tensors above.
     """
 
     S: Tensor
     V: Tensor
     n: Tensor
-    high: int
+    slots_written: int
     native: Any = None
 
 
@@ -109,19 +109,19 @@ def weights_from_gram(G: Tensor, C: Tensor, n: Tensor, skip: int = 0) -> Tensor:
 
 def multisecant_aten(factors: Factors, skip: int = 0, G: Tensor | None = None) -> Multisecant:
     """:func:`~.dispatch.multisecant` in ATen operators; `G` is the Gram matrix where it is known already."""
-    k = factors.high
+    k = factors.slots_written
     V = empty_weights(factors).zero_()
     if k >= 2:
         if G is None:
             G = gram_torch(factors.S[:, :k], factors.n, factors.C.dtype)
         W = weights_from_gram(G, factors.C, factors.n, skip)
         V[:, :k, :k] = W.transpose(1, 2).neg_().to(V.dtype)
-    return Multisecant(S=factors.S, V=V, n=factors.n, high=k)
+    return Multisecant(S=factors.S, V=V, n=factors.n, slots_written=k)
 
 
 def apply_aten(operator: Multisecant, x: Tensor) -> Tensor:
     """M x for x (B, D) in the compute dtype."""
-    k = operator.high
+    k = operator.slots_written
     if k < 2:
         return x.clone()
     S = operator.S[:, :k].to(x.dtype)

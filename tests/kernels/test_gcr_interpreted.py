@@ -62,13 +62,13 @@ def problem(B: int, D: int) -> tuple[Tensor, Tensor, Factors]:
     for i, n in enumerate(state.n.tolist()):
         S[i, :n] = state.S[i, :n]
     assert state.C.shape[2] == coefficient_width(12)
-    return J, q, Factors(S=S, C=state.C, n=state.n, high=13)
+    return J, q, Factors(S=S, C=state.C, n=state.n, slots_written=13)
 
 
 def aten_operator(factors: Factors, dtype: torch.dtype = torch.float64) -> Multisecant:
-    clean = Factors(S=factors.S.nan_to_num(0.0), C=factors.C, n=factors.n, high=int(factors.n.max()))
+    clean = Factors(S=factors.S.nan_to_num(0.0), C=factors.C, n=factors.n, slots_written=int(factors.n.max()))
     found = multisecant_aten(clean)
-    return Multisecant(S=found.S.to(dtype), V=found.V.to(dtype), n=found.n, high=found.high)
+    return Multisecant(S=found.S.to(dtype), V=found.V.to(dtype), n=found.n, slots_written=found.slots_written)
 
 
 def run(state: GcrState, J: Tensor, cap: int = 30) -> list[Tensor]:
@@ -103,7 +103,7 @@ def triton_state(q: Tensor, operator: Multisecant | None, memory: int, tol: floa
 def test_trials_in_float64(B: int, D: int, factored: bool) -> None:
     J, q, factors = problem(B, D)
     expected = new_aten_state(q, aten_operator(factors) if factored else None, 20, progress(q, TOL))
-    poisoned = Multisecant(S=factors.S, V=aten_operator(factors).V, n=factors.n, high=13) if factored else None
+    poisoned = Multisecant(S=factors.S, V=aten_operator(factors).V, n=factors.n, slots_written=13) if factored else None
     ours = triton_state(q, poisoned, 20, TOL)
     theirs, mine = run(expected, J), run(ours, J)
     assert len(mine) == len(theirs)
@@ -166,7 +166,7 @@ def test_nothing_new_begins_again() -> None:
 def test_fp32_and_low_precision_steps_are_repeatable() -> None:
     J, q, factors = problem(2, 50)
     operator = aten_operator(factors, torch.float32)
-    operator = Multisecant(S=factors.S.to(torch.bfloat16), V=operator.V, n=operator.n, high=13)
+    operator = Multisecant(S=factors.S.to(torch.bfloat16), V=operator.V, n=operator.n, slots_written=13)
     runs = []
     for _ in range(2):
         state = triton_state(q.float(), operator, 20, 1e-4)

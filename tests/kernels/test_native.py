@@ -111,7 +111,7 @@ def test_what_cpp_reports_is_what_the_tensors_say() -> None:
         z = state.iterate(z0)
         while state.running:
             step(state, z, f(z), last=state.evaluations + 1 == most)
-        assert torch.equal(state.about(), BroydenState.about(state))
+        assert torch.equal(state.solve_info(), BroydenState.solve_info(state))
         assert state.all_converged() == BroydenState.all_converged(state)
         return state
 
@@ -126,7 +126,7 @@ def test_given_buffers_are_the_factors() -> None:
     z0, b = torch.zeros(3, 7), torch.randn(3, 7)
     results = []
     for S, C in ((None, None), (torch.empty(3, 5, 7), torch.empty(3, 4, 16)), (torch.empty(3, 5, 7), None)):
-        state, z = new_state(z0, 4, S=S, C=C, room=1), z0.clone()
+        state, z = new_state(z0, 4, S=S, C=C, capacity=1), z0.clone()
         for _ in range(4):
             step(state, z, torch.tanh(0.7 * z.flip(1) + b))
         assert (state.S.shape, state.C.shape) == ((3, 5, 7), (3, 4, 16))
@@ -145,19 +145,19 @@ def test_given_buffers_are_the_factors() -> None:
 def test_room_that_grows_changes_no_bit(D: int, memory: int, steps: int, dtype: torch.dtype) -> None:
     """Up to the last slot, one beyond, and through a restart; a sample that is not finite half way, and stays behind."""
     results = []
-    for room in (None, 1, 16, 17, 100):
+    for capacity in (None, 1, 16, 17, 100):
         torch.manual_seed(0)
         a, b = 0.9 * torch.rand(D, dtype=dtype), torch.randn(3, D, dtype=dtype)
         z = torch.zeros(3, D, dtype=dtype)
-        state = new_state(z, memory, tol=-1.0, room=room)
+        state = new_state(z, memory, tol=-1.0, capacity=capacity)
         assert isinstance(state, CpuState)
-        assert state.S.shape[1] == 1 + min(room or memory, memory)
+        assert state.S.shape[1] == 1 + min(capacity or memory, memory)
         for k in range(steps):
             f = torch.tanh(a * z + 0.3 * z.flip(1) + b)
             if k == 12:
                 f[1] = math.nan
             step(state, z, f)
-        assert state.S.shape[1] <= 1 + max(min(room or memory, memory), min(2 * steps, memory))
+        assert state.S.shape[1] <= 1 + max(min(capacity or memory, memory), min(2 * steps, memory))
         lists = [(state.S[i, :n].clone(), state.C[i, : n - 1, : n - 1].clone()) for i, n in enumerate(state.n.tolist())]
         x = torch.ones(3, D, dtype=dtype)
         made = apply_multisecant(multisecant(state), x)

@@ -153,7 +153,7 @@ def test_type_ii_operator_of_low_precision_factors(dtype: torch.dtype) -> None:
     factors, *_ = solved(65, [9, 5, 3], dtype=torch.float32)
     stored = torch.arange(factors.S.shape[1]) < factors.n[:, None]
     S = torch.where(stored[:, :, None], factors.S, 0.0).to(dtype)
-    low = Factors(S=S, C=factors.C, n=factors.n, high=factors.high)
+    low = Factors(S=S, C=factors.C, n=factors.n, slots_written=factors.slots_written)
     x = torch.randn(3, 65)
     y = apply_multisecant(multisecant(low), x)
     exact = apply_multisecant(multisecant(factors), x)

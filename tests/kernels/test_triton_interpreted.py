@@ -330,7 +330,7 @@ def test_through_a_table_of_addresses(form: str, interpreted: dict[str, Any]) ->
             assert torch.equal(out.z_best, direct.z_best)
             assert torch.equal(out.ints[:, :2], torch.stack([direct.n, direct.iterations, direct.done]))
             assert torch.equal(out.residual, direct.best)
-            assert torch.equal(out.about, torch.stack([direct.best, direct.iterations, direct.done], 1))
+            assert torch.equal(out.solve_info, torch.stack([direct.best, direct.iterations, direct.done], 1))
             for b, n in enumerate(direct.n.tolist()):
                 assert torch.equal(S[b, :n], direct.S[b, :n])
                 assert torch.equal(C[b, : n - 1, : n - 1].tril(), direct.C[b, : n - 1, : n - 1].tril())
@@ -380,6 +380,6 @@ def test_type_ii_operator(form: str, B: int, D: int, interpreted: dict[str, Any]
     operator = multisecant_aten(made)
     x = torch.randn(B, D, dtype=torch.float64)
     S = made.S.nan_to_num(0.0)  # ATen reads what is not in use
-    expected = apply_aten(Multisecant(S=S, V=operator.V, n=made.n, high=made.high), x)
+    expected = apply_aten(Multisecant(S=S, V=operator.V, n=made.n, slots_written=made.slots_written), x)
     cut = CUTS[form](D)
     torch.testing.assert_close(reuse_gpu.apply_multisecant(operator, x, interpreted["reuse"], cut), expected)

@@ -53,7 +53,7 @@ def expected(made: Factors, skip: int) -> Tensor:
     V = torch.zeros(made.S.shape[0], k, k)
     for i, n in enumerate(made.n.tolist()):
         if n >= 2:
-            own = Factors(S=made.S[i : i + 1, :n], C=made.C[i : i + 1], n=made.n[i : i + 1], high=n)
+            own = Factors(S=made.S[i : i + 1, :n], C=made.C[i : i + 1], n=made.n[i : i + 1], slots_written=n)
             G = gram_torch(own.S.double(), own.n, torch.float64)
             V[i, :n, :n] = multisecant_aten(own, skip, G).V[0, :n, :n]
     return V
@@ -96,8 +96,8 @@ def test_factors_are_found_through_a_table() -> None:
     made = factors(30, [6, 3], 11)
     want = gpu.multisecant(made, 0, kernels)
     S = torch.full((2, 11, 32), math.nan)[:, :, :30]
-    elsewhere = Factors(S=S, C=torch.full_like(made.C, math.nan), n=torch.zeros_like(made.n), high=made.high)
-    operator = Multisecant(S=made.S, V=empty_weights(made), n=torch.zeros_like(made.n), high=made.high)
+    elsewhere = Factors(S=S, C=torch.full_like(made.C, math.nan), n=torch.zeros_like(made.n), slots_written=made.slots_written)
+    operator = Multisecant(S=made.S, V=empty_weights(made), n=torch.zeros_like(made.n), slots_written=made.slots_written)
     table, room = torch.zeros(3, dtype=torch.int64), gpu.Workspace.like(made.S)
     gpu.point_at(made, table, kernels, gpu.Held())
     assert table.tolist() == [made.S.data_ptr(), made.C.data_ptr(), made.n.data_ptr()]

@@ -189,10 +189,10 @@ def test_a_low_precision_body_and_low_precision_factors() -> None:
     assert converged(found.status).all()
 
 
-@pytest.mark.parametrize("room", [1, 3, 12, 40])
-def test_room_for_the_factors_changes_no_bit(room: int) -> None:
+@pytest.mark.parametrize("capacity", [1, 3, 12, 40])
+def test_room_for_the_factors_changes_no_bit(capacity: int) -> None:
     body = Body(4, 31, 0.7)
-    found = solve(body, torch.zeros(4, 31), memory=12, room=room)
+    found = solve(body, torch.zeros(4, 31), memory=12, capacity=capacity)
     own = solve(body, torch.zeros(4, 31), memory=12)
     assert found.state is not None
     assert own.state is not None

@@ -172,7 +172,7 @@ def test_what_a_region_returns_is_not_what_it_saved(iterations: int | None) -> N
     site = register(RegionSpec(spec, (x.dtype,), ((0, 1),), iterations, True, config, needs=(True, False)))  # held: it is ours
     for _ in range(4):  # calls 0, 1 and 2 compare a loop; from then on it is linearised
         state, ticket, _, held = solve_op([torch.zeros_like(x)], [w, x], [], site.key)
-    left: Any = ticket.left
+    left: Any = ticket.saved
     linears = left.loop if iterations else [left.linear]
     assert len(linears) == (iterations or 1)
     kept = [t.untyped_storage().data_ptr() for linear in linears for t in linear.saved if isinstance(t, Tensor)]

@@ -15,7 +15,7 @@ from deq_compile.config import Options
 from deq_compile.region.body import BodySpec
 from deq_compile.region.modes import Ambient
 from deq_compile.region.op import solve_op
-from deq_compile.region.run import Left
+from deq_compile.region.run import SavedForBackward
 from deq_compile.region.site import RegionSpec, Site, register, site
 
 TIGHT = {"tol": 1e-11, "backward_tol": 1e-11, "inner": "eager", "verify": "never", "max_iter": 60, "backward_max_iter": 60}
@@ -143,8 +143,8 @@ def test_a_mode_that_watches_operators_changes_nothing() -> None:
     torch.testing.assert_close(*found)
 
 
-def left_of(ticket: Tensor) -> Left:
-    found: Left = ticket.left  # type: ignore[attr-defined]
+def left_of(ticket: Tensor) -> SavedForBackward:
+    found: SavedForBackward = ticket.saved  # type: ignore[attr-defined]
     return found
 
 

@@ -150,7 +150,7 @@ def making_m(setting: Setting) -> Finding:
     S = torch.randn(B, slots, D, generator=generator, device=setting.device)
     C = 0.02 * torch.randn(B, slots - 1, 48, generator=generator, device=setting.device).tril()
     n = torch.full((B,), min(11, slots - 1), dtype=torch.int32, device=setting.device)
-    factors = Factors(S=S, C=C, n=n, high=slots)
+    factors = Factors(S=S, C=C, n=n, slots_written=slots)
     made = multisecant(factors)
     finite = bool(torch.isfinite(made.V).all())
     timing = setting.timed(lambda: multisecant(factors))

@@ -12,10 +12,10 @@ from deq_compile.kernels.device import on_gpu
 from deq_compile.region import records
 from deq_compile.region.adjoint import AdjointProblem, AdjointSolution, solve_adjoint
 from deq_compile.region.backward import BACKWARDS, AdjointCall, Backward
+from deq_compile.region.backwards.policy import factors_pay
 from deq_compile.region.body import Linearised
 from deq_compile.region.site import Site
 from deq_compile.region.verdict import measure_gradient
-from deq_compile.region.worth import factors_pay
 
 
 class Reuse(Backward):

@@ -54,7 +54,7 @@ class CapturedAdjoint(Captured):
         if factors is not None:
             # What the steps say is found through the table; the tensors here only say their dtypes and strides.
             like = replace(factors, S=factors.S.new_empty((1, 1, 16)), n=torch.empty_like(factors.n), native=None)
-            operator = Multisecant(S=factors.S, V=empty_weights(factors), n=like.n, high=factors.high)
+            operator = Multisecant(S=factors.S, V=empty_weights(factors), n=like.n, slots_written=factors.slots_written)
             if reuse_gpu.weighs(factors):
                 self.weights = like, reuse_gpu.Workspace.like(factors.S)
         self.state = TritonGcr.create(
@@ -83,10 +83,10 @@ class CapturedAdjoint(Captured):
     def before(self) -> None:
         """M from the forward's steps, the body linearised, and the first trial w = M q."""
         if self.weights is not None:
-            like, room = self.weights
+            like, capacity = self.weights
             operator, table = self.state.operator, self.state.table
             assert operator is not None
-            reuse_gpu.make_weights(like, operator, self.settings.skip, triton_kernels("reuse"), table, room)
+            reuse_gpu.make_weights(like, operator, self.settings.skip, triton_kernels("reuse"), table, capacity)
         self.linear = self.runner.linearise(self.z, self.operands.tensors, self.needs)
         self.state.restart()
 

@@ -45,7 +45,7 @@ class Ended:
     evaluations = 0  # only the device knows
 
     def __init__(self, out: Outputs) -> None:
-        self.ints, self.best, self._about = out.ints, out.residual, out.about
+        self.ints, self.best, self._solve_info = out.ints, out.residual, out.solve_info
 
     def _row(self, number: int) -> Tensor:
         return self.ints.as_strided((self.best.shape[0],), (1,), number * self.ints.shape[1])
@@ -62,8 +62,8 @@ class Ended:
     def done(self) -> Tensor:
         return self._row(2)
 
-    def about(self) -> Tensor:
-        return self._about
+    def solve_info(self) -> Tensor:
+        return self._solve_info
 
     def all_converged(self) -> bool:
         """False: nobody has asked the device."""
@@ -114,7 +114,7 @@ class CapturedForward(Captured):
             if not self.launch():
                 return None
             ended = Ended(out)
-            factors = Factors(S=out.S, C=out.C, n=ended.steps, high=out.S.shape[1])
+            factors = Factors(S=out.S, C=out.C, n=ended.steps, slots_written=out.S.shape[1])
             return Solution.of(ended, factors, z=out.z_best, outcome=outcome)
         finally:
             self.leave()

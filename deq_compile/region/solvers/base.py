@@ -34,7 +34,7 @@ class Problem:
         factor_dtype: dtype of the stored steps; None is that of the state.
         eta: Powell's guard of Broyden's update.
         body_eps: eps of the precision that the body computes in; None is that of the state's dtype.
-        room: updates to make room for at first, see :func:`deq_compile.kernels.broyden.new_state`.
+        capacity: updates to make room for at first, see :func:`deq_compile.kernels.broyden.new_state`.
         watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
         anderson_memory, anderson_damping: m and beta of "anderson"; others may read them as they like.
         stop: (z, f(z)) -> whether the whole batch may stop here; ``tol`` and the floor stop single samples beside it.
@@ -50,7 +50,7 @@ class Problem:
     factor_dtype: torch.dtype | None = None
     eta: float = 0.1
     body_eps: float | None = None
-    room: int | None = None
+    capacity: int | None = None
     watched: bool = True
     anderson_memory: int = 5
     anderson_damping: float = 1.0

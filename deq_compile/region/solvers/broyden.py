@@ -21,7 +21,7 @@ class Broyden(Solver):
         memory = problem.max_iter if problem.memory is None else problem.memory
         state = broyden.new_state(
             z0, memory, problem.factor_dtype, problem.eta, tol=problem.tol, relative=problem.relative,
-            floor=problem.floor(z0.dtype), room=problem.room,
+            floor=problem.floor(z0.dtype), capacity=problem.capacity,
         )  # fmt: skip
         if not problem.watched:
             state.unwatched()

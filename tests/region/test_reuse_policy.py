@@ -8,8 +8,8 @@ from torch import Tensor
 
 from deq_compile.kernels.gcr import cpu
 from deq_compile.region.adjoint import AdjointProblem, AdjointSolution, solve_adjoint
+from deq_compile.region.backwards.policy import factors_pay
 from deq_compile.region.forward import Solution, solve
-from deq_compile.region.worth import factors_pay
 
 TOL = 1e-3
 

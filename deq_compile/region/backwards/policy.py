@@ -8,9 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.gcr import move, new_state
-
-from .adjoint import MEMORY, VJP, AdjointProblem, AdjointSolution
-from .status import AdjointStatus
+from deq_compile.region.adjoint import MEMORY, VJP, AdjointProblem, AdjointSolution
+from deq_compile.region.status import AdjointStatus
 
 # What a state element costs beside a product's matrix arithmetic: its own elementwise work, and one move of the adjoint.
 ELEMENT_FLOPS = 100
