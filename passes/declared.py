@@ -105,36 +105,17 @@ def region_at(graph: fx.Graph, exit: fx.Node) -> Declared | Skipped:
         return Skipped(Reason.NOT_CAUGHT, location_of(exit), "", 1)
     _one_read_each(graph, entry, items)
 
-    def skip(reason: Reason, node: fx.Node, detail: str) -> Skipped:
-        place = location_of(node)
-        return Skipped(reason, place if place.file else location_of(entry), detail, 1)
-
-    nodes, inside, between = [], set(items), False
-    for node in graph.nodes:
-        between = (between or node is entry) and node is not exit
-        if not between or node in inside or node is entry:
-            continue
-        if node.target is enter:
-            return skip(Reason.NESTED_EXIT, node, str(node.args[2]))
-        if node.target in AUTOCAST_TARGETS + GRAD_TARGETS or any(a in inside for a in node.all_input_nodes):
-            inside.add(node)
-            nodes.append(node)
-    for node in (*items, *nodes):
-        for user in node.users:
-            if user not in inside and user is not exit:
-                return skip(Reason.ESCAPES, node, f"used by {describe(user)}")
+    found = _between(graph, entry, exit, items)
+    if isinstance(found, Skipped):
+        return found
+    nodes, inside = found
     assert isinstance(results, tuple | list)
-    strange = foreign_among((*items, *nodes, *results))
-    if strange is not None:
-        return skip(Reason.NOT_PLAIN, *strange)
-    if entry in inside_transforms(graph):
-        return skip(Reason.NOT_PLAIN, entry, "inside of a torch.func transform")
-    for state, result in zip(items, results, strict=True):
-        before, after = value_of(state), value_of(result)
-        if _meta(before) != _meta(after):
-            return skip(Reason.DRIFT, result, f"from {_meta(before)} to {_meta(after)}")
+    ends: list[Any] = list(results)
+    why = _no_region(graph, entry, (*items, *nodes), list(zip(items, ends, strict=True)))
+    if why is not None:
+        return why
     invariants = dict.fromkeys(a for node in nodes for a in node.all_input_nodes if a not in inside)
-    invariants |= dict.fromkeys(node for node in results if node not in inside)
+    invariants |= dict.fromkeys(node for node in ends if node not in inside)
     return Declared(
         nodes=nodes,
         period=len(nodes),
@@ -149,6 +130,48 @@ def region_at(graph: fx.Graph, exit: fx.Node) -> Declared | Skipped:
         entry=entry,
         exit=exit,
     )
+
+
+def _skip(reason: Reason, node: fx.Node, entry: fx.Node, detail: str) -> Skipped:
+    place = location_of(node)
+    return Skipped(reason, place if place.file else location_of(entry), detail, 1)
+
+
+def _between(
+    graph: fx.Graph, entry: fx.Node, exit: fx.Node, items: list[fx.Node]
+) -> tuple[list[fx.Node], set[fx.Node]] | Skipped:
+    """The nodes between an `enter` and its `leave` that depend on the state, and those with the state's reads; or why not."""
+    nodes, inside, between = [], set(items), False
+    for node in graph.nodes:
+        between = (between or node is entry) and node is not exit
+        if not between or node in inside or node is entry:
+            continue
+        if node.target is enter:
+            return _skip(Reason.NESTED_EXIT, node, entry, str(node.args[2]))
+        if node.target in AUTOCAST_TARGETS + GRAD_TARGETS or any(a in inside for a in node.all_input_nodes):
+            inside.add(node)
+            nodes.append(node)
+    for node in (*items, *nodes):
+        for user in node.users:
+            if user not in inside and user is not exit:
+                return _skip(Reason.ESCAPES, node, entry, f"used by {describe(user)}")
+    return nodes, inside
+
+
+def _no_region(
+    graph: fx.Graph, entry: fx.Node, nodes: tuple[fx.Node, ...], states: list[tuple[fx.Node, fx.Node]]
+) -> Skipped | None:
+    """Why nodes are no region that maps each state to its result; None where they are one."""
+    strange = foreign_among((*nodes, *(result for _, result in states)))
+    if strange is not None:
+        return _skip(Reason.NOT_PLAIN, strange[0], entry, strange[1])
+    if entry in inside_transforms(graph):
+        return _skip(Reason.NOT_PLAIN, entry, entry, "inside of a torch.func transform")
+    for state, result in states:
+        before, after = _meta(value_of(state)), _meta(value_of(result))
+        if before != after:
+            return _skip(Reason.DRIFT, result, entry, f"from {before} to {after}")
+    return None
 
 
 def _meta(value: Any) -> str:

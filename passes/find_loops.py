@@ -144,20 +144,13 @@ class Chain:
             built = self._build(start, stop, period)
             if built is None or isinstance(built, Skipped):
                 return why or built
-            strange = self._strange(built)
-            if strange is not None:
-                return self._skip(Reason.NOT_PLAIN, built, strange[1], strange[0]) if built.count > 2 else None
             first = self.position[built.nodes[0]]
+            refused, said = self._refused(built)
+            if refused:
+                return said
             needed = self._needed(built, min_repeats)
-            nested = self._nested_exit(built)
-            if nested is not None:
-                return self._skip(Reason.NESTED_EXIT, built, "", nested)
             if built.count < needed:
-                if why is not None:
-                    return why
-                if built.count < 3:  # two like operations in a row are no loop worth a word
-                    return None
-                return self._skip(Reason.TOO_SHORT, built, f"{built.count} < {needed}", built.nodes[0])
+                return why or self._too_short(built, needed)
             drift = self._drift(built)
             if drift is not None:  # peel the first segment: its dtype or shape may be that of the initial guess
                 why = self._skip(Reason.DRIFT, built, drift[1], drift[0])
@@ -172,6 +165,18 @@ class Chain:
                 continue
             return built
         return why
+
+    def _refused(self, loop: Loop) -> tuple[bool, Skipped | None]:
+        """Whether a loop is none of ours, however long it is and however it is peeled; and what is said of it."""
+        strange = self._strange(loop)
+        if strange is not None:
+            return True, self._skip(Reason.NOT_PLAIN, loop, strange[1], strange[0]) if loop.count > 2 else None
+        nested = self._nested_exit(loop)
+        return nested is not None, None if nested is None else self._skip(Reason.NESTED_EXIT, loop, "", nested)
+
+    def _too_short(self, loop: Loop, needed: int) -> Skipped | None:
+        """What is said of a loop of too few repetitions: two like operations in a row are no loop worth a word."""
+        return None if loop.count < 3 else self._skip(Reason.TOO_SHORT, loop, f"{loop.count} < {needed}", loop.nodes[0])
 
     def _needed(self, loop: Loop, min_repeats: Any) -> int:
         """The least count of a loop. One whose exit depends on data was cut off by capture: its count says nothing."""

@@ -81,16 +81,8 @@ class TakeHooks(Pass):
         attached = _between(z, is_state)
         if not _same(z, image, is_state, lambda node: _source(node, start) is start):
             return "what it differentiates is another computation than the attached step"
-        if not _same(z, solve.image, is_state, lambda node: node is solve.read):
-            return "the solve before it has another body than the attached step"
-        if any(user not in attached for node in attached if node is not z for user in node.users):
-            return "an intermediate of the attached step is used elsewhere"
-        chain = set(solve.loop.nodes) if solve.loop is not None else set()
-        others = [u for node in (solved, *_copies(solved)) for u in node.users if u not in attached | chain and not _copy(u)]
-        if solve.exit is not None:
-            others += [user for user in solve.exit.users if user is not solved]
-        if not _downstream(others).isdisjoint(attached):
-            return "the attached step depends on what the solver said of itself"
+        if (why := _entangled(solve, z, attached, is_state)) is not None:
+            return why
         end = _merge(graph, hook, z, solve, attached, float(tol))
         if solve.loop is not None:
             region = region_at(graph, end)
@@ -103,8 +95,26 @@ class TakeHooks(Pass):
         return None
 
 
+def _entangled(
+    solve: _Solve, z: fx.Node, attached: set[fx.Node], is_state: Callable[[fx.Node], bool]
+) -> str | None:
+    """Why the attached step cannot be taken together with the solve before it; None where it can."""
+    if not _same(z, solve.image, is_state, lambda node: node is solve.read):
+        return "the solve before it has another body than the attached step"
+    if any(user not in attached for node in attached if node is not z for user in node.users):
+        return "an intermediate of the attached step is used elsewhere"
+    chain = set(solve.loop.nodes) if solve.loop is not None else set()
+    copies = (solve.solved, *_copies(solve.solved))
+    others = [u for node in copies for u in node.users if u not in attached | chain and not _copy(u)]
+    if solve.exit is not None:
+        others += [user for user in solve.exit.users if user is not solve.solved]
+    if not _downstream(others).isdisjoint(attached):
+        return "the attached step depends on what the solver said of itself"
+    return None
+
+
 _TOLD = "deq_compile_told"
-_NOT_YET = "no solve that could be taken over lies before the step that it is registered on"
+_NOT_YET = "the step that the hook is registered on does not follow a solve that was found"
 
 
 def _marked_before(z: fx.Node) -> _Solve | None:

@@ -64,9 +64,42 @@ class Outcome:
     grads: dict[str, Tensor | None]
 
 
+@dataclasses.dataclass
+class _Program:
+    """A program, what eager makes of each of its calls in float64, and how much a rounding of its inputs may grow."""
+
+    double: nn.Module
+    inputs: list[list[Tensor]]
+    single: bool
+    expected: list[Outcome]
+    grown: float = 0.0
+
+
 def judge(text: str, filename: str = "<program>") -> Verdict:
     """Compile the program in `text`, run it for each of its calls, compare with eager."""
-    module = load(text, filename)
+    program = _in_eager_mode(load(text, filename))
+    if isinstance(program, Verdict):
+        return program
+    torch._dynamo.reset()
+    model = copy.deepcopy(program.double).float() if program.single else program.double
+    if program.single and (why := _rounded(program, model)) is not None:
+        return why
+    report = Report()
+    compiled = torch.compile(model, backend=Backend(OPTIONS32 if program.single else OPTIONS, report))
+    for call in range(len(program.inputs)):
+        wrong = _compared(program, call, compiled, model, report)
+        if wrong is not None:
+            return wrong
+    reasons = tuple(dict.fromkeys(s.reason.name for s in report.skipped))
+    if report.regions:
+        if any(region.status == "follow" for region in report.regions):
+            return Verdict("followed-right", reasons)
+        return Verdict("rewritten-right" if _solved(report) else "kept-right", reasons)
+    return Verdict("refused-right" if reasons else "not-a-loop", reasons)
+
+
+def _in_eager_mode(module: types.ModuleType) -> _Program | Verdict:
+    """The program's own results, or why they say nothing."""
     torch.manual_seed(0)
     double, inputs = module.Model().double(), [module.make_inputs(call) for call in module.CALLS]
     single = inputs[0][0].dtype == torch.float32
@@ -86,42 +119,41 @@ def judge(text: str, filename: str = "<program>") -> Verdict:
         return Verdict("eager-fails", detail="eager's result is not finite")
     if sensitivity > (1e-11 if single else 1e-7):
         return Verdict("ill-conditioned", detail=f"a disturbance of {NUDGE} grows to {sensitivity:.1e}")
+    return _Program(double, inputs, single, expected, 100 * sensitivity)
 
-    torch._dynamo.reset()
-    report = Report()
-    model = copy.deepcopy(double).float() if single else double
-    grown = 100 * sensitivity
-    if single:  # what eager itself loses in float32
-        try:
-            own = [run(model, model, xs) for xs in inputs]
-        except Exception as error:
-            return Verdict("eager-fails", detail=f"{type(error).__name__}: {error}")
-        grown = 10 * max(e for found, want in zip(own, expected, strict=True) for _, e in differences(found, want))
-        if not math.isfinite(grown):
-            return Verdict("ill-conditioned", detail="float32 overflows")
-    compiled = torch.compile(model, backend=Backend(OPTIONS32 if single else OPTIONS, report))
-    for call, (xs, want) in enumerate(zip(inputs, expected, strict=True)):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = run(compiled, model, xs)
-        except Exception as error:
-            frames = traceback.format_exc().strip().splitlines()
-            return Verdict("WRONG", detail=f"call {call} raises {type(error).__name__}: {error}\n" + "\n".join(frames[-12:]))
-        solved = any(region.status in ("solve", "follow", "pending") for region in report.regions)
-        # A backward may send a region back to its loop; the value of that call is still the solve's.
-        lenient = solved or any((r.distance or 1.0) < 2 * VERIFY_TOL for r in report.regions)
-        exact, value, gradient = (EXACT32, SOLVED32, SOLVED_GRADIENT32) if single else (EXACT, SOLVED, SOLVED_GRADIENT)
-        for name, off in differences(found, want):
-            allowed = (gradient if name.startswith("grad") else value) if lenient else exact
-            if not off <= max(allowed, grown):
-                return Verdict("WRONG", detail=f"call {call}: {name} is off by {off:.2e}\n{report}", error=off)
-    reasons = tuple(dict.fromkeys(s.reason.name for s in report.skipped))
-    if report.regions:
-        if any(region.status == "follow" for region in report.regions):
-            return Verdict("followed-right", reasons)
-        return Verdict("rewritten-right" if solved else "kept-right", reasons)
-    return Verdict("refused-right" if reasons else "not-a-loop", reasons)
+
+def _rounded(program: _Program, model: nn.Module) -> Verdict | None:
+    """Note what eager itself loses in float32; a verdict where that is too much."""
+    try:
+        own = [run(model, model, xs) for xs in program.inputs]
+    except Exception as error:
+        return Verdict("eager-fails", detail=f"{type(error).__name__}: {error}")
+    pairs = zip(own, program.expected, strict=True)
+    program.grown = 10 * max(e for found, want in pairs for _, e in differences(found, want))
+    return None if math.isfinite(program.grown) else Verdict("ill-conditioned", detail="float32 overflows")
+
+
+def _solved(report: Report) -> bool:
+    return any(region.status in ("solve", "follow", "pending") for region in report.regions)
+
+
+def _compared(program: _Program, call: int, compiled: Any, model: nn.Module, report: Report) -> Verdict | None:
+    """What is wrong with one call of the compiled program; None where it is right."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = run(compiled, model, program.inputs[call])
+    except Exception as error:
+        frames = traceback.format_exc().strip().splitlines()
+        return Verdict("WRONG", detail=f"call {call} raises {type(error).__name__}: {error}\n" + "\n".join(frames[-12:]))
+    # A backward may send a region back to its loop; the value of that call is still the solve's.
+    lenient = _solved(report) or any((r.distance or 1.0) < 2 * VERIFY_TOL for r in report.regions)
+    exact, value, gradient = (EXACT32, SOLVED32, SOLVED_GRADIENT32) if program.single else (EXACT, SOLVED, SOLVED_GRADIENT)
+    for name, off in differences(found, program.expected[call]):
+        allowed = (gradient if name.startswith("grad") else value) if lenient else exact
+        if not off <= max(allowed, program.grown):
+            return Verdict("WRONG", detail=f"call {call}: {name} is off by {off:.2e}\n{report}", error=off)
+    return None
 
 
 def load(text: str, filename: str) -> types.ModuleType:

@@ -53,35 +53,60 @@ def tasks(labels: set[str], dry: bool) -> list[Task]:
 
 
 def _tasks_of(label: str, dry: bool) -> Iterator[Task]:
-    if label == "correct.kernels":
-        from . import correct
-
-        for B, D in [(2, 17)] if dry else correct.SHAPES:
-            for dtype in correct.DTYPES:
-                yield Task(f"{label} {B}x{D} {dtype}", 12, partial(correct.kernel_case, B=B, D=D, name=dtype))
-    elif label == "correct.adjoints":
-        from . import correct
-
-        for B, D in [(2, 17)] if dry else correct.ADJOINT_SHAPES:
-            yield Task(f"{label} {B}x{D}", 15, partial(correct.adjoint_case, B=B, D=D))
-    elif label == "correct.models":
-        from . import models
-
-        for name, make in models.chosen(dry).items():
-            yield Task(f"{label} {name}", 40, partial(check_model, name=name, make=make))
-    elif label == "experiments":
-        from . import solves
-
-        for B, D in [(2, 17)] if dry else solves.SHAPES:
-            yield Task(f"{label} {B}x{D}", 10, partial(solves.one_solve, B=B, D=D, wanted="while", bandwidth=1.0))
-    elif label == "kernels":
-        from . import kernel_times
-
-        for case in kernel_times.cases(dry):
-            yield Task(f"{label} {case}", 15, partial(kernel_times.one_shape, bandwidth=1.0, case=case))
-    elif label.startswith("steps."):
+    if label.startswith("steps."):
         name = label.partition(".")[2]
         yield from (Task(f"{label} {way}", 45, partial(step, name=name, label=way)) for way in _ways(dry))
+    elif label in _CASES:
+        for name, weight, work in _CASES[label](dry):
+            yield Task(f"{label} {name}", weight, work)
+
+
+Cases = Iterator[tuple[str, float, Callable[..., object]]]
+
+
+def _kernel_cases(dry: bool) -> Cases:
+    from . import correct
+
+    for B, D in [(2, 17)] if dry else correct.SHAPES:
+        for dtype in correct.DTYPES:
+            yield f"{B}x{D} {dtype}", 12, partial(correct.kernel_case, B=B, D=D, name=dtype)
+
+
+def _adjoint_cases(dry: bool) -> Cases:
+    from . import correct
+
+    for B, D in [(2, 17)] if dry else correct.ADJOINT_SHAPES:
+        yield f"{B}x{D}", 15, partial(correct.adjoint_case, B=B, D=D)
+
+
+def _model_cases(dry: bool) -> Cases:
+    from . import models
+
+    for name, make in models.chosen(dry).items():
+        yield name, 40, partial(check_model, name=name, make=make)
+
+
+def _solve_cases(dry: bool) -> Cases:
+    from . import solves
+
+    for B, D in [(2, 17)] if dry else solves.SHAPES:
+        yield f"{B}x{D}", 10, partial(solves.one_solve, B=B, D=D, wanted="while", bandwidth=1.0)
+
+
+def _timed_cases(dry: bool) -> Cases:
+    from . import kernel_times
+
+    for case in kernel_times.cases(dry):
+        yield str(case), 15, partial(kernel_times.one_shape, bandwidth=1.0, case=case)
+
+
+_CASES: dict[str, Callable[[bool], Cases]] = {
+    "correct.kernels": _kernel_cases,
+    "correct.adjoints": _adjoint_cases,
+    "correct.models": _model_cases,
+    "experiments": _solve_cases,
+    "kernels": _timed_cases,
+}
 
 
 def check_model(setting: Setting, name: str, make: Callable[[], Any]) -> None:

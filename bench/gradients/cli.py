@@ -54,15 +54,23 @@ def tasks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if unknown := [b for b in bodies if b not in RECIPES]:
         raise SystemExit(f"--bodies: expected some of {', '.join(RECIPES)}; got {', '.join(unknown)}")
     if "quality" in parts:
-        for seed in (0,) if args.quick else study.SEEDS:
-            for body in bodies:
-                for tol in (1e-3, 1e-5) if args.quick else study.TOLERANCES if seed == 0 else (1e-3, 1e-4):
-                    yield {"part": "quality", "body": body, "seed": seed, "tol": tol}
+        yield from _quality(bodies, args)
     if "training" in parts:
-        for seed in range(1 if args.quick else args.seeds):
-            for task in TASKS:
-                for mode in ("jfb", "reuse<1e-1") if args.quick else TRAINING_MODES:
-                    yield {"part": "training", "task": task, "mode": mode, "seed": seed, "steps": 20 if args.quick else None}
+        yield from _training(args)
+
+
+def _quality(bodies: list[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for seed in (0,) if args.quick else study.SEEDS:
+        for body in bodies:
+            for tol in (1e-3, 1e-5) if args.quick else study.TOLERANCES if seed == 0 else (1e-3, 1e-4):
+                yield {"part": "quality", "body": body, "seed": seed, "tol": tol}
+
+
+def _training(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for seed in range(1 if args.quick else args.seeds):
+        for task in TASKS:
+            for mode in ("jfb", "reuse<1e-1") if args.quick else TRAINING_MODES:
+                yield {"part": "training", "task": task, "mode": mode, "seed": seed, "steps": 20 if args.quick else None}
 
 
 def run(task: dict[str, Any], args: argparse.Namespace) -> list[dict[str, Any]]:

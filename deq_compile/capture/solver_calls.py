@@ -96,16 +96,17 @@ def _solve(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: 
     return z, about.detach()
 
 
-def _adapter(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any, detached: Any, shape: Any) -> Any:
-    z, about = _solve(site, f, z0, form, tol, cap, absolute, detached)
+def _adapter(site: Any, f: Any, z0: Any, *said: Any) -> Any:
+    """`said`: form, tol, cap, absolute, detached, and the shape of what is returned."""
+    _, tol, cap, absolute, _, shape = said
+    z, about = _solve(site, f, z0, *said[:5])
     return z if shape == "z" else _build(shape, z, about, tol, cap, absolute)
 
 
-def _adapter_with_build(
-    site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any, detached: Any, shape: Any, build: Any
-) -> Any:
-    z, about = _solve(site, f, z0, form, tol, cap, absolute, detached)
-    return build(z, SolveInfo.of(about))
+def _adapter_with_build(site: Any, f: Any, z0: Any, *said: Any) -> Any:
+    """`said`: as above, and the function that makes what is returned."""
+    z, about = _solve(site, f, z0, *said[:5])
+    return said[6](z, SolveInfo.of(about))
 
 
 def _build(shape: Any, z: Any, about: Any, tol: Any, cap: Any, absolute: Any) -> Any:

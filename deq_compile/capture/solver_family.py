@@ -110,33 +110,11 @@ def register_solver(
         TypeError: no plain Python function, or a `result` of another kind.
         ValueError: a parameter that it does not have, one that is given two roles, or a bad `stop_mode`.
     """
-    if not isinstance(function, types.FunctionType):
-        raise TypeError(f"register_solver: expected a plain Python function, got {type(function).__name__}")
+    _check_registered(function, result, stop_mode)
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    if isinstance(result, bool) or not (result is None or isinstance(result, int | str) or callable(result)):
-        raise TypeError(
-            f"register_solver: expected result to be None, an index, a key, or a function of (z, info), got {result!r}"
-        )
-    if stop_mode not in ("rel", "abs"):
-        raise ValueError(f"register_solver: expected stop_mode 'rel' or 'abs', got {stop_mode!r}")
-
-    def name_of(what: str, given: int | str | None) -> str:
-        if isinstance(given, int) and not isinstance(given, bool) and -len(names) <= given < len(names):
-            return names[given]
-        if isinstance(given, str) and given in names:
-            return given
-        raise ValueError(f"register_solver: expected {what} among the parameters of {function.__name__}, {names}, got {given!r}")
-
-    given = {"f": f, "z0": z0, "tol": tol, "max_iter": max_iter}
-    said = {role: name_of(role, which) for role, which in given.items() if which is not None or role in ("f", "z0")}
-    for role, name in said.items():
-        twice = [other for other in said if other != role and said[other] == name]
-        if twice:
-            raise ValueError(
-                f"register_solver: expected {role} and {twice[0]} to be different parameters of {function.__name__}, {names}, "
-                f"got {name!r} for both"
-            )
+    optional = {role: name for role, name in (("tol", tol), ("max_iter", max_iter)) if name is not None}
+    said = _roles_said({"f": f, "z0": z0, **optional}, names, function)
     left = [name for name in names if name not in said.values()]
     _registered[function] = {
         "f": said["f"],
@@ -149,6 +127,42 @@ def register_solver(
     }
     _known.pop(function, None)
     return function
+
+
+def _check_registered(function: Any, result: Any, stop_mode: Any) -> None:
+    if not isinstance(function, types.FunctionType):
+        raise TypeError(f"register_solver: expected a plain Python function, got {type(function).__name__}")
+    if isinstance(result, bool) or not (result is None or isinstance(result, int | str) or callable(result)):
+        raise TypeError(
+            f"register_solver: expected result to be None, an index, a key, or a function of (z, info), got {result!r}"
+        )
+    if stop_mode not in ("rel", "abs"):
+        raise ValueError(f"register_solver: expected stop_mode 'rel' or 'abs', got {stop_mode!r}")
+
+
+def _roles_said(given: Mapping[str, int | str | None], names: list[str], function: Any) -> dict[str, str]:
+    """The parameter that has each role, by its position or name.
+
+    Raises:
+        ValueError: the function has no such parameter, or one of them has two roles.
+    """
+
+    def name_of(what: str, which: int | str | None) -> str:
+        if isinstance(which, int) and not isinstance(which, bool) and -len(names) <= which < len(names):
+            return names[which]
+        if isinstance(which, str) and which in names:
+            return which
+        raise ValueError(f"register_solver: expected {what} among the parameters of {function.__name__}, {names}, got {which!r}")
+
+    said = {role: name_of(role, which) for role, which in given.items()}
+    for role, name in said.items():
+        twice = [other for other in said if other != role and said[other] == name]
+        if twice:
+            raise ValueError(
+                f"register_solver: expected {role} and {twice[0]} to be different parameters of {function.__name__}, {names}, "
+                f"got {name!r} for both"
+            )
+    return said
 
 
 def clear() -> None:

@@ -100,26 +100,24 @@ def _keys(variable: Any) -> set[str]:
 # ---- traced by Dynamo from here on: a global number would become an input of the graph under dynamic=True
 
 
-def _implicit(
-    site: Any, self: Any, func: Any, z: Any, asked: Any, f_tol: Any, f_cap: Any, eval_cap: Any, b_tol: Any, b_cap: Any
-) -> Any:
+def _implicit(site: Any, self: Any, func: Any, z: Any, asked: Any, *settings: Any) -> Any:
+    f_tol, f_cap, eval_cap, b_tol, b_cap = settings
     if self.training:
         note = "implicit gradient, solved with the forward's factors in place of " + self.b_solver.__name__
         backward: Any = (("backward_tol", b_tol), ("backward_max_iter", b_cap))
-        states, about = _solve(site, self, func, z, asked, f_tol, f_cap, backward, note)
+        states, about = _solve(site, self, func, z, asked, (f_tol, f_cap), backward, note)
     else:  # the library solves without gradients then
         with torch.no_grad():
-            states, about = _solve(site, self, func, z, asked, f_tol, eval_cap, (), "")
+            states, about = _solve(site, self, func, z, asked, (f_tol, eval_cap), (), "")
             states = tuple(state.detach() for state in states)
     return [_as_given(states, z)], _statistics(self, states, about)
 
 
-def _attached(
-    site: Any, self: Any, func: Any, z: Any, asked: Any, f_tol: Any, f_cap: Any, eval_cap: Any, b_tol: Any, b_cap: Any
-) -> Any:
+def _attached(site: Any, self: Any, func: Any, z: Any, asked: Any, *settings: Any) -> Any:
+    f_tol, f_cap, eval_cap, _, _ = settings
     with torch.no_grad():
         note = "solved from z0; the phantom gradient stays: its attached steps follow, as they are" if self.training else ""
-        states, about = _solve(site, self, func, z, asked, f_tol, f_cap if self.training else eval_cap, (), note)
+        states, about = _solve(site, self, func, z, asked, (f_tol, f_cap if self.training else eval_cap), (), note)
     found = _as_given(tuple(state.detach() for state in states), z)
     if not self.training:
         return [found], _statistics(self, states, about)
@@ -129,10 +127,9 @@ def _attached(
     return self.produce_grad[-1](self, wrapped, found), _statistics(self, states, about)
 
 
-def _solve(
-    site: Any, self: Any, func: Any, z: Any, asked: Any, tol: Any, cap: Any, hints: Any, note: Any
-) -> Any:
+def _solve(site: Any, self: Any, func: Any, z: Any, asked: Any, limits: Any, hints: Any, note: Any) -> Any:
     asked = {} if asked is None else asked
+    tol, cap = limits
     cap, memory = int(asked.get("f_max_iter", cap)), asked.get("LBFGS_thres", None)
     says = (("tol", tol), ("stop_mode", self.f_stop_mode), ("max_iter", cap), ("memory", memory), *hints)
     form = "TorchDEQ " + self.f_solver.__name__
