@@ -1,16 +1,27 @@
-"""deq_compile: a torch.compile backend that turns the fixed-point loops of unmodified models into Broyden solves."""
+"""deq_compile: a torch.compile backend that turns the fixed-point loops of unmodified models into Broyden solves.
 
-from .api import deq_compile, explain
-from .backend import register_backend as _register_backend
-from .caches import reset
-from .capture import install as _install_capture
-from .capture.solver_family import SolveInfo, register_solver
+Importing it costs little and touches nothing of Dynamo's: what needs Dynamo is imported when somebody first asks for it, and
+capture is switched on when a backend of ours is first looked up.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
 from .config import Options
 from .explicit import fixed_point
 from .region.records import SolveRecord, record_solves
 from .region.verdict import RegionWarning
 from .regularise import jac_reg, spectral_radius
 from .report import Location, Reason, Region, Report, Skipped
+from .solve_info import SolveInfo
+
+if TYPE_CHECKING:
+    from .api import deq_compile, explain
+    from .caches import reset
+    from .capture.solver_family import register_solver
 
 __version__ = "0.1.0"
 
@@ -34,5 +45,20 @@ __all__ = [
     "spectral_radius",
 ]
 
-_register_backend()
-_install_capture()
+_LATE = {"deq_compile": ".api", "explain": ".api", "reset": ".caches", "register_solver": ".capture.solver_family"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(_LATE[name], __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# An installed package is found by torch through its entry point; a plain checkout has to be made known, at the price of Dynamo.
+if "deq" not in entry_points(group="torch_dynamo_backends").names:
+    importlib.import_module(".backend", __name__)

@@ -9,6 +9,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import fx
 
 from .caches import reset
-from .capture import OFF, marker
+from .capture import OFF, install, marker
 from .capture.install import EVERYTHING
 from .capture.marker import is_marker
 from .config import Config, OptionError, Options
@@ -415,11 +416,13 @@ def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Conf
     return compiled
 
 
-def register_backend() -> None:
+def _register_backend() -> None:
     """Make `backend="deq"` known from a plain checkout; an installed package is found through its entry point."""
-    from importlib.metadata import entry_points
-
     from torch._dynamo.backends import registry
 
     if "deq" not in entry_points(group="torch_dynamo_backends").names and "deq" not in registry._COMPILER_FNS:
         registry.register_backend(deq, name="deq")
+
+
+_register_backend()
+install()  # capture: whoever looks this backend up is about to trace for it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
@@ -10,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .capture import calls, marker
-from .capture.solver_family import SolveInfo
 from .config import Options
 from .region.eager import solve_eagerly
 from .region.surroundings import NO_TANGENT, NotHere, any_tangent, plain, values_are_known
+from .solve_info import COLUMNS, SolveInfo
 from .structure import Structure, flatten, unflatten
 
 S = TypeVar("S")
@@ -58,9 +58,9 @@ def fixed_point(f: Callable[[S], S], z0: S, /, *, return_info: bool = False, **o
 
 
 def _eager(f: Callable[[S], S], z0: S, return_info: bool, options: dict[str, Any]) -> Any:
-    _check_flag(return_info)
+    check_flag(return_info)
     config = Options.from_options(options).resolve()
-    _check_callable(f)
+    check_callable(f)
     leaves, structure = flatten(z0)
     known = values_are_known([leaf for leaf in leaves if isinstance(leaf, Tensor)])
     _check_state(leaves)
@@ -73,7 +73,7 @@ def _eager(f: Callable[[S], S], z0: S, return_info: bool, options: dict[str, Any
     rows = leaves[0].shape[0] if leaves[0].dim() else 1
     if not known:
         once = unflatten(body([leaf.detach() for leaf in leaves]), structure)
-        return (once, SolveInfo.of(leaves[0].new_zeros((rows, marker.INFO), dtype=torch.float32))) if return_info else once
+        return (once, SolveInfo.of(leaves[0].new_zeros((rows, COLUMNS), dtype=torch.float32))) if return_info else once
     if forward_ad._current_level >= 0 and any_tangent([*leaves, *body([leaf.detach() for leaf in leaves])]):
         raise NotHere(NO_TANGENT)
     found = solve_eagerly(body, leaves, config, key=getattr(f, "__code__", type(f)), where=_caller())
@@ -81,17 +81,27 @@ def _eager(f: Callable[[S], S], z0: S, return_info: bool, options: dict[str, Any
     return (solved, SolveInfo.of(found.result.solve_info().expand(rows, -1))) if return_info else solved
 
 
-_outside = torch._dynamo.disable(
-    _eager, reason="deq_compile.fixed_point: only backend='deq' makes it a part of the graph; elsewhere it is solved outside"
-)
+_WHY = "deq_compile.fixed_point: only backend='deq' makes it a part of the graph; elsewhere it is solved outside"
+_disabled: list[Callable[..., Any]] = []  # once Dynamo is there
 
 
-def _check_flag(return_info: Any) -> None:
+def _outside(*given: Any) -> Any:
+    """`_eager`, outside of the graph of whoever traces."""
+    if not _disabled:
+        _disabled.append(torch.compiler.disable(_eager, reason=_WHY))
+    return _disabled[0](*given)
+
+
+if "torch._dynamo" in sys.modules:
+    _disabled.append(torch.compiler.disable(_eager, reason=_WHY))
+
+
+def check_flag(return_info: Any) -> None:
     if not isinstance(return_info, bool):
         raise TypeError(f"fixed_point: expected return_info to be True or False, got {return_info!r}")
 
 
-def _check_callable(f: Any) -> None:
+def check_callable(f: Any) -> None:
     if not callable(f):
         raise TypeError(f"fixed_point: expected f to be a function of the state, got {type(f).__name__}. Fix: fixed_point(f, z0)")
 
@@ -132,41 +142,9 @@ def _described(value: Any) -> str:
 
 def _caller() -> str:
     frame = sys._getframe(1)
-    while frame.f_back is not None and (frame.f_code.co_filename.startswith((marker.PACKAGE, _TORCH))):
+    while frame.f_back is not None and (frame.f_code.co_filename.startswith((_PACKAGE, _TORCH))):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
-_TORCH = torch.__path__[0]
-
-
-def _traced(site: str, f: Any, z0: Any, return_info: bool = False, **options: Any) -> Any:
-    """What Dynamo traces in place of `fixed_point` for our backend."""
-    _check_flag(return_info)
-    pairs = tuple((name, value) for name, value in options.items())
-    _check_callable(f)
-    if isinstance(z0, Tensor):
-
-        def single(states: tuple[Tensor, ...]) -> Any:
-            out = f(states[0])
-            if not isinstance(out, Tensor):
-                what = f"a {type(out).__name__}" if out is not None else "None"
-                raise ValueError("fixed_point: expected f to return a tensor like z0, got " + what)
-            return (out,)
-
-        (found,), about = marker.region(single, (z0,), site, "fixed_point", (), pairs)
-        return (found, SolveInfo.of(about.detach())) if return_info else found
-    leaves, structure = flatten(z0)
-
-    def body(states: tuple[Tensor, ...]) -> Any:
-        results, made = flatten(f(unflatten(list(states), structure)))
-        if made != structure:
-            raise ValueError(f"fixed_point: expected f to return the structure of z0, {structure}, got {made}")
-        return results
-
-    states, about = marker.region(body, tuple(leaves), site, "fixed_point", (), pairs)
-    solved = unflatten(list(states), structure)
-    return (solved, SolveInfo.of(about.detach())) if return_info else solved
-
-
-calls.take(fixed_point, _traced)
+_TORCH, _PACKAGE = torch.__path__[0], os.path.dirname(os.path.abspath(__file__))

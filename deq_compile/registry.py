@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import sys
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -23,11 +25,17 @@ class Registry(Generic[T]):
     """Objects by name. An option takes its choices from here, so that what is registered can be asked for at once.
 
     what  the kind, for messages
+    home  the module that registers our own; it is imported when somebody first asks
     """
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, home: str) -> None:
+        self.what, self.home = what, home
         self._items: dict[str, T] = {}
+
+    def _known(self) -> dict[str, T]:
+        if self.home not in sys.modules:
+            importlib.import_module(self.home)
+        return self._items
 
     def register(self, item: T) -> T:
         """Add an object under its name.
@@ -52,19 +60,20 @@ class Registry(Generic[T]):
         Raises:
             ValueError: there is none; the message lists those that there are.
         """
-        if name in self._items:
-            return self._items[name]
-        near = difflib.get_close_matches(str(name), self._items, n=1)
+        known = self._known()
+        if name in known:
+            return known[name]
+        near = difflib.get_close_matches(str(name), known, n=1)
         raise ValueError(
-            f"expected a {self.what} among {', '.join(repr(n) for n in self._items)}, got {name!r}"
+            f"expected a {self.what} among {', '.join(repr(n) for n in known)}, got {name!r}"
             + (f" (did you mean {near[0]!r}?)" if near else "")
         )
 
     def names(self) -> tuple[str, ...]:
         """The names in the order of their registration."""
-        return tuple(self._items)
+        return tuple(self._known())
 
 
 # The options `solver` and `backward` take their choices from here.
-SOLVERS: Registry[Solver] = Registry("solver")
-BACKWARDS: Registry[Backward] = Registry("backward mode")
+SOLVERS: Registry[Solver] = Registry("solver", "deq_compile.region.solvers")
+BACKWARDS: Registry[Backward] = Registry("backward mode", "deq_compile.region.backwards")

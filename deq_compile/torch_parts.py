@@ -50,8 +50,6 @@ def find(module: str, name: str, otherwise: Any = _NOTHING) -> Any:
 annotate = find("torch.fx.traceback", "annotate", lambda mark: contextlib.nullcontext())
 # Without it TORCH_TRACE does not show the rewritten graph.
 trace_structured = find("torch._logging._internal", "trace_structured", lambda *_, **__: None)
-# Without them `explain` knows nothing of graph breaks.
-counters: Any = find("torch._dynamo.utils", "counters", defaultdict(Counter))
 
 # Without one of these no graph is rewritten (`NEEDED`).
 enter_autocast = find("torch.amp.autocast_mode", "_enter_autocast")
@@ -61,11 +59,25 @@ FakeTensor = find("torch._subclasses.fake_tensor", "FakeTensor")
 is_functorch_wrapped = find("torch._C._functorch", "is_functorch_wrapped_tensor")
 is_wrapper_subclass = find("torch.utils._python_dispatch", "is_traceable_wrapper_subclass")
 TorchDispatchMode = find("torch.utils._python_dispatch", "TorchDispatchMode", object)
-free_unbacked_symbols = find("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols")
 NEEDED = (
     "_enter_autocast", "_exit_autocast", "FakeTensorMode", "FakeTensor", "is_functorch_wrapped_tensor",
     "is_traceable_wrapper_subclass", "TorchDispatchMode", "free_unbacked_symbols",
 )  # fmt: skip
+
+# Parts whose modules are dear to import (Dynamo, sympy): looked up when somebody first asks, so that the package's import costs
+# little. Without the counters `explain` knows nothing of graph breaks.
+_LATE = {
+    "counters": ("torch._dynamo.utils", "counters", defaultdict(Counter)),
+    "free_unbacked_symbols": ("torch.fx.experimental.symbolic_shapes", "free_unbacked_symbols", _NOTHING),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = find(*_LATE[name])
+    return found
+
 
 # Without them a capture that failed leaves its memory pool behind.
 end_allocate_to_pool = find("torch._C", "_cuda_endAllocateToPool")

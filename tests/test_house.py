@@ -19,7 +19,7 @@ LAYERS = (
     ("deq_compile/api",),
     ("deq_compile/backend", "deq_compile/caches", "deq_compile/explicit", "deq_compile/onlooker"),
     ("deq_compile/capture", "deq_compile/passes", "deq_compile/scope"),
-    ("deq_compile/regularise", "deq_compile/report", "deq_compile/structure", "deq_compile/unexpected", "deq_compile/region"),
+    ("deq_compile/regularise", "deq_compile/report", "deq_compile/solve_info", "deq_compile/structure", "deq_compile/unexpected", "deq_compile/region"),
     ("deq_compile/config", "deq_compile/kernels"),
     ("deq_compile/option_rules", "deq_compile/registry", "deq_compile/torch_parts"),
 )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deq_compile.torch_parts import MISSING, NEEDED, counters
 
-from . import allclose, calls, ddp, dynamo, functions, hooks, loop_exit, marker, solver_calls, torchdeq
+from . import allclose, calls, ddp, declared_calls, dynamo, functions, hooks, loop_exit, marker, solver_calls, torchdeq
 
 log = logging.getLogger("deq_compile.capture")
 
@@ -27,11 +27,12 @@ _installed = False
 
 
 def install() -> None:
-    """Once, when the package is imported."""
+    """Once, when a backend of ours is first looked up: before Dynamo traces for it."""
     global _installed
     if _installed:
         return
     _installed = True
+    declared_calls.install()
     absent = [MISSING[name] for name in NEEDED if name in MISSING]
     if absent:
         OFF[EVERYTHING] = absent[0]

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx.node import has_side_effect
 
 from deq_compile.report import Location, Skipped
+from deq_compile.solve_info import COLUMNS
 from deq_compile.torch_parts import Absent
 from deq_compile.unexpected import survive
 
@@ -35,7 +36,6 @@ NOT_THE_USERS = (_TORCH, PACKAGE, os.path.join(os.path.dirname(_TORCH), "torchde
 # Segments traced of a loop whose exit depends on data, before the exit is taken.
 UNROLLED = 10
 GUARD, HIDDEN = -1, -2
-INFO = 3  # columns of the second result of `leave`: stopping residual, iterations, status
 
 _blocked: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 _refusals: weakref.WeakKeyDictionary[Any, list[Skipped]] = weakref.WeakKeyDictionary()
@@ -60,9 +60,9 @@ def enter(
 
 @torch._dynamo.allow_in_graph
 def leave(results: Sequence[Tensor], entered: Sequence[Tensor], site: str) -> tuple[Tensor, ...]:
-    """The fixed point of the map from `entered` to `results`, and one float32 tensor (B, INFO) about the solve."""
+    """The fixed point of the map from `entered` to `results`, and one float32 tensor (B, COLUMNS) about the solve."""
     rows = results[0].shape[0] if results[0].dim() else 1
-    return (*(r.clone() for r in results), results[0].new_zeros((rows, INFO), dtype=torch.float32))
+    return (*(r.clone() for r in results), results[0].new_zeros((rows, COLUMNS), dtype=torch.float32))
 
 
 @torch._dynamo.allow_in_graph
@@ -94,7 +94,7 @@ def region(
     options: Any = (),
     note: str = "",
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Trace `f` once as the body of a region: the fixed point, and (B, INFO) about the solve. For code that Dynamo traces."""
+    """Trace `f` once as the body of a region: the fixed point, and (B, COLUMNS) about the solve. For code that Dynamo traces."""
     entered = enter(states, site, form, hints, options, note)
     done = leave(tuple(f(entered)), entered, site)
     return done[:-1], done[-1]

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from deq_compile.report import Location, Reason, Skipped
+from deq_compile.solve_info import SolveInfo
 
 from . import calls, dynamo, marker
-from .solver_family import Family, SolveInfo, family_of, roles_of
+from .solver_family import Family, family_of, roles_of
 
 
 def install() -> Callable[[], None]:

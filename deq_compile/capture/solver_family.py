@@ -14,12 +14,12 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.iteration import CONVERGED, FLOOR
+from deq_compile.solve_info import SolveInfo
 
 _MAPS = {"f", "fun", "func", "fn", "g", "function", "deq_func"}
 _STATES = {"x0", "z0", "z_init", "x_init", "z", "x", "init", "y0", "u0", "h0", "z_0", "x_0", "initial"}
@@ -35,25 +35,6 @@ _FIELDS = {
 }  # fmt: skip
 
 _TIGHT, _LOOSE = 1e-8, 1e-2
-
-
-class SolveInfo(NamedTuple):
-    """What a solve came to, for each sample of the batch: `fixed_point(return_info=True)` returns it beside the fixed point, and
-    `register_solver(result=...)` gets it.
-
-    residual    (B,) float32, the stopping residual at the returned iterate
-    iterations  (B,) float32, evaluations of f until the sample stopped
-    converged   (B,) bool, whether the tolerance was reached, or the floor of the precision below it
-    """
-
-    residual: Tensor
-    iterations: Tensor
-    converged: Tensor
-
-    @staticmethod
-    def of(about: Tensor) -> SolveInfo:
-        """From the (B, 3) tensor that a region gives beside its state."""
-        return SolveInfo(about[:, 0], about[:, 1], (about[:, 2] == CONVERGED) | (about[:, 2] == FLOOR))
 
 
 @dataclass(frozen=True)

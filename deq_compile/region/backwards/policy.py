@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.gcr import move, new_state
@@ -23,6 +22,8 @@ def factors_pay(vjp: VJP, q: Tensor, factors: Factors, found: AdjointSolution, p
 
     A saved product counts with the floating-point operations of its matrix products and convolutions.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
     if found.status != AdjointStatus.CONVERGED:
         return True
     memory = min(problem.max_iter, MEMORY)

@@ -1,0 +1,47 @@
+"""How `deq_compile.fixed_point` is traced: as a region of the whole graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from deq_compile.explicit import check_callable, check_flag, fixed_point
+from deq_compile.solve_info import SolveInfo
+from deq_compile.structure import flatten, unflatten
+
+from . import calls, marker
+
+
+def _traced(site: str, f: Any, z0: Any, return_info: bool = False, **options: Any) -> Any:
+    """What Dynamo traces in place of `fixed_point` for our backend."""
+    check_flag(return_info)
+    pairs = tuple((name, value) for name, value in options.items())
+    check_callable(f)
+    if isinstance(z0, Tensor):
+
+        def single(states: tuple[Tensor, ...]) -> Any:
+            out = f(states[0])
+            if not isinstance(out, Tensor):
+                what = f"a {type(out).__name__}" if out is not None else "None"
+                raise ValueError("fixed_point: expected f to return a tensor like z0, got " + what)
+            return (out,)
+
+        (found,), about = marker.region(single, (z0,), site, "fixed_point", (), pairs)
+        return (found, SolveInfo.of(about.detach())) if return_info else found
+    leaves, structure = flatten(z0)
+
+    def body(states: tuple[Tensor, ...]) -> Any:
+        results, made = flatten(f(unflatten(list(states), structure)))
+        if made != structure:
+            raise ValueError(f"fixed_point: expected f to return the structure of z0, {structure}, got {made}")
+        return results
+
+    states, about = marker.region(body, tuple(leaves), site, "fixed_point", (), pairs)
+    solved = unflatten(list(states), structure)
+    return (solved, SolveInfo.of(about.detach())) if return_info else solved
+
+
+def install() -> None:
+    """Take calls of `fixed_point` where our backend traces."""
+    calls.take(fixed_point, _traced)

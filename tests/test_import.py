@@ -1,0 +1,153 @@
+"""Importing the package costs little, touches nothing of Dynamo's, and leaves every way in open."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What an import may not load: each takes longer than all of ours, or is what users of other backends do without.
+DEAR = ("torch._dynamo", "torch._inductor", "triton", "sympy", "tabulate", "deq_compile.backend", "deq_compile.capture")
+MOST_SECONDS = 0.3  # beyond torch's own, as CPU time
+
+
+def python(code: str) -> str:
+    """What a fresh process prints. Without C++ kernels, which torch's own compiler of C++ makes."""
+    env = {**os.environ, "DEQ_COMPILE_NATIVE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_an_import_is_cheap_and_touches_nothing() -> None:
+    code = f"""
+import sys, time
+import torch
+begun = time.process_time()
+import deq_compile
+spent = time.process_time() - begun
+print([name for name in {DEAR} if name in sys.modules], spent)
+"""
+    best = min(float(python(code).rpartition(" ")[2]) for _ in range(3))
+    assert python(code).startswith("[] ")
+    assert best < MOST_SECONDS
+
+
+def test_fixed_point_in_eager_mode_needs_no_dynamo() -> None:
+    """But for torch's own counter of operations, by which `reuse="auto"` decides."""
+    code = """
+import sys, torch
+from deq_compile import fixed_point, record_solves
+x = torch.randn(4, 8, requires_grad=True)
+with record_solves() as solves:
+    fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros(4, 8), tol=1e-5, reuse="never").sum().backward()
+assert solves[0].converged == 1.0 and x.grad is not None
+print("torch._dynamo" in sys.modules)
+"""
+    assert python(code).strip() == "False"
+
+
+LOOP = """
+import torch
+def model(x, W):
+    z = torch.zeros_like(x)
+    for _ in range(30):
+        z = torch.tanh(z @ W + x)
+    return z
+x, W = torch.randn(4, 8), torch.linalg.qr(torch.randn(8, 8))[0] * 0.3
+"""
+EXITS = """
+def model(x, W):
+    z = torch.zeros_like(x)
+    for _ in range(60):
+        new = torch.tanh(z @ W + x)
+        if (new - z).norm() < 1e-5:
+            break
+        z = new
+    return z
+"""
+RECORDED = """
+    got = call(x, W)
+torch.testing.assert_close(got, model(x, W), rtol=1e-3, atol=1e-4)
+print(len(solves))
+"""
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        "import deq_compile as d; call = torch.compile(model, backend='deq', fullgraph=True, options={'inner': 'eager'})",
+        "call = torch.compile(model, backend='deq', fullgraph=True, options={'inner': 'eager'}); import deq_compile as d",
+        "import deq_compile as d; call = d.deq_compile(inner='eager')(model)",
+        "from deq_compile.backend import Backend; import deq_compile as d\n"
+        "call = torch.compile(model, backend=Backend({'inner': 'eager'}))",
+    ],
+    ids=["by name", "by name alone", "decorator", "backend object"],
+)
+def test_capture_is_on_whichever_way_comes_first(way: str) -> None:
+    """A loop whose exit depends on data is seen by capture only."""
+    assert python(LOOP + EXITS + way + "\nwith d.record_solves() as solves:" + RECORDED).strip() == "1"
+
+
+def test_explain_first() -> None:
+    code = LOOP + EXITS + "from deq_compile import explain\nprint(len(explain(model, inner='eager')(x, W).regions))"
+    assert python(code).strip() == "1"
+
+
+def test_fixed_point_is_traced_by_our_backend_and_stands_outside_of_others() -> None:
+    code = """
+import torch, deq_compile
+def model(x):
+    return deq_compile.fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros_like(x), tol=1e-6) + 1
+x = torch.randn(4, 8)
+want = model(x)
+for name in BACKENDS:
+    got = torch.compile(model, backend=name, fullgraph=name == "deq")
+    for _ in range(3):
+        torch.testing.assert_close(got(x), want, rtol=1e-4, atol=1e-5)
+print("right")
+"""
+    for backends in ("['eager']", "['deq']", "['eager', 'deq']", "['deq', 'eager']"):
+        assert python(code.replace("BACKENDS", backends)).strip() == "right"
+
+
+def test_an_import_changes_nothing_for_other_backends() -> None:
+    """The same graph, in as many pieces, with and without."""
+    code = (
+        LOOP
+        + EXITS
+        + """
+seen = []
+def backend(gm, inputs):
+    seen.append([str(n.target) for n in gm.graph.nodes])
+    return gm.forward
+torch.compile(model, backend=backend)(x, W)
+print(seen)
+"""
+    )
+    assert python("import deq_compile\n" + code) == python(code)
+
+
+def test_from_a_plain_checkout() -> None:
+    """Without an entry point the backend is known after the import, at the price of Dynamo."""
+    code = (
+        """
+import importlib.metadata as metadata
+real = metadata.entry_points
+metadata.entry_points = lambda **given: metadata.EntryPoints() if given.get("group") == "torch_dynamo_backends" else real(**given)
+"""
+        + LOOP
+        + "import deq_compile as d; call = torch.compile(model, backend='deq', options={'inner': 'eager'})\n"
+    )
+    assert python(code + "with d.record_solves() as solves:" + RECORDED).strip() == "1"
+
+
+def test_what_is_imported_late_is_there() -> None:
+    code = "import deq_compile as d; print([n for n in d.__all__ if n not in dir(d) or getattr(d, n, None) is None])"
+    assert python(code).strip() == "[]"
+    with pytest.raises(AssertionError, match="has no attribute 'compile'"):
+        python("import deq_compile; deq_compile.compile")
