@@ -17,12 +17,14 @@ LONG_FILES = {"bench/fuzz/forms.py", "deq_compile/backend.py", "tests/models/exi
 LAYERS = (
     ("deq_compile/__init__",),
     ("deq_compile/api",),
-    ("deq_compile/backend", "deq_compile/caches", "deq_compile/explicit", "deq_compile/onlooker"),
+    ("deq_compile/backend", "deq_compile/caches", "deq_compile/onlooker"),
     ("deq_compile/capture", "deq_compile/passes", "deq_compile/scope"),
-    ("deq_compile/regularise", "deq_compile/report", "deq_compile/solve_info", "deq_compile/structure", "deq_compile/unexpected", "deq_compile/region"),
+    ("deq_compile/explicit",),
+    ("deq_compile/regularise", "deq_compile/report", "deq_compile/solve_info", "deq_compile/structure", "deq_compile/unexpected",
+     "deq_compile/region"),
     ("deq_compile/config", "deq_compile/kernels"),
     ("deq_compile/option_rules", "deq_compile/registry", "deq_compile/torch_parts"),
-)
+)  # fmt: skip
 # The same among the kernels: solvers know the factors of Broyden's, all know the iteration, nobody knows the solvers.
 KERNELS = (("gcr",), ("reuse",), ("broyden", "anderson"), ("iteration",),
            ("native", "tiles", "tuned", "workspace", "folder", "device", "triton_shared"))  # fmt: skip
