@@ -51,9 +51,9 @@ class Row:
 
 
 def kernels() -> dict[str, Any]:
-    from deq_compile.kernels.broyden import triton_kernels as broyden
-    from deq_compile.kernels.gcr import triton_kernels as gcr
-    from deq_compile.kernels.reuse import triton_kernels as reuse
+    from deq_compile.testing import broyden_triton as broyden
+    from deq_compile.testing import gcr_triton as gcr
+    from deq_compile.testing import reuse_triton as reuse
 
     names = {
         broyden: ("start", "summarise", "finish", "step_fused", "dots", "combine"),
@@ -69,8 +69,7 @@ def constants(name: str, steps: int, graph: bool) -> dict[str, Any]:
     """The compile-time arguments of a kernel, as the launchers choose them for a long row; `graph`: in a WHILE node."""
     import triton.language as tl
 
-    from deq_compile.kernels.gcr.gpu import EXTEND_COLUMNS, EXTEND_WARPS, extend_columns, project_columns
-    from deq_compile.kernels.tiles import by_shape, power_of_two
+    from deq_compile.testing import EXTEND_COLUMNS, EXTEND_WARPS, by_shape, extend_columns, power_of_two, project_columns
 
     fused = name.endswith("fused")
     cut = by_shape(32, 4096 if fused else 65536, steps)
@@ -89,12 +88,12 @@ def constants(name: str, steps: int, graph: bool) -> dict[str, Any]:
     if name == "extend":
         return {**values, "BD": extend_columns(cut), "BD2": EXTEND_COLUMNS, "warps": EXTEND_WARPS, "stages": cut.stages}
     if name == "weights":
-        from deq_compile.kernels.reuse.gpu import weight_rows, weight_warps
+        from deq_compile.testing import weight_rows, weight_warps
 
         LD = min(weight_rows(steps), 64)
         return {**values, "LD": LD, "warps": weight_warps(LD), "stages": cut.stages}
     if name == "gram":
-        from deq_compile.kernels.reuse.gpu import gram_columns, gram_warps
+        from deq_compile.testing import gram_columns, gram_warps
 
         BM = max(cut.BM, 16)
         return {**values, "BM": BM, "BD": gram_columns(BM), "warps": gram_warps(BM), "stages": cut.stages}

@@ -62,8 +62,7 @@ class Model(nn.Module):
 
 def time_leaves() -> None:
     """Wrap all leaves of regions that are compiled from here on."""
-    from deq_compile.kernels import native
-    from deq_compile.region.compiled import CompiledRunner
+    from deq_compile.testing import CompiledRunner, native
 
     finish = CompiledRunner._finish
     CompiledRunner._finish = lambda self, graph: Leaf(finish(self, graph))  # type: ignore[method-assign]
@@ -96,13 +95,13 @@ def inside(call: Callable[[], Any]) -> float:
 
 def region_calls(model: Model, x: Tensor, tol: float) -> tuple[Any, ...]:
     """The operator that the model is compiled to, with its arguments, and the whole step."""
-    from deq_compile.region import op
+    from deq_compile.testing import op
 
     torch._dynamo.reset()
     caught: list[Any] = []
 
     def remember(gm: Any, inputs: Any, **given: Any) -> Any:
-        from deq_compile.backend import deq
+        from deq_compile.testing import deq
 
         compiled = deq(gm, inputs, options={"tol": tol, "verify_tol": float("inf"), "backward_tol": tol})
         caught.extend(n.args[3] for n in gm.graph.nodes if n.target is op.solve_op)

@@ -6,7 +6,7 @@ import torch
 
 from .capture import functions, hook_source, marker, solver_family
 from .kernels import workspace
-from .region import agree, body, eager, engine, layout, site
+from .region import agree, body, eager, graphs, layout, site
 
 
 def reset() -> None:
@@ -22,7 +22,7 @@ def reset() -> None:
     """
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()  # captured solves may be at work
-    engine.clear()
+    graphs.clear()
     body.clear()
     site.clear()
     eager.clear()

@@ -15,7 +15,7 @@ LONG_FILES = {"bench/fuzz/forms.py", "deq_compile/backend.py", "tests/models/exi
               "tests/models/more_loops.py", "tests/test_semantics.py"}  # fmt: skip
 # The layers of the package, from the top: a module imports from its own layer and from those below it.
 LAYERS = (
-    ("deq_compile/__init__",),
+    ("deq_compile/__init__", "deq_compile/testing"),
     ("deq_compile/api",),
     ("deq_compile/backend", "deq_compile/caches", "deq_compile/onlooker"),
     ("deq_compile/capture", "deq_compile/passes", "deq_compile/scope"),
@@ -139,3 +139,26 @@ def test_no_name_of_a_solver_or_a_backward_outside_its_file(name: str) -> None:
                 if names & {side.value for side in sides if isinstance(side, ast.Constant)}:
                     found.append(f"{path}:{node.lineno} {ast.unparse(node)}")
     assert not found
+
+
+def test_bench_comes_in_by_the_door() -> None:
+    """By public names and `deq_compile.testing`, as a benchmark of somebody else's would."""
+    found = []
+    for path in sources():
+        if path.startswith("bench/"):
+            for node in ast.walk(ast.parse((ROOT / path).read_text())):
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                inner = [m for m in modules if m.startswith("deq_compile.") and m != "deq_compile.testing"]
+                found += [f"{path}:{node.lineno} {m}" for m in inner]
+    assert not found
+
+
+def test_the_door_leads_somewhere() -> None:
+    from deq_compile import testing
+
+    for name in set(testing._WHERE):
+        if not name.endswith("_triton") and name not in ("set_conditional",):
+            assert getattr(testing, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = testing.nothing

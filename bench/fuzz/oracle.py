@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from deq_compile import Report
-from deq_compile.backend import Backend
+from deq_compile.testing import Backend
 
 VERIFY_TOL = 1e-6
 OPTIONS: dict[str, Any] = {

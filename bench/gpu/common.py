@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from deq_compile.region.engine import captures
+from deq_compile.testing import captures
 
 from .clocks import Clocks
 from .store import Row, Store

@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import new_state, step
-from deq_compile.kernels.broyden.gpu import TritonState
-from deq_compile.kernels.broyden.state import Factors
-from deq_compile.kernels.reuse import apply_transpose
-from deq_compile.kernels.reuse.reference import apply_transpose_reference
-from deq_compile.region.adjoint import solve_adjoint
+from deq_compile.testing import Factors, TritonState, apply_transpose, apply_transpose_reference, new_state, solve_adjoint, step
 
 from . import models
 from .common import Setting, relative_error

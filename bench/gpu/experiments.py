@@ -9,8 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from deq_compile.kernels.triton_shared import set_conditional
-from deq_compile.region.engine import captures
+from deq_compile.testing import captures, set_conditional
 
 from . import interplay, solves
 from .common import Setting

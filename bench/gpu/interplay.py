@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench import problems
-from deq_compile.region.engine import captures
+from deq_compile.testing import captures
 
 from .common import Setting
 from .models import options

@@ -8,13 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import Factors
-from deq_compile.kernels.broyden.gpu import TritonState
-from deq_compile.kernels.gcr import move
-from deq_compile.kernels.gcr import new_state as new_adjoint
-from deq_compile.kernels.gcr.gpu import TritonGcr
-from deq_compile.kernels.reuse import apply_transpose, multisecant
-from deq_compile.kernels.tiles import tiles
+from deq_compile.testing import Factors, TritonGcr, TritonState, apply_transpose, move, multisecant, new_adjoint, tiles
 
 from .clocks import Timing
 from .common import Setting

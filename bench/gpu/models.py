@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import models, problems
-from deq_compile.region.engine import CapturedAdjoint, CapturedForward, captures
+from deq_compile.testing import CapturedAdjoint, CapturedForward, captures
 
 from .common import Setting, relative_error
 

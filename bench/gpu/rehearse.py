@@ -14,10 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.device import rehearsal
-from deq_compile.region.engine import captures
-from deq_compile.region.engine.conditional import set_from_flag
-from deq_compile.region.engine.device import Device, Graph, Work
+from deq_compile.testing import Device, Graph, Work, captures, rehearsal, set_from_flag
 
 from .rules import Fault, RehearsedGraph, Rules, fresh
 

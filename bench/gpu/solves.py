@@ -10,10 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import problems
-from deq_compile.region.engine import captures
-from deq_compile.region.engine.conditional import node_types
-from deq_compile.region.engine.forward import CapturedForward, ForwardSettings
-from deq_compile.region.engine.operands import Operands, addresses
+from deq_compile.testing import CapturedForward, ForwardSettings, Operands, addresses, captures, node_types
 
 from .common import Setting
 from .facts import copy_rate

@@ -7,10 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from deq_compile.kernels import tuned
-from deq_compile.kernels.broyden import Factors
-from deq_compile.kernels.reuse import apply_transpose
-from deq_compile.kernels.tiles import Tiles, by_shape
+from deq_compile.testing import Factors, Tiles, apply_transpose, by_shape, tuned
 
 from .common import Setting
 from .kernel_times import DRY_SHAPES, MEMORY, SHAPES, filled

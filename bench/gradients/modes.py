@@ -9,9 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from deq_compile.config import BACKWARD_TOL_DEFAULT, BACKWARD_TOL_EXACT
-from deq_compile.kernels.broyden import Factors
-from deq_compile.region.adjoint import VJP, AdjointSolution, VJPFull, jacobian_free, phantom, solve_adjoint
+from deq_compile.testing import (
+    BACKWARD_TOL_DEFAULT,
+    BACKWARD_TOL_EXACT,
+    VJP,
+    AdjointSolution,
+    Factors,
+    VJPFull,
+    jacobian_free,
+    phantom,
+    solve_adjoint,
+)
 
 # Far above what any mode needs to reach its tolerance on the bodies here; the default's own cap is part of the study.
 CAP = 40

@@ -15,9 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
-from deq_compile.kernels.broyden import factors_of
-from deq_compile.region.forward import solve
-from deq_compile.regularise import spectral_radius
+from deq_compile.testing import factors_of, solve, spectral_radius
 
 from .bodies import RECIPES, TRAINING_SAMPLES
 from .modes import MODES

@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deq_compile.region.forward import solve
-from deq_compile.regularise import jac_reg
+from deq_compile.testing import jac_reg, solve
 
 from .bodies import CLASSES, TRAINING_SAMPLES, ConvBlock, TransformerBlock, digits
 from .modes import MODES, Mode

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deq_compile.region.adjoint import solve_adjoint
-from deq_compile.region.forward import solve
-from deq_compile.regularise import jac_reg
+from deq_compile.testing import jac_reg, solve, solve_adjoint
 
 from .bodies import CLASSES, RECIPES, TRAINING_SAMPLES, digits
 

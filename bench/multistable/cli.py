@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench import machine, problems
 from deq_compile import Report, record_solves
-from deq_compile.backend import Backend
+from deq_compile.testing import Backend
 
 from .bodies import BODIES, Multistable
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from deq_compile.kernels import native
+from deq_compile.testing import native
 
 from .counts import Count, Stream
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from deq_compile.kernels.broyden import coefficient_width
+from deq_compile.testing import coefficient_width
 
 WORD = 4
 CHUNK = 8192  # as in vector.h: elements of a row that the Gram matrix is made of at a time

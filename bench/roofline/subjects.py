@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deq_compile.kernels import broyden, gcr, iteration, reuse
+from deq_compile.testing import broyden, gcr, iteration, reuse
 
 from . import counts
 from .counts import Count

@@ -32,9 +32,7 @@ class Bound(Step):
     """
 
     def __init__(self, case: Case, deq: Counts | None, inner: str = "inductor") -> None:
-        from deq_compile.region.body import BodySpec, runner_for
-        from deq_compile.region.layout import Layout
-        from deq_compile.region.modes import Ambient
+        from deq_compile.testing import Ambient, BodySpec, Layout, runner_for
 
         super().__init__(case)
         if deq is None:
@@ -61,7 +59,7 @@ class Bound(Step):
         self.runner = runner_for(spec, self.layout, self.arranged([u, *(p.detach() for p in self.parameters)]), ())
 
     def arranged(self, operands: Sequence[Tensor]) -> Sequence[Tensor]:
-        from deq_compile.region.layout import channels_last
+        from deq_compile.testing import channels_last
 
         return channels_last(operands) if self.images else operands
 

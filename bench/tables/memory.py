@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from deq_compile.kernels import workspace
+from deq_compile.testing import workspace
 
 STEPS = 3
 

@@ -75,7 +75,7 @@ class Deq(Step):
 
     def counts(self) -> Counts:
         from deq_compile import record_solves
-        from deq_compile.region.compiled import CompiledRunner
+        from deq_compile.testing import CompiledRunner
 
         linearised = 0
         original = CompiledRunner.linearise

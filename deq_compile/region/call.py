@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deq_compile.kernels.device import on_gpu
 
-from . import engine, records
+from . import graphs, records
 from .agree import look
 from .backward import BACKWARDS
 from .body import Runner, runner_for
@@ -51,7 +51,7 @@ class Call:
         """`prepared`: where the body is no graph; else it is made of the state and the operands, and remembered."""
         spec = site.spec
         self.site, self.sizes = site, sizes
-        self.inside = engine.under_capture(site, state0)
+        self.inside = graphs.under_capture(site, state0)
         self.watch = Stopwatch() if records.wants_timing() else None
         if not self.inside:
             settle(site)
@@ -113,18 +113,18 @@ class Call:
         self.evaluations.count += len(found.linears)
         return found
 
-    def _captured(self) -> engine.CapturedForward | engine.Declined | None:
+    def _captured(self) -> graphs.CapturedForward | graphs.Declined | None:
         """The captured solve of this region for these shapes, on a GPU and from the second call on."""
         site, spec, config = self.site, self.site.spec, self.site.spec.config
         # A test of the user's own is a question to the host in every iteration.
         if not self.solver.captures or config.engine == "loop" or spec.stop or not on_gpu(self.z0.device):
             return None
-        settings = engine.ForwardSettings(
+        settings = graphs.ForwardSettings(
             site.tol, config.stop_mode, config.max_iter, config.memory, spec.factor_dtype, spec.body_eps
         )
-        engine.end_with(site)
+        graphs.end_with(site)
         key = (site.key, *self.sizes)
-        found = engine.captured_forward(key, self.runner, self.z0, self.operands, settings, config.engine)
+        found = graphs.captured_forward(key, self.runner, self.z0, self.operands, settings, config.engine)
         if found is not None:
             site.note_engine(found.name, found.reason)
         return found

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deq_compile.config import Config
 
-from . import engine
+from . import graphs
 from .backward import BACKWARDS, AdjointCall
 from .body import BodySpec, Linearised, Runner
 from .call import Call, Prepared
@@ -61,13 +61,13 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
             "point has none. Fix: backward='exact'"
         )
     site = _site(key, state0, config, where)
-    here = engine.current_device(state0[0].device)
+    here = graphs.current_device(state0[0].device)
 
     def as_given(states: list[Tensor]) -> Sequence[Tensor]:
-        with engine.made_current(here):  # the user's code runs as it would without a solver around it
+        with graphs.made_current(here):  # the user's code runs as it would without a solver around it
             return f(states)
 
-    with engine.made_current(state0[0].device):
+    with graphs.made_current(state0[0].device):
         call = Call(site, state0, (), (), _prepare(site, as_given, state0))
         found, layout = run(call), call.layout
     if not torch.is_grad_enabled():
@@ -189,7 +189,7 @@ class _Attached:
         linear = self.linear
         given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, linear.inputs, strict=True)]
         mode = BACKWARDS[self.site.spec.config.backward]
-        call = AdjointCall(self.site, self.factors, inside=engine.capturing())
+        call = AdjointCall(self.site, self.factors, inside=graphs.capturing())
         w = adjoint(mode, linear, linear.layout.flatten(given), call, self.serial).w
         return [g.to(image.dtype) for g, image in zip(linear.layout.unflatten(w), linear.images, strict=True)]
 
@@ -208,7 +208,7 @@ class _Implicit(torch.autograd.Function):
         attached: _Attached = ctx.attached
         if all(c is None for c in cotangents):
             return (None, None, *([None] * len(cotangents)))
-        with torch.no_grad(), engine.made_current(attached.linear.inputs[0].device):
+        with torch.no_grad(), graphs.made_current(attached.linear.inputs[0].device):
             work = attached.adjoint_of
             found = for_each_of_batch(work, cotangents) if is_batched(cotangents) else work(cotangents)
         if torch.is_grad_enabled():

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from . import engine, run
+from . import graphs, run
 from .layout import flat_dtype
 from .site import await_backward
 from .site import site as find_site
@@ -61,7 +61,7 @@ def _rows(state0: Sequence[Tensor]) -> Any:
 
 def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> list[Tensor]:
     site = find_site(region)
-    with engine.made_current(state0[0].device):
+    with graphs.made_current(state0[0].device):
         done = run.run_forward(site, state0, operands, sizes)
     solve_info, rows = done.solve_info, _rows(state0)
     numbers = array.array("q", (done.ticket.kept, done.ticket.rows, done.ticket.serial))
@@ -95,7 +95,7 @@ def _solve_backward(*arguments: Any) -> list[Tensor]:
     numbers = run.Ticket(kept, bool(rows), serial)
     saved = getattr(ticket, "saved", None) or run.SavedForBackward()
     inputs = run.BackwardInputs(state, state0, operands, sizes, numbers, saved)
-    with engine.made_current(state0[0].device):
+    with graphs.made_current(state0[0].device):
         grad_state0, grad_operands = run.run_backward(
             getattr(ticket, "site", None) or find_site(region), cotangents, inputs, tuple(needs_operands)
         )

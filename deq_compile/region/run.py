@@ -12,7 +12,7 @@ from torch import Tensor
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.device import on_gpu
 
-from . import backwards, engine, records
+from . import backwards, graphs, records
 from .adjoint import AdjointSolution
 from .backward import BACKWARDS, AdjointCall, Backward
 from .backwards.reuse import skipped_pairs
@@ -241,7 +241,7 @@ class _Backward:
         else:
             self.operands = spec.arranged(inputs.operands)
             self.runner = runner_for(spec.body, self.layout, self.operands, inputs.sizes)
-        self.inside = engine.capturing()
+        self.inside = graphs.capturing()
 
     def gradients(self) -> tuple[list[Tensor] | None, list[Tensor | None]]:
         site, spec, kept = self.site, self.site.spec, self.inputs.ticket.kept
@@ -279,12 +279,12 @@ class _Backward:
     def _captured(self, factors: Factors | None) -> AdjointSolution | None:
         """The captured adjoint for these shapes, on a GPU and from the second call on."""
         site, config = self.site, self.site.spec.config
-        settings = engine.AdjointSettings(
+        settings = graphs.AdjointSettings(
             site.backward_tol, max(1, config.backward_max_iter), site.spec.body_eps, skipped_pairs(site)
         )
-        engine.end_with(site)
+        graphs.end_with(site)
         key = (site.key, *self.inputs.sizes)
-        captured = engine.captured_adjoint(key, self.runner, self.z, self.operands, self.needs, factors, settings, config.engine)
+        captured = graphs.captured_adjoint(key, self.runner, self.z, self.operands, self.needs, factors, settings, config.engine)
         if captured is None or (solved := captured.solve(self.z, self.q, self.operands, factors)) is None:
             return None
         found, self.deferred.found = solved

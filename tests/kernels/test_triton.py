@@ -28,8 +28,8 @@ def _only_once(implementation: str) -> None:
 LANES = {
     "step": (["kernels/test_triton"], 50),
     "adjoint": (["kernels/test_gcr", "kernels/test_weights", "kernels/test_stopping"], 34),
-    "engine": (["region/test_engine", "region/test_engine_host"], 12),
-    "failures": (["region/test_engine_failures", "region/test_engine_robust"], 20),
+    "engine": (["region/test_graphs", "region/test_graphs_host"], 12),
+    "failures": (["region/test_graphs_failures", "region/test_graphs_robust"], 20),
 }
 
 

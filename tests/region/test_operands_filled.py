@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deq_compile.region.engine.operands import Operands, addresses
+from deq_compile.region.graphs.operands import Operands, addresses
 
 
 def test_copied_operands_begin_with_the_numbers_of_a_call() -> None:

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deq_compile.kernels.triton_shared import set_conditional
-from deq_compile.region.engine import captures
+from deq_compile.testing import captures, set_conditional
 
 from ..common import Setting
 from .registry import Finding, probe
@@ -119,7 +118,7 @@ def by_nvrtc(setting: Setting) -> Finding:
 
 def direct(setting: Setting, setter: Callable[[Loop, Tensor], Launch]) -> Finding:
     """A WHILE graph whose body is captured straight into the conditional node's own graph."""
-    from deq_compile.region.engine.conditional import Condition, checked, runtime
+    from deq_compile.testing import Condition, checked, runtime
 
     rt, device, loop = runtime(), captures.device_class(setting.device), Loop(setting)
     condition = Condition(device.device)

@@ -10,12 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import Factors
-from deq_compile.kernels.reuse import multisecant
-from deq_compile.region.engine import captures
-from deq_compile.region.engine import engines as _engines
-from deq_compile.region.engine.forward import CapturedForward, ForwardSettings
-from deq_compile.region.engine.operands import Operands, addresses
+from deq_compile.testing import CapturedForward, Factors, ForwardSettings, Operands, addresses, captures, multisecant
+from deq_compile.testing import engines as _engines
 
 from ..common import Setting, relative_error
 from ..models import engines_that_ran, first_model, moved, options, step_of, steps_first

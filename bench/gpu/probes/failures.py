@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from deq_compile.kernels.broyden import new_state, step
-from deq_compile.region.engine import captures
+from deq_compile.testing import captures, new_state, step
 
 from ..common import Setting
 from .registry import Finding, probe

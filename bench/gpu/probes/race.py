@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.broyden import new_state, step
+from deq_compile.testing import new_state, step
 
 from ..common import Setting
 from ..correct import TOL, toy

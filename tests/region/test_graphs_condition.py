@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from deq_compile.region.engine import conditional
-from deq_compile.region.engine.device import Device, Refused
+from deq_compile.region.graphs import conditional
+from deq_compile.region.graphs.device import Device, Refused
 
 
 @pytest.fixture(autouse=True)

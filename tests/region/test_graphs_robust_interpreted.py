@@ -18,8 +18,8 @@ from bench.gpu.rehearse import RehearsalDevice, rehearsed
 from deq_compile import explain, fixed_point
 from deq_compile.kernels.broyden import gpu as broyden_gpu
 from deq_compile.kernels.gcr import gpu as gcr_gpu
-from deq_compile.region import engine
-from deq_compile.region.engine import engines
+from deq_compile.region import graphs
+from deq_compile.region.graphs import engines
 from deq_compile.region.site import Site
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py, interpreted")
@@ -86,7 +86,7 @@ def test_launches_happen_under_the_states_device(wanted: str, launches: list[boo
     assert len(launches) > 10
     assert all(launches)
     if wanted != "loop":
-        assert {held.name for held in engine.held(engine.Captured)} == {wanted}
+        assert {held.name for held in graphs.held(graphs.Captured)} == {wanted}
 
 
 def test_a_declared_fixed_point_launches_under_the_states_device(launches: list[bool], device: type[RehearsalDevice]) -> None:
@@ -115,7 +115,7 @@ def test_operands_elsewhere_stay_in_the_loop(device: type[RehearsalDevice]) -> N
             torch.testing.assert_close(call(x, scale), model(x, scale), rtol=0, atol=3e-3)
         report = explain(model, **OPTIONS)(x, torch.tensor(0.5))
     reason = "an operand of shape [] is on meta: a graph on cpu would keep the value it has now"
-    assert engine.used() == (["loop"], [reason])
+    assert graphs.used() == (["loop"], [reason])
     assert "begin" not in device.log
     assert (report.regions[0].engine, report.regions[0].engine_reason) == ("loop", reason)
     assert f"loop, since {reason}" in str(report)
@@ -128,7 +128,7 @@ def test_capturing_draws_no_random_numbers(device: type[RehearsalDevice], monkey
     state = torch.get_rng_state()
     for _ in range(3):
         train(call, x)
-    assert {type(held) for held in engine.held(engine.Captured)} == {engine.CapturedForward, engine.CapturedAdjoint}
+    assert {type(held) for held in graphs.held(graphs.Captured)} == {graphs.CapturedForward, graphs.CapturedAdjoint}
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -165,20 +165,20 @@ def test_a_flag_may_decide_about_the_loop(device: type[RehearsalDevice], monkeyp
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     assert [line for line in device.log if line.startswith("trips")] == trips
     assert device.log.count("decide") == sum(int(line.split()[1]) for line in trips)
-    assert all(held.engine.graph.flagged for held in engine.held(engine.Captured))  # type: ignore[union-attr]
+    assert all(held.engine.graph.flagged for held in graphs.held(graphs.Captured))  # type: ignore[union-attr]
     assert notes[-1] == ("while", "while: a node of the loop's own sets the condition, from a flag")
 
 
 def test_an_adjoint_keeps_no_operand_alive(device: type[RehearsalDevice], monkeypatch: pytest.MonkeyPatch) -> None:
     """What the body saved of an operand that is read in place is lent by each call, and gone after it."""
-    from deq_compile.region.engine import operands as module
+    from deq_compile.region.graphs import operands as module
 
     monkeypatch.setattr(module, "SMALL_BYTES", 90)  # W.weight, 100 bytes, is read in place
     model, x = Loop(), torch.randn(2, 5)
     call = torch.compile(model, backend="deq", options={**OPTIONS, "verify": "first"})
     for _ in range(3):
         train(call, x)
-    (held,) = engine.held(engine.CapturedAdjoint)
+    (held,) = graphs.held(graphs.CapturedAdjoint)
     assert held.operands.fixed
     linear, w = held.linear, torch.randn(2, 5)
     want = linear.vjp_full(w)

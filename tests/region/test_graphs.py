@@ -12,7 +12,7 @@ from bench.gpu.rehearse import rehearsed
 from deq_compile.backend import rewrite
 from deq_compile.config import Options
 from deq_compile.kernels.broyden.state import new_factors
-from deq_compile.region.engine.operands import Operands, addresses
+from deq_compile.region.graphs.operands import Operands, addresses
 from deq_compile.region.layout import layout_of
 from deq_compile.report import Report
 
@@ -37,7 +37,7 @@ class Loop(nn.Module):
 
 
 def test_operands_are_copied_or_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deq_compile.region.engine import operands as module
+    from deq_compile.region.graphs import operands as module
 
     monkeypatch.setattr(module, "SMALL_BYTES", 64)
     small, large, moving = torch.randn(4), torch.randn(8, 8), torch.randn(8, 8)

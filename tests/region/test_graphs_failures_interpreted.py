@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.gpu.rehearse import RehearsalDevice, rehearsed
 from bench.gpu.rules import STAGES, Fault
-from deq_compile.region import engine
+from deq_compile.region import graphs
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py, interpreted")
 FORWARD, ADJOINT = 2, 3  # captures of a `while`: trip and after; before, trip and after
@@ -70,7 +70,7 @@ def forwards(call: Any, x: Tensor) -> None:
 
 
 def engines() -> tuple[list[str], str]:
-    names, reasons = engine.used()
+    names, reasons = graphs.used()
     return names, " | ".join(reasons)
 
 
@@ -78,7 +78,7 @@ def test_chunks_serve_where_while_is_refused_after_its_captures(device: type[Reh
     """All of `while` was recorded; its graphs are gone when `chunks` begins, and the pool with them."""
     model, x = Loop(), torch.randn(2, 5)
     want = gradient(compiled(model, engine="loop", verify="first"), model, x)
-    device.refuse["while_graph"] = engine.Refused("the captured body has nodes of type Host")
+    device.refuse["while_graph"] = graphs.Refused("the captured body has nodes of type Host")
     call = compiled(model, verify="first")
     for _ in range(3):
         got = gradient(call, model, x)
@@ -88,7 +88,7 @@ def test_chunks_serve_where_while_is_refused_after_its_captures(device: type[Reh
     assert engines() == (["chunks"], "while: the captured body has nodes of type Host")
 
 
-# Every capture, and every way to fail; test_engine_captures.py has the ways in detail.
+# Every capture, and every way to fail; test_graphs_captures.py has the ways in detail.
 @pytest.mark.parametrize(
     ("stage", "at"), [*(("invalidated", at) for at in range(FORWARD + ADJOINT)), ("begin", 0), ("work", 1), ("instantiate", 3)]
 )
@@ -103,8 +103,8 @@ def test_chunks_serve_whichever_capture_of_while_fails(stage: str, at: int, devi
         device.rules.check()
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    (down,) = engine.held(engine.CapturedForward if forward else engine.CapturedAdjoint)
-    (well,) = engine.held(engine.CapturedAdjoint if forward else engine.CapturedForward)
+    (down,) = graphs.held(graphs.CapturedForward if forward else graphs.CapturedAdjoint)
+    (well,) = graphs.held(graphs.CapturedAdjoint if forward else graphs.CapturedForward)
     assert (well.name, well.reason) == ("while", "")
     assert down.name == "chunks"
     assert down.reason == "while: RuntimeError: operation not permitted when stream is capturing"
@@ -137,10 +137,10 @@ def test_an_adjoint_that_cannot_be_captured_runs_in_the_loop(last: int, device: 
         device.rules.check()
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
-    (declined,) = engine.held(engine.Declined)
+    (declined,) = graphs.held(graphs.Declined)
     refused = "RuntimeError: CUDA error: refused in"
     assert declined.reason == f"while: {refused} invalidated; chunks: {refused} work"
-    assert [held.name for held in engine.held(engine.CapturedForward)] == ["while"]
+    assert [held.name for held in graphs.held(graphs.CapturedForward)] == ["while"]
 
 
 def test_an_interruption_comes_through_and_breaks_nothing(device: type[RehearsalDevice]) -> None:
@@ -180,7 +180,7 @@ def test_an_error_while_operands_are_brought_in_frees_the_solve(
     model, x = Loop(), torch.randn(2, 5)
     call = compiled(model)
     forwards(call, x)
-    (held,) = engine.held(engine.CapturedForward)
+    (held,) = graphs.held(graphs.CapturedForward)
 
     def full(*tensors: Any) -> None:
         raise RuntimeError("out of memory")
@@ -196,14 +196,14 @@ def test_an_error_while_operands_are_brought_in_frees_the_solve(
     assert device.log.count("replay") > replays
 
 
-@pytest.mark.parametrize("kind", [engine.CapturedForward, engine.CapturedAdjoint], ids=["forward", "adjoint"])
+@pytest.mark.parametrize("kind", [graphs.CapturedForward, graphs.CapturedAdjoint], ids=["forward", "adjoint"])
 def test_the_loop_serves_where_a_launch_is_refused(kind: Any, device: type[RehearsalDevice]) -> None:
     """The first launch of a graph takes memory of its own."""
     model, x = Loop(), torch.randn(2, 5)
     call = compiled(model, verify="first")
     for _ in range(3):
         want = gradient(call, model, x)
-    (held,) = engine.held(kind)
+    (held,) = graphs.held(kind)
 
     def full() -> None:
         raise RuntimeError("CUDA said cudaErrorMemoryAllocation to the launch of a captured solve")
@@ -223,7 +223,7 @@ def test_another_stream_waits_for_the_warming_up(device: type[RehearsalDevice]) 
     with torch.no_grad():
         call(x)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine.CapturedForward, "solve", lambda *_, **__: None)
+            patch.setattr(graphs.CapturedForward, "solve", lambda *_, **__: None)
             call(x)
-    (held,) = engine.held(engine.CapturedForward)
+    (held,) = graphs.held(graphs.CapturedForward)
     assert held.launched is not None

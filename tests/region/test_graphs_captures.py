@@ -19,11 +19,11 @@ from torch import Tensor
 from bench.gpu.rehearse import RehearsalDevice, rehearsed
 from bench.gpu.rules import STAGES, Fault
 from deq_compile import torch_parts
-from deq_compile.region.engine import captures
-from deq_compile.region.engine import device as device_module
-from deq_compile.region.engine.borrowed import Borrowed
-from deq_compile.region.engine.captured import Captured, Declined
-from deq_compile.region.engine.operands import Operands, addresses
+from deq_compile.region.graphs import captures
+from deq_compile.region.graphs import device as device_module
+from deq_compile.region.graphs.borrowed import Borrowed
+from deq_compile.region.graphs.captured import Captured, Declined
+from deq_compile.region.graphs.operands import Operands, addresses
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ SETTINGS = {
 def test_settings_are_read_under_both_precision_interfaces() -> None:
     """Each of them changes the key of a captured solve; none makes reading raise. A process for all: settings are global."""
     program = (
-        "import sys, torch\nfrom deq_compile.region.engine.device import Device\n"
+        "import sys, torch\nfrom deq_compile.region.graphs.device import Device\n"
         "for line in sys.argv[1:]:\n    before = Device.settings()\n    exec(line)\n"
         "    assert hash(Device.settings()) and Device.settings() != before, line\n"
     )
@@ -293,7 +293,7 @@ def test_an_event_that_fails_frees_the_solve(device: type[RehearsalDevice]) -> N
 
 def test_what_a_body_saved_of_an_operand_is_lent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Views of any strides and dtypes come back from another tensor that lies at the same address, and none is kept."""
-    monkeypatch.setattr("deq_compile.region.engine.operands.SMALL_BYTES", 16)
+    monkeypatch.setattr("deq_compile.region.graphs.operands.SMALL_BYTES", 16)
     base = torch.randn(6, 8)
     held = base[1:]  # an operand that does not begin where its memory does
     own, small = torch.randn(3), torch.randn(2)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from bench.gpu.rehearse import RehearsalDevice, rehearsed
 from deq_compile import explain, record_solves
 from deq_compile.backend import Backend
-from deq_compile.region import engine
+from deq_compile.region import graphs
 from deq_compile.region.compiled import CompiledLinearised, CompiledRunner
-from deq_compile.region.engine import captures
+from deq_compile.region.graphs import captures
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py, interpreted")
 
@@ -70,17 +70,17 @@ def test_captured_solves_equal_the_loop(device: type[RehearsalDevice]) -> None:
     model = Loop()
     xs = [torch.randn(2, 17) for _ in range(4)]
     expected = [gradients(compiled(model, engine="loop", verify="first"), model, x) for x in xs]
-    assert not engine.held(engine.Captured)
+    assert not graphs.held(graphs.Captured)
     for wanted in ("while", "chunks"):
         torch._dynamo.reset()
-        engine.clear()
+        graphs.clear()
         call = compiled(model, engine=wanted, verify="first")
         for x, (y, g) in zip(xs, expected, strict=True):
             mine, grad = gradients(call, model, x)
             torch.testing.assert_close(mine, y, rtol=0, atol=0)
             torch.testing.assert_close(grad, g, rtol=0, atol=0)
-        assert [h.name for h in engine.held(engine.CapturedForward)] == [wanted]
-        assert [h.name for h in engine.held(engine.CapturedAdjoint)] == [wanted]
+        assert [h.name for h in graphs.held(graphs.CapturedForward)] == [wanted]
+        assert [h.name for h in graphs.held(graphs.CapturedAdjoint)] == [wanted]
 
 
 def test_nothing_stands_between_begin_and_end(device: type[RehearsalDevice]) -> None:
@@ -119,15 +119,15 @@ def test_two_forwards_before_two_backwards(device: type[RehearsalDevice]) -> Non
 def test_refusals_step_down_with_a_reason(device: type[RehearsalDevice]) -> None:
     model, x = Loop(), torch.randn(2, 17)
     want = compiled(model, engine="loop")(x)
-    device.refuse["while"] = engine.Refused("no conditional nodes here")
+    device.refuse["while"] = graphs.Refused("no conditional nodes here")
     with torch.no_grad():
         torch._dynamo.reset()
         call = compiled(model)
         for _ in range(2):
             torch.testing.assert_close(call(x), want, rtol=0, atol=0)
-    (held,) = engine.held(engine.CapturedForward)
+    (held,) = graphs.held(graphs.CapturedForward)
     assert (held.name, held.reason) == ("chunks", "while: no conditional nodes here")
-    engine.clear()
+    graphs.clear()
     device.refuse["capture"] = RuntimeError("operation not permitted when stream is capturing\nmore")
     report = explain(model, inner="aot_eager", tol=1e-3, max_iter=8)
     with torch.no_grad():
@@ -135,21 +135,21 @@ def test_refusals_step_down_with_a_reason(device: type[RehearsalDevice]) -> None
         call = compiled(model)
         for _ in range(3):
             torch.testing.assert_close(call(x), want, rtol=0, atol=0)
-    (declined,) = engine.held(engine.Declined)  # without the buffers of a solve
+    (declined,) = graphs.held(graphs.Declined)  # without the buffers of a solve
     assert declined.name == "loop"
     assert "chunks: RuntimeError: operation not permitted when stream is capturing" in declined.reason
     assert report(x).regions[0].engine == "loop"
 
 
 def test_a_parameter_that_moves_is_copied_in_the_end(device: type[RehearsalDevice], monkeypatch: pytest.MonkeyPatch) -> None:
-    from deq_compile.region.engine import operands
+    from deq_compile.region.graphs import operands
 
     monkeypatch.setattr(operands, "SMALL_BYTES", 200)  # the bias is small, the weight is read in place
     model, x = Loop(), torch.randn(2, 17)
     call = compiled(model)
 
-    def held() -> engine.CapturedForward:
-        (found,) = engine.held(engine.CapturedForward)
+    def held() -> graphs.CapturedForward:
+        (found,) = graphs.held(graphs.CapturedForward)
         return found
 
     with torch.no_grad():
@@ -187,7 +187,7 @@ def test_two_threads_never_share_one(device: type[RehearsalDevice]) -> None:
     call = compiled(model)
     with torch.no_grad():
         want = [call(x) for _ in range(2)][-1]
-        (held,) = engine.held(engine.CapturedForward)
+        (held,) = graphs.held(graphs.CapturedForward)
         with held.busy:  # as if another thread were in it
             replays = device.log.count("replay")
             torch.testing.assert_close(call(x), want, rtol=0, atol=0)
@@ -260,11 +260,11 @@ def test_captured_solves_go_with_their_region(device: type[RehearsalDevice]) -> 
         call = torch.compile(Loop(5), backend=spy)
         for _ in range(2):
             call(x)
-        (forward,) = engine.held(captures.Captured)
+        (forward,) = graphs.held(captures.Captured)
         forward.busy.acquire()
         made.clear()
         gc.collect()
-        assert engine.held(captures.Captured) == [forward]
+        assert graphs.held(captures.Captured) == [forward]
         forward.busy.release()
         captures._orphan("another region")
-    assert engine.held(captures.Captured) == []
+    assert graphs.held(captures.Captured) == []

@@ -1,4 +1,4 @@
-"""What a call costs the host on a GPU: operators outside replays, and what it waits for. Rehearsed as test_engine_interpreted.py.
+"""What a call costs the host on a GPU: operators outside replays, and what it waits for. Rehearsed as test_graphs_interpreted.py.
 
 Needs TRITON_INTERPRET=1 from the start: tests/kernels/test_triton.py runs it in a process of its own.
 """
@@ -20,8 +20,8 @@ import deq_compile  # noqa: F401, the backend's name
 from bench.gpu import rehearse
 from deq_compile.kernels.broyden import gpu as broyden_gpu
 from deq_compile.kernels.gcr import gpu as gcr_gpu
-from deq_compile.region import engine, op, verdict
-from tests.region.test_engine_interpreted import Loop, device
+from deq_compile.region import graphs, op, verdict
+from tests.region.test_graphs_interpreted import Loop, device
 
 __all__ = ["device"]
 
@@ -100,8 +100,8 @@ def test_a_captured_call_dispatches_few_operators(device: type[rehearse.Rehearsa
     call = torch.compile(model, backend="deq", options=options)
     for _ in range(4):
         call(torch.randn(2, 16)).square().sum().backward()
-    assert [h.name for h in engine.held(engine.CapturedForward)] == ["while"]
-    assert [h.name for h in engine.held(engine.CapturedAdjoint)] == ["while"]
+    assert [h.name for h in graphs.held(graphs.CapturedForward)] == ["while"]
+    assert [h.name for h in graphs.held(graphs.CapturedAdjoint)] == ["while"]
     forward, backward = (counted[name].seen for name in ("run_forward", "run_backward"))
     assert forward.total() <= MOST_FORWARD, forward
     assert backward.total() <= MOST_BACKWARD, backward
