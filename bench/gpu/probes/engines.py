@@ -139,7 +139,7 @@ def compiled(setting: Setting) -> Finding:
     return Finding(ok, {**ran, "value_error": errors[0], "gradient_error": errors[1], "main_thread": threading.get_ident()})
 
 
-@probe("engines", "8 host cost of making M: B128 D1024, 41 slots, n 11", "before it is captured: 300 to 400 µs of host a call")
+@probe("engines", "8 host cost of making M: B128 D1024, 41 slots, n 11", "two launches: 20 to 40 µs of host, 10 to 25 of device")
 def making_m(setting: Setting) -> Finding:
     B, D, slots = (2, 17, 5) if setting.dry else (128, 1024, 41)
     generator = torch.Generator(device=setting.device).manual_seed(0)
@@ -147,8 +147,8 @@ def making_m(setting: Setting) -> Finding:
     C = 0.02 * torch.randn(B, slots - 1, 48, generator=generator, device=setting.device).tril()
     n = torch.full((B,), min(11, slots - 1), dtype=torch.int32, device=setting.device)
     factors = Factors(S=S, C=C, n=n, slots_written=slots)
-    made = multisecant(factors)
-    finite = bool(torch.isfinite(made.V).all())
+    used = int(n[0])
+    finite = bool(torch.isfinite(multisecant(factors).V[:, :used, :used]).all())  # only n rows and columns are in use
     timing = setting.timed(lambda: multisecant(factors))
     numbers = {"us_host": round(setting.host_us(lambda: multisecant(factors)), 1), "us_device": round(timing.device, 1)}
     return Finding(finite, {**numbers, "host_hidden": timing.covered})
