@@ -60,6 +60,7 @@ bench: $(VENV)/.installed
 # The linked folders are checked under both names; pyproject.toml says why.
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check --quiet . deq_compile/kernels deq_compile/passes
+	$(RUN) -m ruff format --quiet --check .
 
 typecheck: $(VENV)/.installed
 	$(RUN) -m mypy

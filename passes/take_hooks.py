@@ -95,9 +95,7 @@ class TakeHooks(Pass):
         return None
 
 
-def _entangled(
-    solve: _Solve, z: fx.Node, attached: set[fx.Node], is_state: Callable[[fx.Node], bool]
-) -> str | None:
+def _entangled(solve: _Solve, z: fx.Node, attached: set[fx.Node], is_state: Callable[[fx.Node], bool]) -> str | None:
     """Why the attached step cannot be taken together with the solve before it; None where it can."""
     if not _same(z, solve.image, is_state, lambda node: node is solve.read):
         return "the solve before it has another body than the attached step"
@@ -192,9 +190,7 @@ def _between(z: fx.Node, is_state: Callable[[fx.Node], bool]) -> set[fx.Node]:
     return {node for node, yes in depends.items() if yes}
 
 
-def _same(
-    a: fx.Node, b: fx.Node, state_a: Callable[[fx.Node], bool], state_b: Callable[[fx.Node], bool]
-) -> bool:
+def _same(a: fx.Node, b: fx.Node, state_a: Callable[[fx.Node], bool], state_b: Callable[[fx.Node], bool]) -> bool:
     """Whether two nodes compute the same of their states."""
     known: dict[tuple[fx.Node, fx.Node], bool] = {}
 

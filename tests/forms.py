@@ -43,7 +43,7 @@ SECTIONS: list[tuple[str, str, dict[str, Any]]] = [
     (
         "Calls of a solver, with a hook that solves the adjoint",
         "The no-grad solve, the attached step and the hook become one region with the implicit gradient, at the hook's "
-        "tolerance (1e-4 where it has a count only); `hooks=\"keep\"` leaves the hook.",
+        'tolerance (1e-4 where it has a count only); `hooks="keep"` leaves the hook.',
         HOOKS,
     ),
     (
@@ -138,7 +138,7 @@ def document(rows: dict[tuple[str, str], Row] | None = None) -> str:
         "# The forms",
         "How people write a fixed point, and what the compiler makes of it. Generated from the models in `tests/models/` by "
         "`python -m tests.forms`; a test holds it up to date. Errors are relative, against float64, at tol=1e-6 and "
-        "backward_tol=1e-5 (TorchDEQ: at the settings of its models), with inner=\"eager\"; fixed_point at its own options.",
+        'backward_tol=1e-5 (TorchDEQ: at the settings of its models), with inner="eager"; fixed_point at its own options.',
     ]
     for title, text, table in SECTIONS:
         parts += [f"## {title}", text, _table(title, table, rows)]

@@ -194,7 +194,7 @@ def _poison(recipe: Recipe) -> str:
     return f"{when}{POISONS[recipe.poison]}\n"
 
 
-_ITERATE = '''
+_ITERATE = """
 
 def iterate(f, z, max_iter, tol):
     for _ in range(max_iter):
@@ -203,7 +203,7 @@ def iterate(f, z, max_iter, tol):
             return new
         z = new
     raise ArithmeticError("whose own solver fails has no result to compare with")
-'''
+"""
 
 
 def _names(line: str, text: str) -> list[str]:

@@ -86,9 +86,7 @@ class TransformerBlock(nn.Module):
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         length, width = self.shape
         z = z.view(-1, length, width)
-        q, k, v = (
-            t.view(-1, length, self.heads, width // self.heads).transpose(1, 2) for t in (self.qkv(z) + x).chunk(3, -1)
-        )
+        q, k, v = (t.view(-1, length, self.heads, width // self.heads).transpose(1, 2) for t in (self.qkv(z) + x).chunk(3, -1))
         a = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(width // self.heads), -1) @ v
         z = self.l1(z + self.o(a.transpose(1, 2).reshape(-1, length, width)))
         return self.l2(z + self.f2(F.relu(self.f1(z)))).flatten(1)

@@ -31,9 +31,7 @@ class Trained:
     width: int
 
 
-def implicit_step(
-    f: Callable[[Tensor], Tensor], z: Tensor, loss: Callable[[Tensor], Tensor], regularise: float = 0.0
-) -> float:
+def implicit_step(f: Callable[[Tensor], Tensor], z: Tensor, loss: Callable[[Tensor], Tensor], regularise: float = 0.0) -> float:
     """Accumulate the gradients of loss(z*) at z = z* (B, D), by one attached application of f and an adjoint to 1e-2."""
     z = z.detach().requires_grad_()
     fz = f(z)

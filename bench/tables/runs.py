@@ -42,9 +42,7 @@ def tasks(
             threads.append({"kind": "threads", "problem": problem, "plan": {first: plan[first]}})
         if with_memory and first is not None:
             rest += [
-                {"kind": "memory", "problem": problem, "inject": first, "method": key}
-                for key in plan[first]
-                if table[key].memory
+                {"kind": "memory", "problem": problem, "inject": first, "method": key} for key in plan[first] if table[key].memory
             ]
     return timing + threads + rest
 

@@ -222,8 +222,6 @@ _FEATURES = [
     _Feature("TorchDEQ", torchdeq.install, _test_torchdeq, _CALLS),
     _Feature("backward hooks", hooks.install, _test_hooks, _HOOKS),
     _Feature("autograd functions in the report", functions.install, lambda: None, ("AutogradFunctionVariable",)),
-    _Feature(
-        "torch.allclose as a loop's test", allclose.install, _test_allclose, (*_LOOPS, "TorchInGraphFunctionVariable")
-    ),
+    _Feature("torch.allclose as a loop's test", allclose.install, _test_allclose, (*_LOOPS, "TorchInGraphFunctionVariable")),
     _Feature("whole graphs under DistributedDataParallel", ddp.install, lambda: None),
 ]

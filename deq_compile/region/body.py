@@ -124,9 +124,7 @@ class Runner(abc.ABC):
     def apply(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor: ...
 
     @abc.abstractmethod
-    def evaluate_and_linearise(
-        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
-    ) -> tuple[Tensor, Linearised]:
+    def evaluate_and_linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Tensor, Linearised]:
         """f(z), and f linearised at z; with the gradients of the operands marked in `needs`. It may hold on to z and to f(z)."""
 
     def linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> Linearised:
@@ -141,9 +139,7 @@ class EagerRunner(Runner):
         with torch.no_grad():
             return self.spec.flat(self.layout, z, operands, self.sizes)
 
-    def evaluate_and_linearise(
-        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
-    ) -> tuple[Tensor, Linearised]:
+    def evaluate_and_linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Tensor, Linearised]:
         with autograd_recording():
             state = z.detach().requires_grad_()
             own = [o.detach().requires_grad_(need) for o, need in zip(operands, needs, strict=True)]
@@ -164,9 +160,7 @@ class EagerLinearised(Linearised):
     def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         if not self.out.requires_grad:
             return torch.zeros_like(w), [None] * len(self.operands)
-        jtw, *grads = torch.autograd.grad(
-            self.out, [self.state, *self.operands], w, retain_graph=True, allow_unused=True
-        )
+        jtw, *grads = torch.autograd.grad(self.out, [self.state, *self.operands], w, retain_graph=True, allow_unused=True)
         return torch.zeros_like(w) if jtw is None else jtw, list(grads)
 
 

@@ -50,9 +50,7 @@ class CompiledRunner(Runner):
     def evaluations(self, operands: Sequence[Tensor], needs: tuple[bool, ...] | None) -> Evaluations:
         return Evaluations(self, operands) if needs is None else LinearisingEvaluations(self, operands, needs)
 
-    def evaluate_and_linearise(
-        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
-    ) -> tuple[Tensor, Linearised]:
+    def evaluate_and_linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Tensor, Linearised]:
         evaluations = LinearisingEvaluations(self, operands, needs)
         value, linear = evaluations(z), evaluations.linear()
         assert linear is not None

@@ -95,9 +95,7 @@ class _Function(Runner):
         with torch.no_grad():
             return self.layout.flatten(self.f(self.layout.unflatten(z)))
 
-    def evaluate_and_linearise(
-        self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]
-    ) -> tuple[Tensor, Linearised]:
+    def evaluate_and_linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Tensor, Linearised]:
         raise NotImplementedError("the attached evaluation of f gives its products")
 
 

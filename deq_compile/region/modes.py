@@ -34,9 +34,7 @@ class Ambient:
         """Autocast as it was when the graph was captured: a thread of autograd's has it off."""
         with contextlib.ExitStack() as stack:
             for device, enabled, dtype in self.autocast:
-                if enabled != torch.is_autocast_enabled(device) or (
-                    enabled and dtype != torch.get_autocast_dtype(device)
-                ):
+                if enabled != torch.is_autocast_enabled(device) or (enabled and dtype != torch.get_autocast_dtype(device)):
                     stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
             yield
 

@@ -34,9 +34,7 @@ from .site import site as find_site
 from .surroundings import NO_TANGENT, NO_VMAP, NotHere, any_tangent, for_each_of_batch
 
 _TAGS = tuple(
-    tag
-    for tag in (getattr(torch.Tag, name, None) for name in ("pt2_compliant_tag", "cudagraph_unsafe"))
-    if tag is not None
+    tag for tag in (getattr(torch.Tag, name, None) for name in ("pt2_compliant_tag", "cudagraph_unsafe")) if tag is not None
 )
 
 _library = torch.library.Library("deq", "DEF")
@@ -171,9 +169,7 @@ def _below_autograd(keyset: Any, op: Any, kernel: Call) -> Call:
     return functools.partial(op.redispatch, keyset & torch._C._after_autograd_keyset)
 
 
-def _solve_autograd(
-    keyset: Any, state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str
-) -> Sequence[Tensor]:
+def _solve_autograd(keyset: Any, state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> Sequence[Tensor]:
     """By hand: torch.library's own takes lists apart with pytree and always goes through the dispatcher once more."""
     call = _below_autograd(keyset, torch.ops.deq.solve.default, _solve)
     if forward_ad._current_level >= 0 and any_tangent((*state0, *operands)):

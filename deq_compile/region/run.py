@@ -265,9 +265,7 @@ class _Backward:
     def _start(self) -> Tensor:
         return self.layout.flatten(self.inputs.state0).detach()
 
-    def _loops_own(
-        self, count: int, linears: Sequence[Linearised] = ()
-    ) -> tuple[list[Tensor] | None, list[Tensor | None]]:
+    def _loops_own(self, count: int, linears: Sequence[Linearised] = ()) -> tuple[list[Tensor] | None, list[Tensor | None]]:
         """The gradient of `count` iterations of the user's own loop."""
         z0 = self.layout.flatten(self.inputs.state0)
         memory = self.site.spec.config.loop_memory

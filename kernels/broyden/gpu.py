@@ -197,7 +197,6 @@ class TritonState(BroydenState, Launches):
             residual=like.new_empty(B), solve_info=like.new_empty((B, 3), dtype=torch.float32),
         )  # fmt: skip
 
-
     def restart(self, z: Tensor, z0: Tensor, out: Outputs | None = None) -> None:
         """Begin another solve in the same buffers: z and the best iterate become z0 (both (B, D), contiguous). With a table,
         `out` is what the solve fills."""

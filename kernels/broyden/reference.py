@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 
-def dense_broyden(
-    f: Callable[[Tensor], Tensor], z0: Tensor, steps: int, eta: float = 0.0
-) -> tuple[list[Tensor], Tensor]:
+def dense_broyden(f: Callable[[Tensor], Tensor], z0: Tensor, steps: int, eta: float = 0.0) -> tuple[list[Tensor], Tensor]:
     """Good Broyden on g(z) = f(z) - z with H_0 = -I and full steps (Broyden 1965; guard of Powell 1970).
 
     Args:

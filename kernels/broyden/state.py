@@ -92,9 +92,7 @@ def row_width(D: int, device: torch.device) -> int:
     return (D + 15) // 16 * 16 if on_gpu(device) else D
 
 
-def check_start(
-    z0: Tensor, memory: int, factor_dtype: torch.dtype | None, eta: float, S: Tensor | None
-) -> torch.dtype:
+def check_start(z0: Tensor, memory: int, factor_dtype: torch.dtype | None, eta: float, S: Tensor | None) -> torch.dtype:
     """The factor dtype that is meant; ValueError for an argument that :func:`~.dispatch.new_state` does not take."""
     if z0.dim() != 2 or z0.dtype not in COMPUTE_DTYPES:
         raise ValueError(f"expected z0 of shape (B, D) in float32 or float64, got {tuple(z0.shape)} in {z0.dtype}")
@@ -140,9 +138,7 @@ def new_factors(z0: Tensor, memory: int, factor_dtype: torch.dtype) -> tuple[Ten
     return S if row == D else S[:, :, :D], C
 
 
-def new_aten_state(
-    z0: Tensor, S: Tensor, C: Tensor, *, eta: float, tol: float, relative: bool, floor: float
-) -> BroydenState:
+def new_aten_state(z0: Tensor, S: Tensor, C: Tensor, *, eta: float, tol: float, relative: bool, floor: float) -> BroydenState:
     """A state for the lockstep implementation; C is cleared."""
     return BroydenState(
         S=S,

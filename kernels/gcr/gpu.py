@@ -87,7 +87,6 @@ class TritonGcr(GcrState, Launches):
         assert self.operator is not None
         self.operator = replace(self.operator, S=self.operator.S.new_empty((1, 1, 16)))
 
-
     def restart(self) -> None:
         """Begin with the cotangents in `q` and the operator as they are now: x = 0, r = q, w = M q. Enqueued, never waiting."""
         self.evaluations, self.active, self.converged = 0, self.done.shape[0], False
@@ -185,5 +184,3 @@ class TritonGcr(GcrState, Launches):
         """Enqueue for the host: samples that still run, that missed their tolerance, most VJPs, missed in all launches. out: (4,)
         int32."""
         summarise(self, out)
-
-

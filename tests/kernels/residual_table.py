@@ -68,7 +68,7 @@ def at_random(count: int, seed: int = 0) -> list[Pairs]:
         pairs: Pairs = []
         for _ in range(CAP):
             pairs.append((math.nan, f) if draw.random() < 0.01 else (g, f))
-            g, f = g * rate * draw.uniform(0.6, 1.4), f * growth**draw.uniform(-1, 1)
+            g, f = g * rate * draw.uniform(0.6, 1.4), f * growth ** draw.uniform(-1, 1)
         found.append(pairs)
     return found
 

@@ -64,8 +64,7 @@ def test_large_eta_does_guard() -> None:
     W, b = tanh_problem(5, 31)
     z = torch.zeros(5, 31, dtype=torch.float64)
     plain, guarded = (
-        run(lambda z: torch.tanh(z @ W.T + b), new_state(z, 20, eta=eta, tol=-1.0), z.clone(), 12)[-1]
-        for eta in (0.0, 0.9)
+        run(lambda z: torch.tanh(z @ W.T + b), new_state(z, 20, eta=eta, tol=-1.0), z.clone(), 12)[-1] for eta in (0.0, 0.9)
     )
     assert (plain - guarded).norm() > 1e-6 * plain.norm()
 

@@ -266,9 +266,7 @@ def test_polling_asks_every_so_often() -> None:
 
 
 @pytest.mark.parametrize("form", ["fused", "split"])
-def test_traffic_and_launches_of_an_iteration(
-    form: str, interpreted: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_traffic_and_launches_of_an_iteration(form: str, interpreted: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """At most 2n + 8 words of B D from and to the steps, f, z and the best iterate; at most two launches."""
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -346,8 +344,6 @@ def test_tiles_cover_a_row(B: int, D: int) -> None:
         assert cut.slabs * cut.slab >= D > (cut.slabs - 1) * cut.slab
         assert cut.slabs == 1 or cut.slab % 16 == 0
         assert cut.slabs <= 64
-
-
 
 
 # The operator M and the Gram matrix.

@@ -71,9 +71,7 @@ class Implicit(autograd.Function):
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             f = ctx.f(z)
-        w, _ = forward_iteration(
-            lambda y: autograd.grad(f, z, y, retain_graph=True)[0] + grad, grad, max_iter=CAP, tol=TOL
-        )
+        w, _ = forward_iteration(lambda y: autograd.grad(f, z, y, retain_graph=True)[0] + grad, grad, max_iter=CAP, tol=TOL)
         return None, w
 
 

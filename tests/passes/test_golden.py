@@ -73,7 +73,9 @@ def test_the_whole_way() -> None:
 
     graph, loop = one_loop(model, torch.randn(2, 4))
     assert (loop.count, loop.period, len(loop.hoisted_offsets)) == (4, 3, 1)
-    assert_expected_inline(text(graph), """\
+    assert_expected_inline(
+        text(graph),
+        """\
 graph():
     %l_x_ : torch.Tensor [num_users=2] = placeholder[target=L_x_]
     %l_u_ : torch.Tensor [num_users=1] = placeholder[target=L_u_]
@@ -82,15 +84,19 @@ graph():
     %stand_in : [num_users=1] = call_function[target=tests.passes.test_golden.stand_in](args = ([%z], [%matmul], []), kwargs = {})
     %getitem : [num_users=1] = call_function[target=operator.getitem](args = (%stand_in, 0), kwargs = {})
     %sum_1 : [num_users=1] = call_method[target=sum](args = (%getitem,), kwargs = {})
-    return (sum_1,)""")
+    return (sum_1,)""",
+    )
     assert loop.body is not None
-    assert_expected_inline(text(loop.body.graph), """\
+    assert_expected_inline(
+        text(loop.body.graph),
+        """\
 graph():
     %z0 : [num_users=1] = placeholder[target=z0]
     %a0 : [num_users=1] = placeholder[target=a0]
     %add_3 : [num_users=1] = call_function[target=operator.add](args = (%z0, %a0), kwargs = {})
     %z_4 : [num_users=1] = call_function[target=torch.tanh](args = (%add_3,), kwargs = {})
-    return (z_4,)""")
+    return (z_4,)""",
+    )
 
 
 def test_functionalise() -> None:
@@ -104,14 +110,17 @@ def test_functionalise() -> None:
     gm = captured(model, torch.randn(3))
     graph = copy.deepcopy(gm.graph)
     assert Functionalise().run(graph, PassContext(lambda nodes: 3)) == 3
-    assert_expected_inline(text(graph), """\
+    assert_expected_inline(
+        text(graph),
+        """\
 graph():
     %l_x_ : torch.Tensor [num_users=1] = placeholder[target=L_x_]
     %y : [num_users=1] = call_function[target=operator.mul](args = (%l_x_, 2), kwargs = {})
     %add : [num_users=1] = call_function[target=operator.add](args = (%y, 1), kwargs = {})
     %relu_1 : [num_users=1] = call_function[target=torch.nn.functional.relu](args = (%add,), kwargs = {inplace: False})
     %mul : [num_users=1] = call_method[target=mul](args = (%relu_1, 3), kwargs = {})
-    return (mul,)""")
+    return (mul,)""",
+    )
     x = torch.randn(3)
     torch.testing.assert_close(fx.GraphModule(gm, graph)(x)[0], model(x))
 

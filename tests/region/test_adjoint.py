@@ -25,9 +25,7 @@ class Problem:
         W = (torch.randn(D, D, generator=g, dtype=torch.float64) * gain / D**0.5).to(dtype)
         b = torch.randn(B, D, generator=g, dtype=torch.float64).to(dtype)
         self.q = torch.randn(B, D, generator=g, dtype=torch.float64).to(dtype)
-        self.forward: Solution = solve(
-            lambda z: torch.tanh(z @ W.T + b), torch.zeros(B, D, dtype=dtype), tol=1e-6, max_iter=60
-        )
+        self.forward: Solution = solve(lambda z: torch.tanh(z @ W.T + b), torch.zeros(B, D, dtype=dtype), tol=1e-6, max_iter=60)
         self.J = (1 - self.forward.z**2)[:, :, None] * W
         self.calls: list[str] = []
 

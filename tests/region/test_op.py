@@ -98,9 +98,7 @@ def test_gradcheck(call: Any, states: int, iterations: int | None) -> None:
 def test_gradcheck_options(options: dict[str, Any]) -> None:
     z, w, x = inputs()
     key = key_of(body, 1, None, **options)
-    torch.autograd.gradcheck(
-        lambda w, x: solve_op([z], [w, x], [], key)[0], (w.requires_grad_(), x.requires_grad_()), atol=1e-6
-    )
+    torch.autograd.gradcheck(lambda w, x: solve_op([z], [w, x], [], key)[0], (w.requires_grad_(), x.requires_grad_()), atol=1e-6)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2])

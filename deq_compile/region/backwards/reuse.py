@@ -52,9 +52,7 @@ class Reuse(Backward):
         site.expected_vjps = found.needed
         return found
 
-    def _solve(
-        self, linear: Linearised, q: Tensor, call: AdjointCall, factors: Factors | None, due: bool
-    ) -> AdjointSolution:
+    def _solve(self, linear: Linearised, q: Tensor, call: AdjointCall, factors: Factors | None, due: bool) -> AdjointSolution:
         """The adjoint; where that is `due`, made without the factors as well, to see whether they pay."""
         site, problem = call.site, _problem(call, q)
         site.backwards += 1

@@ -102,9 +102,7 @@ def _replaced(full: Any, entry: Captured, operands: Sequence[Tensor]) -> _Seen:
     return seen
 
 
-def _built(
-    device: torch.device, operands: Sequence[Tensor], seen: _Seen, build: Callable[[Device, Operands], T]
-) -> T | Declined:
+def _built(device: torch.device, operands: Sequence[Tensor], seen: _Seen, build: Callable[[Device, Operands], T]) -> T | Declined:
     """Where even warming up fails, the loop serves: it raises what the body has to say, or needs less memory."""
     try:
         built = build(device_class(device), Operands(operands, seen.addresses, seen.copy))
