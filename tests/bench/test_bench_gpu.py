@@ -19,7 +19,7 @@ from bench.gpu import cli, compile_ahead, conduct, goals, plan, readme, report, 
 from bench.gpu.common import Setting
 from bench.gpu.store import Results, Store, bad, label, merged
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from deq_compile.config import Options
 from tests.helpers import TIGHT, largest_error, reference, value_and_grads
 from tests.models.loops import CASES, Linear, Loop, contract
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @deq_compile(**TIGHT)

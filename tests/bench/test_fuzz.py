@@ -19,7 +19,7 @@ from bench.fuzz.grammar import Recipe, random_recipe, source
 from bench.fuzz.shrink import shrink
 from bench.fuzz.stages import STAGES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @settings(

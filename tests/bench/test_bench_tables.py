@@ -140,7 +140,7 @@ def test_compare_divides_by_what_the_eager_loop_did() -> None:
 
 
 def test_compare_reads_the_files_of_record(capsys: pytest.CaptureFixture[str]) -> None:
-    results = Path(__file__).resolve().parents[1] / "bench" / "results"
+    results = Path(__file__).resolve().parents[2] / "bench" / "results"
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     new, old = results / "cpu-tables-2026-11-25.json", results / "cpu-tables.json"
@@ -298,7 +298,7 @@ def test_memory_sees_a_block_that_comes_and_goes() -> None:
 def test_the_peak_of_a_process_is_its_own_not_its_parent_s() -> None:
     ballast = np.ones(8 << 20)  # 64 MB that the child does not have
     code = "from bench.tables import memory; print(memory.peak() - memory.resident())"
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert float(found.stdout) < 32
     assert ballast[-1] == 1

@@ -25,7 +25,7 @@ from deq_compile.region.site import RegionSpec, Site
 from deq_compile.region.site import site as find_site
 from tests.helpers import TIGHT, compiled
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class CountingStore(dist.HashStore):

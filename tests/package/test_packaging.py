@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LINKS = ("kernels", "passes")
 SOURCES = ("deq_compile", "kernels", "passes", "pyproject.toml", "hatch_build.py", "LICENSE", "README.md")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # What an import may not load: each takes longer than all of ours, or is what users of other backends do without.
 DEAR = ("torch._dynamo", "torch._inductor", "triton", "sympy", "tabulate", "deq_compile.backend", "deq_compile.capture")
 MOST_SECONDS = 0.3  # beyond torch's own, as CPU time
