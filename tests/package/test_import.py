@@ -32,9 +32,9 @@ import deq_compile
 spent = time.process_time() - begun
 print([name for name in {DEAR} if name in sys.modules], spent)
 """
-    best = min(float(python(code).rpartition(" ")[2]) for _ in range(3))
-    assert python(code).startswith("[] ")
-    assert best < MOST_SECONDS
+    said = [python(code) for _ in range(2)]
+    assert all(line.startswith("[] ") for line in said)
+    assert min(float(line.rpartition(" ")[2]) for line in said) < MOST_SECONDS
 
 
 def test_fixed_point_in_eager_mode_needs_no_dynamo() -> None:
@@ -111,7 +111,7 @@ for name in BACKENDS:
         torch.testing.assert_close(got(x), want, rtol=1e-4, atol=1e-5)
 print("right")
 """
-    for backends in ("['eager']", "['deq']", "['eager', 'deq']", "['deq', 'eager']"):
+    for backends in ("['eager', 'deq']", "['deq', 'eager']"):
         assert python(code.replace("BACKENDS", backends)).strip() == "right"
 
 
