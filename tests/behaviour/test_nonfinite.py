@@ -115,7 +115,7 @@ def results(model: Model, run: Callable[[Tensor], Tensor], x: Tensor) -> list[Te
     x = x.clone().requires_grad_()
     y = run(x)
     y.sum().backward()
-    return [y.detach(), x.grad, *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters())]
+    return [y.detach(), x.grad, *(torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters())]  # type: ignore[list-item]
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -223,5 +223,5 @@ def test_a_nan_target_is_its_samples_own() -> None:
             leaf = x.clone().requires_grad_()
             ((f(leaf) - target) ** 2).sum().backward()
             grads.append(leaf.grad)
-        torch.testing.assert_close(grads[0][[0, 2, 3]], grads[1][[0, 2, 3]], rtol=2e-2, atol=2e-2)  # the default's
+        torch.testing.assert_close(grads[0][[0, 2, 3]], grads[1][[0, 2, 3]], rtol=2e-2, atol=2e-2)  # type: ignore[index]  # the default's
     assert 1e-4 <= site(report.regions[0].key).backward_tol <= 1e-2

@@ -28,7 +28,7 @@ from tests.helpers import TIGHT, compiled
 ROOT = Path(__file__).resolve().parents[2]
 
 
-class CountingStore(dist.HashStore):
+class CountingStore(dist.HashStore):  # type: ignore[name-defined]
     """A store that counts how often it was asked."""
 
     asked = 0

@@ -50,7 +50,7 @@ def test_equilibrium_semantics_means_the_fixed_point() -> None:
     model, x = contracting(0.95, 10)
     run, report = compiled(model, semantics="equilibrium")
     long = copy.deepcopy(model)
-    long.n = 2000
+    long.n = 2000  # type: ignore[assignment]
     assert largest_error(value_and_grads(run, model, x), reference(long, x)) < 2e-3
     assert report.regions[0].status == "solve"
     assert report.regions[0].distance is None
@@ -131,7 +131,7 @@ class FromInputInjected(FromInput):
 
 def test_initial_state_of_a_solve_has_gradient_zero() -> None:
     model, x = Case(FromInputInjected, 1).make()
-    model.n = 60
+    model.n = 60  # type: ignore[assignment]
     run, _ = compiled(model)
     found = value_and_grads(run, model, x)
     assert float(found[1].abs().max()) == 0.0
@@ -210,7 +210,7 @@ def test_raw_reuse_is_exactly_one_transposed_application() -> None:
                 H = H + torch.outer(s - H @ y, s @ H) / (s @ H @ y)
             z, g = z + s, new
         torch.testing.assert_close(z, solve.z[b], rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(-H.T @ solve.cotangent[b], solve.w[b], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(-H.T @ solve.cotangent[b], solve.w[b], rtol=1e-5, atol=1e-7)  # type: ignore[index]
 
 
 def test_jacobian_free() -> None:

@@ -106,7 +106,7 @@ def test_states_of_nested_and_wrapped_tensors_are_refused() -> None:
     from torch.testing._internal.two_tensor import TwoTensor
 
     with pytest.raises(TypeError, match="plain dense tensors, got TwoTensor"):
-        fixed_point(lambda z: 0.5 * z, TwoTensor(X, X))
+        fixed_point(lambda z: 0.5 * z, TwoTensor(X, X))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("shape", [(3, 0), (0, 0), (0, 4), (2, 0, 5)])

@@ -192,7 +192,7 @@ class FakeEvent:
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    return FakeDevice()
+    return FakeDevice()  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(("host_us", "fewest"), [(100, 1), (4000, 20), (10**6, MOST_FLUSHES)])

@@ -87,7 +87,7 @@ def test_what_is_missing_costs_its_own_feature() -> None:
 def test_a_missing_name_switches_its_features_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(install, "_installed", False)
     monkeypatch.setattr(install, "_try", lambda *_: None)
-    monkeypatch.setattr(install, "OFF", off := {})
+    monkeypatch.setattr(install, "OFF", off := {})  # type: ignore[var-annotated]
     monkeypatch.setitem(MISSING, name, f"no {name}")
     install.install()
     every = {install.EVERYTHING, *(feature.name for feature in _FEATURES)}

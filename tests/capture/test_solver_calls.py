@@ -52,7 +52,7 @@ def test_families() -> None:
 
 def test_the_fields_of_a_result_are_true() -> None:
     class Told(solvers.BroydenModel):
-        def forward(self, x: Tensor) -> dict[str, Any]:
+        def forward(self, x: Tensor) -> dict[str, Any]:  # type: ignore[override]
             with torch.no_grad():
                 return solvers.broyden(lambda z: self.f(z, x), torch.zeros_like(x), 50, eps=1e-3)
 

@@ -16,7 +16,7 @@ def test_statistics(mode: str, train: bool) -> None:
     """All keys, and numbers that are true of the state that is returned."""
 
     class Told(One):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # type: ignore[override]
             z_out, info = self.deq(lambda z: self.f(z, x), torch.zeros_like(x))
             return z_out[-1], info
 

@@ -55,7 +55,7 @@ def test_iterates_equal_the_textbooks(B: int, D: int, eta: float) -> None:
     state = new_state(z, 20, eta=eta, tol=-1.0)
     seen = run(lambda z: torch.tanh(z @ W.T + b), state, z, evaluations)
     for i in range(B):
-        expected, _ = dense_broyden(lambda z, i=i: torch.tanh(W @ z + b[i]), seen[0][i], evaluations - 1, eta)
+        expected, _ = dense_broyden(lambda z, i=i: torch.tanh(W @ z + b[i]), seen[0][i], evaluations - 1, eta)  # type: ignore[misc]
         for ours, theirs in zip(seen, expected, strict=True):
             torch.testing.assert_close(ours[i], theirs, rtol=1e-10, atol=1e-11)  # rounding, amplified by 11 steps
 
@@ -78,7 +78,7 @@ def test_factors_equal_the_dense_inverse(memory: int) -> None:
     assert state.n.tolist() == [11] * 5
     x = torch.randn(5, 23, dtype=torch.float64)
     for i in range(5):
-        _, H = dense_broyden(lambda z, i=i: torch.tanh(W @ z + b[i]), torch.zeros(23), 11, 0.5)
+        _, H = dense_broyden(lambda z, i=i: torch.tanh(W @ z + b[i]), torch.zeros(23), 11, 0.5)  # type: ignore[misc]
         # eleven rank-one updates in two orders of summation, each of which cond(H) ~ 100 may amplify: 1e-16 becomes 1e-9
         torch.testing.assert_close(apply_transpose(state, x)[i], -H.T @ x[i], rtol=1e-8, atol=1e-9)
 

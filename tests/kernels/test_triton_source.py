@@ -118,7 +118,7 @@ def test_what_32_bit_offsets_cannot_reach_is_left_to_aten(monkeypatch: pytest.Mo
             if ours:
                 TritonGcr.create(q, None, 40, 1e-3, 0.0, None, begin=False)
             else:
-                assert gcr.new_state(q, None, 40, tol=1e-3) == "ATen"
+                assert gcr.new_state(q, None, 40, tol=1e-3) == "ATen"  # type: ignore[comparison-overlap]
                 with pytest.raises(ValueError, match=r"fewer than 2\*\*31 elements"):
                     TritonGcr.create(q, None, 40, 1e-3, 0.0, None, begin=False)
 
@@ -143,7 +143,7 @@ def test_a_held_launch_takes_what_its_kernel_takes() -> None:
 
     class Kernel:
         def __getitem__(self, grid: Any) -> Any:
-            return lambda *args, **constants: seen.append(("kernel", grid, args, constants)) or Compiled()
+            return lambda *args, **constants: seen.append(("kernel", grid, args, constants)) or Compiled()  # type: ignore[func-returns-value]
 
     held = Held()
     for _ in range(2):

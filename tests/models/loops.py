@@ -331,7 +331,7 @@ class MultiScale(Parts):
         zs = [torch.zeros_like(x) for _ in range(3)]
         for _ in range(N):
             zs = [self.f(z, x + 0.3 * sum(zs)) for z in zs]
-        return sum(zs)
+        return sum(zs)  # type: ignore[return-value]
 
 
 class WeightNorm(nn.Module):
@@ -387,7 +387,7 @@ class Mutates(Parts):
     def forward(self, x: Tensor) -> Tensor:
         z = torch.zeros_like(x)
         for _ in range(N):
-            self.count += 1
+            self.count += 1  # type: ignore[assignment]
             z = self.f(z, x)
         return z
 

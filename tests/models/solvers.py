@@ -35,7 +35,7 @@ def anderson(
     f: Map, x0: Tensor, m: int = 5, lam: float = 1e-8, max_iter: int = 50, tol: float = 1e-2, beta: float = 1.0
 ) -> tuple[Tensor, list[float]]:
     batch, d = x0.shape[0], x0[0].numel()
-    xs, fs, res = [], [], []
+    xs, fs, res = [], [], []  # type: ignore[var-annotated]
     z = x0
     for _ in range(max_iter):
         image = f(z)

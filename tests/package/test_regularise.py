@@ -92,7 +92,7 @@ def test_bad_arguments() -> None:
     for call in (jac_reg, spectral_radius):
         for returned, got in ((None, "NoneType"), ((z,), "tuple"), (z.long(), "torch.int64")):
             with pytest.raises(TypeError, match=f"body that returns one real floating-point tensor, got {got}"):
-                call(lambda z, returned=returned: returned, z)
+                call(lambda z, returned=returned: returned, z)  # type: ignore[misc]
         for state, got in ((z.long(), "torch.int64"), (z.to(torch.complex64), "torch.complex64"), ([z], "list")):
             with pytest.raises(TypeError, match=f"{call.__name__}: expected a state that is one .* tensor, got {got}"):
                 call(torch.sin, state)

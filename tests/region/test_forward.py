@@ -228,4 +228,4 @@ def test_wrong_arguments_are_named() -> None:
 def test_every_status_has_its_own_message() -> None:
     for kind in (Status, AdjointStatus):
         assert len({s.message for s in kind}) == len(kind)
-        assert [kind(int(s)) for s in kind] == list(kind)
+        assert [kind(int(s)) for s in kind] == list(kind)  # type: ignore[call-arg]

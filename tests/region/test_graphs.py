@@ -53,7 +53,7 @@ def test_operands_are_copied_or_read_in_place(monkeypatch: pytest.MonkeyPatch) -
     assert not held.hopeless
     assert not held.load([small, large.clone(), moving])
     assert held.hopeless
-    assert held.moved == {1}
+    assert held.moved == {1}  # type: ignore[unreachable]
     assert Operands([small, large], addresses([small, large]), frozenset({1})).copied == [0, 1]
 
 
@@ -69,7 +69,7 @@ def test_copies_keep_strides(view: str) -> None:
 
 def test_the_tag_outlives_aotautograd() -> None:
     """Inductor's graph partition works around operators with this tag."""
-    from functorch.compile import make_boxed_func
+    from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
     from torch._dynamo.backends.common import aot_autograd
 
     seen: list[Any] = []

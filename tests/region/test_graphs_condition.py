@@ -197,7 +197,7 @@ def test_graphs_live_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(conditional, "runtime", lambda: fake)
     monkeypatch.setattr(torch.cuda, "device", Current)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=f"stream of {device}"))
-    monkeypatch.setattr(conditional.Condition, "__init__", lambda self, device: (fake.log.append("condition"), None)[1])
+    monkeypatch.setattr(conditional.Condition, "__init__", lambda self, device: (fake.log.append("condition"), None)[1])  # type: ignore[func-returns-value]
     device = Device.__new__(Device)
     device.device = torch.device("cuda", 1)
     device.new_condition()

@@ -218,8 +218,8 @@ def test_under_somebody_elses_capture(device: type[RehearsalDevice], monkeypatch
     monkeypatch.setattr(device, "captured_by_others", True)
     bodies, vjps = [], []
     apply, vjp = CompiledRunner.apply, CompiledLinearised.vjp
-    monkeypatch.setattr(CompiledRunner, "apply", lambda *args: (bodies.append(0), apply(*args))[1])
-    monkeypatch.setattr(CompiledLinearised, "vjp", lambda *args: (vjps.append(0), vjp(*args))[1])
+    monkeypatch.setattr(CompiledRunner, "apply", lambda *args: (bodies.append(0), apply(*args))[1])  # type: ignore[func-returns-value]
+    monkeypatch.setattr(CompiledLinearised, "vjp", lambda *args: (vjps.append(0), vjp(*args))[1])  # type: ignore[func-returns-value]
     monkeypatch.setattr(Tensor, "item", lambda self: pytest.fail("a question to the device"))
     got, again = gradients(call, model, x)
     assert len(bodies) == 8

@@ -63,7 +63,7 @@ def test_opcheck(call: Any, states: int, iterations: int | None) -> None:
     # Compared with 4 iterations of the body, the loop is kept.
     key = key_of(call, states, iterations, verify="never" if iterations is None else "first")
     start = [z.clone().requires_grad_() for _ in range(states)]
-    args = (start, [w.requires_grad_(), x.requires_grad_()], [], key)
+    args = (start, [w.requires_grad_(), x.requires_grad_()], [], key)  # type: ignore[var-annotated]
     torch.library.opcheck(solve_op, args)
     torch.library.opcheck(solve_op, ([z] * states, [w.detach(), x.detach()], [], key))
 
@@ -73,7 +73,7 @@ def test_opcheck_of_the_backward() -> None:
     key = key_of(pair_body, 2)
     *_, ticket, _, held = solve_op([z, z], [w, x], [], key)
     q = torch.randn_like(z)
-    args = ([q, None], [held], ticket, [z, z], [w, x], [], key, [False, False], [True, True])
+    args = ([q, None], [held], ticket, [z, z], [w, x], [], key, [False, False], [True, True])  # type: ignore[var-annotated]
     torch.library.opcheck(torch.ops.deq.solve_backward.default, args)
 
 
