@@ -7,6 +7,8 @@ capture is switched on when a backend of ours is first looked up.
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,19 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(types.ModuleType):
+    """A module that says what was meant where it is called."""
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(
+            "deq_compile: expected the decorator, got the module of the same name. Fix: `from deq_compile import deq_compile`, "
+            "or `@deq_compile.deq_compile` after `import deq_compile`"
+        )
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 # An installed package is found by torch through its entry point; a plain checkout has to be made known, at the price of Dynamo.

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 # What an import may not load: each takes longer than all of ours, or is what users of other backends do without.
@@ -144,6 +145,15 @@ metadata.entry_points = lambda **given: metadata.EntryPoints() if given.get("gro
         + "import deq_compile as d; call = torch.compile(model, backend='deq', options={'inner': 'eager'})\n"
     )
     assert python(code + "with d.record_solves() as solves:" + RECORDED).strip() == "1"
+
+
+def test_the_module_in_place_of_the_decorator_says_what_to_write() -> None:
+    import deq_compile
+
+    with pytest.raises(TypeError, match="Fix: `from deq_compile import deq_compile`, or"):
+
+        @deq_compile  # type: ignore[operator]
+        class Model(torch.nn.Module): ...
 
 
 def test_what_is_imported_late_is_there() -> None:
