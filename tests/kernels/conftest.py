@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from deq_compile.kernels import native
+
+if importlib.util.find_spec("jaxtyping") is not None:  # part of the dev extra; a machine that is lent for its GPU may lack it
+    from tests.kernels.shapes import install
+
+    install()  # before any test of kernels binds their names
 
 
 @pytest.fixture(params=["aten", "native"], autouse=True)
