@@ -1,7 +1,8 @@
 """For tests and benchmarks of others: the solvers, adjoints, kernels and graphs below the public names, through one door.
 
 What is reached through here may change with any version, but not in silence: `bench` uses nothing else, and a test holds that.
-A name is imported when it is first asked for; those of Triton's kernels need Triton.
+A name is imported when it is first asked for; those of Triton's kernels need Triton. It is looked up each time: what a
+test replaces in a module is replaced here, and is not when the test is over.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
     from deq_compile.kernels.broyden import factors_of as factors_of
     from deq_compile.kernels.broyden import new_state as new_state
     from deq_compile.kernels.broyden import step as step
+    from deq_compile.kernels.broyden import triton_kernels as broyden_triton
     from deq_compile.kernels.broyden.gpu import TritonState as TritonState
     from deq_compile.kernels.broyden.state import Factors as Factors
     from deq_compile.kernels.device import rehearsal as rehearsal
     from deq_compile.kernels.gcr import move as move
+    from deq_compile.kernels.gcr import new_state as new_adjoint
+    from deq_compile.kernels.gcr import triton_kernels as gcr_triton
     from deq_compile.kernels.gcr.gpu import EXTEND_COLUMNS as EXTEND_COLUMNS
     from deq_compile.kernels.gcr.gpu import EXTEND_WARPS as EXTEND_WARPS
     from deq_compile.kernels.gcr.gpu import TritonGcr as TritonGcr
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from deq_compile.kernels.gcr.gpu import project_columns as project_columns
     from deq_compile.kernels.reuse import apply_transpose as apply_transpose
     from deq_compile.kernels.reuse import multisecant as multisecant
+    from deq_compile.kernels.reuse import triton_kernels as reuse_triton
     from deq_compile.kernels.reuse.gpu import gram_columns as gram_columns
     from deq_compile.kernels.reuse.gpu import gram_warps as gram_warps
     from deq_compile.kernels.reuse.gpu import weight_rows as weight_rows
@@ -155,16 +160,88 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "workspace": ("deq_compile.kernels.workspace", None),
 }
 
+__all__ = [
+    "BACKWARD_TOL_DEFAULT",
+    "BACKWARD_TOL_EXACT",
+    "EXTEND_COLUMNS",
+    "EXTEND_WARPS",
+    "VJP",
+    "AdjointSolution",
+    "Ambient",
+    "Backend",
+    "BodySpec",
+    "CapturedAdjoint",
+    "CapturedForward",
+    "CompiledRunner",
+    "Condition",
+    "Device",
+    "Factors",
+    "ForwardSettings",
+    "Graph",
+    "Layout",
+    "Operands",
+    "Tiles",
+    "TritonGcr",
+    "TritonState",
+    "VJPFull",
+    "Work",
+    "addresses",
+    "apply_transpose",
+    "apply_transpose_reference",
+    "backend",
+    "broyden",
+    "broyden_triton",
+    "by_shape",
+    "captures",
+    "channels_last",
+    "checked",
+    "coefficient_width",
+    "deq",
+    "engines",
+    "extend_columns",
+    "factors_of",
+    "gcr",
+    "gcr_triton",
+    "gram_columns",
+    "gram_warps",
+    "iteration",
+    "jac_reg",
+    "jacobian_free",
+    "move",
+    "multisecant",
+    "native",
+    "new_adjoint",
+    "new_state",
+    "node_types",
+    "op",
+    "phantom",
+    "power_of_two",
+    "project_columns",
+    "rehearsal",
+    "reuse",
+    "reuse_triton",
+    "runner_for",
+    "runtime",
+    "set_conditional",
+    "set_from_flag",
+    "solve",
+    "solve_adjoint",
+    "spectral_radius",
+    "step",
+    "tiles",
+    "tuned",
+    "weight_rows",
+    "weight_warps",
+    "workspace",
+]
+
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module, attribute = _WHERE[name]
-    found: Any = importlib.import_module(module)
-    if attribute is not None:
-        found = getattr(found, attribute)
-    globals()[name] = found
-    return found
+    found = importlib.import_module(module)
+    return found if attribute is None else getattr(found, attribute)
 
 
 def __dir__() -> list[str]:
