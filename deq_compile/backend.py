@@ -23,19 +23,15 @@ from .capture.marker import is_marker
 from .config import Config, OptionError, Options
 from .kernels.folder import distrusted
 from .passes.ambient import ambient_at
-from .passes.base import ExitTest, Loop, Pass, PassContext, describe, is_tensor, marked, value_of
-from .passes.declared import FindDeclared
-from .passes.exits import Exits, drop_assertions, drop_consumed
-from .passes.extract import Extract, body_hash, dim_order, target_name
-from .passes.find_loops import FindLoops, deduplicate_constants
-from .passes.functionalise import Functionalise
-from .passes.hoist import Hoist
-from .passes.inline import InlineCheckpoints, checkpoint_body
+from .passes.base import ExitTest, Loop, PassContext, describe, is_tensor, marked, value_of
+from .passes.exits import drop_assertions, drop_consumed
+from .passes.extract import body_hash, dim_order, target_name
+from .passes.find_loops import deduplicate_constants
+from .passes.inline import checkpoint_body
 from .passes.inputs import reads_inputs, trained_alone
-from .passes.judge import Judge
+from .passes.pipeline import ROUNDS, Work
 from .passes.replace import Replace
-from .passes.take_hooks import TakeHooks
-from .passes.unroll_while import SITE, UnrollWhile
+from .passes.unroll_while import SITE
 from .region.body import BodySpec
 from .region.layout import CHANNELS_LAST
 from .region.modes import Ambient
@@ -206,16 +202,13 @@ def _attempt(
         return scoped_options(nodes, options).resolve().hooks == "keep"
 
     context = PassContext(min_repeats, keep_hooks, report)
-    declared: list[Pass] = [
-        InlineCheckpoints(gm), Functionalise(), UnrollWhile(gm, skip), TakeHooks(), FindDeclared(), Judge(start), Extract(gm),
-    ]  # fmt: skip
-    repeated: list[Pass] = [FindLoops(), Exits(gm), TakeHooks(loops=True), Judge(start), Hoist(), Extract(gm)]
+    work = Work(gm, start, skip)
     rows: list[tuple[Region, Site]] = []
     consumed: set[tuple[Any, ...]] = set()
-    for steps in (declared, repeated):
+    for steps in ROUNDS:
         context.loops = []
         for step in steps:
-            step(graph, context)
+            step.make(work)(graph, context)
         consumed = consumed.union(*(loop.passages for loop in context.loops))
         modes = {id(loop): ambient_at(graph, loop.first, start) for loop in context.loops}
         Replace(lambda loop: _call(loop, modes[id(loop)], options, rows))(graph, context)  # noqa: B023 (called at once)

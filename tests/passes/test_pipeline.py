@@ -6,7 +6,11 @@ import torch
 from expecttest import assert_expected_inline
 from torch import Tensor
 
-from tests.passes.graphs import one_loop, text
+from deq_compile.passes import pipeline
+from deq_compile.passes.base import Pass
+from deq_compile.passes.replace import Replace
+from deq_compile.region.modes import Ambient
+from tests.passes.graphs import captured, one_loop, text
 
 
 def test_the_whole_way() -> None:
@@ -45,3 +49,18 @@ graph():
     %z_4 : [num_users=1] = call_function[target=torch.tanh](args = (%add_3,), kwargs = {})
     return (z_4,)""",
     )
+
+
+def test_every_pass_stands_in_the_table_with_its_purpose() -> None:
+    """The table is the map: a pass that it does not name does not run."""
+    work = pipeline.Work(captured(lambda x: x + 1, torch.ones(2)), Ambient.now())
+    made = {type(step.make(work)) for steps in pipeline.ROUNDS for step in steps}
+    ours = {kind for kind in subclasses(Pass) if kind.__module__.startswith("deq_compile")}
+    assert made | {Replace} == ours
+    for steps in pipeline.ROUNDS:
+        assert all(20 < len(step.purpose) < 100 for step in steps)
+
+
+def subclasses(kind: type) -> set[type]:
+    direct: list[type] = kind.__subclasses__()
+    return {found for child in direct for found in (child, *subclasses(child))}
