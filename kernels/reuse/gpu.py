@@ -119,7 +119,7 @@ def weight_warps(LD: int) -> int:
 
 def gram_warps(BM: int) -> int:
     """Each program holds BM x BM sums in registers."""
-    return max(BM // 8, 4)
+    return min(max(BM // 4, 4), 16)
 
 
 def gram_columns(BM: int) -> int:

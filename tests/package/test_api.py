@@ -258,6 +258,7 @@ def test_logging(caplog: pytest.LogCaptureFixture) -> None:
 
 SCRIPT = """
 import torch
+torch.manual_seed(0)
 f = torch.nn.Linear(4, 4)
 f.weight.data *= 0.3
 def loop(x):
