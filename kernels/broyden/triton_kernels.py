@@ -166,7 +166,7 @@ def step_fused(
     scale, kappa, row = coefficients(a, r, y_ptr + BM, weights_ptr, C_ptr, n, eta, LD, BM)
     tl.debug_barrier()  # the weights go through memory to be read one number at a time
     store_row(C_ptr, row, kappa, n, LD, M, BM)
-    move(z_ptr, f_ptr, S_ptr, best_z_ptr, weights_ptr, scale, n, improved, 0, D, ROW, M, GIVEN, BD2, ACC)
+    move(z_ptr, f_ptr, S_ptr, best_z_ptr, weights_ptr, scale, n, improved, 0, D, ROW, M, GIVEN, BD2, ACC, 8)
 
 
 @triton.jit
@@ -279,4 +279,4 @@ def combine(
             store_row(C_ptr, row, kappa, n, LD, M, BM)
         else:
             tl.store(pending_ptr + b, kappa)
-    move(z_ptr, f_ptr, S_ptr, best_z_ptr, y_ptr, scale, n, improved, lo, hi, ROW, M, GIVEN, BD, ACC)
+    move(z_ptr, f_ptr, S_ptr, best_z_ptr, y_ptr, scale, n, improved, lo, hi, ROW, M, GIVEN, BD, ACC, 4)

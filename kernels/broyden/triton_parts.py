@@ -135,7 +135,7 @@ def products(out_ptr, z_ptr, f_ptr, S_ptr, n, lo, hi, ROW, GIVEN: tl.constexpr, 
 
 @triton.jit
 def move(z_ptr, f_ptr, S_ptr, best_z_ptr, y_ptr, scale, n, improved, lo, hi, ROW, M: tl.constexpr, GIVEN: tl.constexpr,
-          BD: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+          BD: tl.constexpr, ACC: tl.constexpr, UNROLL: tl.constexpr):  # fmt: skip
     """p = scale (g + sum_j y_j s_{j+1}) into its slot, z += p, over columns lo .. hi; keep the best iterate; restart."""
     d = tl.arange(0, BD)
     full = n > M
@@ -144,7 +144,7 @@ def move(z_ptr, f_ptr, S_ptr, best_z_ptr, y_ptr, scale, n, improved, lo, hi, ROW
         o = d0 + d
         m = o < hi
         p, _f, z = residual(z_ptr, f_ptr, o, m, GIVEN, ACC)
-        for j in tl.range(0, n - 1, loop_unroll_factor=8):
+        for j in tl.range(0, n - 1, loop_unroll_factor=UNROLL):
             p += tl.load(y_ptr + j) * tl.load(S_ptr + (j + 1) * ROW + o, mask=m, other=0.0).to(ACC)
         p = (p * scale).to(S_ptr.dtype.element_ty)
         last = tl.load(S_ptr + M * ROW + o, mask=m & full, other=0.0)
