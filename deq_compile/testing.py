@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from deq_compile.kernels.reuse import apply_transpose as apply_transpose
     from deq_compile.kernels.reuse import multisecant as multisecant
     from deq_compile.kernels.reuse import triton_kernels as reuse_triton
-    from deq_compile.kernels.reuse.gpu import gram_columns as gram_columns
+    from deq_compile.kernels.reuse.gpu import GRAM_COLUMNS as GRAM_COLUMNS
     from deq_compile.kernels.reuse.gpu import gram_warps as gram_warps
     from deq_compile.kernels.reuse.gpu import weight_rows as weight_rows
     from deq_compile.kernels.reuse.gpu import weight_warps as weight_warps
@@ -127,7 +127,7 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "factors_of": ("deq_compile.kernels.broyden", "factors_of"),
     "gcr": ("deq_compile.kernels.gcr", None),
     "gcr_triton": ("deq_compile.kernels.gcr.triton_kernels", None),
-    "gram_columns": ("deq_compile.kernels.reuse.gpu", "gram_columns"),
+    "GRAM_COLUMNS": ("deq_compile.kernels.reuse.gpu", "GRAM_COLUMNS"),
     "gram_warps": ("deq_compile.kernels.reuse.gpu", "gram_warps"),
     "iteration": ("deq_compile.kernels.iteration", None),
     "jac_reg": ("deq_compile.regularise", "jac_reg"),
@@ -165,6 +165,7 @@ __all__ = [
     "BACKWARD_TOL_EXACT",
     "EXTEND_COLUMNS",
     "EXTEND_WARPS",
+    "GRAM_COLUMNS",
     "VJP",
     "AdjointSolution",
     "Ambient",
@@ -202,7 +203,6 @@ __all__ = [
     "factors_of",
     "gcr",
     "gcr_triton",
-    "gram_columns",
     "gram_warps",
     "iteration",
     "jac_reg",

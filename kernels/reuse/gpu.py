@@ -14,6 +14,7 @@ from ..tiles import SLAB_COLUMNS, Tiles, power_of_two, tiles
 from .multisecant import Multisecant, empty_weights, multisecant_aten
 
 GRAM_SLAB = 4 * SLAB_COLUMNS
+GRAM_COLUMNS = 64  # enough that a thread loads 16 bytes of bf16
 # A program of `weights` holds 64 x 64 sums in float64; each works on many samples where there are more of them than this.
 MOST_SLOTS, WEIGHT_PROGRAMS = 64, 128
 
@@ -92,7 +93,7 @@ def make_weights(
     where = n if table is None else table
     kernels.gram[(B, slabs)](
         S, n, room.part, where, D, row, GRAM_SLAB,
-        M=slots - 1, BM=LD, BD=gram_columns(LD), INDIRECT=table is not None, num_warps=gram_warps(LD),
+        M=slots - 1, BM=LD, BD=GRAM_COLUMNS, INDIRECT=table is not None, num_warps=gram_warps(LD),
     )  # fmt: skip
     kernels.weights[(room.work.shape[0],)](
         room.part, C, n, operator.n, operator.V, room.work, where, B, slabs, C.shape[2], operator.V.shape[2], skip,
@@ -120,11 +121,6 @@ def weight_warps(LD: int) -> int:
 def gram_warps(BM: int) -> int:
     """Each program holds BM x BM sums in registers."""
     return min(max(BM // 4, 4), 16)
-
-
-def gram_columns(BM: int) -> int:
-    """Enough that a thread loads 16 bytes of bf16."""
-    return 64 if BM < 64 else 32
 
 
 def _launch(
