@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.gpu.rehearse import RehearsalDevice, rehearsed
 from bench.gpu.rules import STAGES, Fault
 from deq_compile.region import graphs
+from tests.region.test_graphs_interpreted import Loop as Wide
+from tests.region.test_graphs_interpreted import compiled
+from tests.region.test_graphs_interpreted import gradients as gradient
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py, interpreted")
 FORWARD, ADJOINT = 2, 3  # captures of a `while`: trip and after; before, trip and after
@@ -38,28 +41,9 @@ def device() -> Iterator[type[RehearsalDevice]]:
             yield found
 
 
-class Loop(nn.Module):
+class Loop(Wide):
     def __init__(self, width: int = 5) -> None:
-        super().__init__()
-        self.W, self.U = nn.Linear(width, width), nn.Linear(width, width)
-        nn.init.orthogonal_(self.W.weight, gain=0.25)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for _ in range(12):
-            z = torch.tanh(self.W(z) + self.U(x))
-        return z
-
-
-def compiled(model: nn.Module, **options: Any) -> Any:
-    return torch.compile(model, backend="deq", options={"inner": "aot_eager", "tol": 1e-3, "max_iter": 8, **options})
-
-
-def gradient(call: Any, model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    model.zero_grad()
-    y = call(x)
-    y.square().sum().backward()
-    return y.detach(), model.W.weight.grad.clone()  # type: ignore[union-attr,operator]
+        super().__init__(width)
 
 
 def forwards(call: Any, x: Tensor) -> None:
