@@ -23,7 +23,7 @@ from .solve_info import SolveInfo
 if TYPE_CHECKING:
     from .api import deq_compile, explain
     from .caches import reset
-    from .capture.solver_family import register_solver
+    from .families.solvers import register_solver
 
 __version__ = "0.1.0"
 
@@ -47,7 +47,7 @@ __all__ = [
     "spectral_radius",
 ]
 
-_LATE = {"deq_compile": ".api", "explain": ".api", "reset": ".caches", "register_solver": ".capture.solver_family"}
+_LATE = {"deq_compile": ".api", "explain": ".api", "reset": ".caches", "register_solver": ".families.solvers"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .capture import functions, hook_source, marker, solver_family
+from .capture import sites
+from .families import functions, hooks, solvers
 from .kernels import workspace
 from .region import agree, body, eager, graphs, layout, site
 
@@ -28,8 +29,8 @@ def reset() -> None:
     eager.clear()
     agree.clear()
     workspace.clear()
-    marker.clear()
-    solver_family.clear()
+    sites.clear()
+    solvers.clear()
     layout.layout_of.cache_clear()
-    hook_source.read_hook.cache_clear()
+    hooks.read_hook.cache_clear()
     functions.differentiates_inside.cache_clear()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture.marker import NOT_THE_USERS, PACKAGE
+from .markers import NOT_THE_USERS, PACKAGE
 from .report import Location, Reason, Skipped
 from .torch_parts import counters
 

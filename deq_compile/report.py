@@ -73,18 +73,33 @@ class Skipped:
 
 
 @dataclasses.dataclass
-class Region:
-    """A fixed-point region that was replaced by one solve.
+class Standing:
+    """What a region's calls have decided and measured so far. The region writes it, reports ask it.
 
-    `hoisted` names the operations that were moved out of the loop. `status` is "solve" (a Broyden or Picard solve stands in
+    `status` is "solve" (a Broyden or Picard solve stands in
     for the loop), "follow" (the body has several fixed points: the loop's own iterates are followed to where they converge),
     "kept" (the loop's own iterations are run) or "pending" (not called yet, so not verified); `distance` is
     the last measured max over samples of |z_N - z*| / |z*|, None before a verification or where none is asked for. `engine` is
     what the iterations ran on at the last call ("loop", "chunks", "while"; see region/engine), `engine_reason` why on nothing
     better. `reuse` tells whether the backward makes use of the forward's factors, `gradient_error` how far its gradients of the
-    operands were off when last measured, relative to those at a tenth of the tolerance. `iterations` is the count of a
-    fixed-count loop, None where a fixed point was declared. `notes` say in words what was done, and where the meaning differs
-    from what the user's code would have done.
+    operands were off when last measured, relative to those at a tenth of the tolerance.
+    """
+
+    status: str = "pending"
+    distance: float | None = None
+    engine: str = "loop"
+    engine_reason: str = ""
+    gradient_error: float | None = None
+    reuse: bool = True
+
+
+@dataclasses.dataclass
+class Region:
+    """A fixed-point region that was replaced by one solve.
+
+    `hoisted` names the operations that were moved out of the loop. `iterations` is the count of a fixed-count loop, None where
+    a fixed point was declared. `notes` say in words what was done, and where the meaning differs from what the user's code
+    would have done. `standing` is what its calls have found since; each of its fields is an attribute of the region too.
     """
 
     key: str
@@ -96,13 +111,32 @@ class Region:
     hoisted: tuple[str, ...]
     solver: str
     backward: str
-    status: str = "pending"
-    distance: float | None = None
-    engine: str = "loop"
-    engine_reason: str = ""
-    gradient_error: float | None = None
-    reuse: bool = True
     notes: tuple[str, ...] = ()
+    standing: Standing = dataclasses.field(default_factory=Standing)
+
+    @property
+    def status(self) -> str:
+        return self.standing.status
+
+    @property
+    def distance(self) -> float | None:
+        return self.standing.distance
+
+    @property
+    def engine(self) -> str:
+        return self.standing.engine
+
+    @property
+    def engine_reason(self) -> str:
+        return self.standing.engine_reason
+
+    @property
+    def gradient_error(self) -> float | None:
+        return self.standing.gradient_error
+
+    @property
+    def reuse(self) -> bool:
+        return self.standing.reuse
 
 
 @dataclasses.dataclass
@@ -128,7 +162,9 @@ class Report:
         def as_dict(items: Sequence[tuple[str, Any]]) -> dict[str, Any]:
             return {key: plain(value) for key, value in items}
 
-        return json.dumps(dataclasses.asdict(self, dict_factory=as_dict), indent=2)
+        whole = dataclasses.asdict(self, dict_factory=as_dict)
+        whole["regions"] = [{**row, **row.pop("standing")} for row in whole["regions"]]
+        return json.dumps(whole, indent=2)
 
     def __str__(self) -> str:
         rows = [("status", "kind", "where", "state", "iterations", "hoisted", "solver", "backward")]

@@ -11,7 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deq_compile import backend as backend
+    from deq_compile import rewrite as rewrite
     from deq_compile.backend import Backend as Backend
     from deq_compile.backend import deq as deq
     from deq_compile.config import BACKWARD_TOL_DEFAULT as BACKWARD_TOL_DEFAULT
@@ -110,7 +110,7 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "VJP": ("deq_compile.region.adjoint", "VJP"),
     "VJPFull": ("deq_compile.region.adjoint", "VJPFull"),
     "Work": ("deq_compile.region.graphs.device", "Work"),
-    "backend": ("deq_compile.backend", None),
+    "rewrite": ("deq_compile.rewrite", None),
     "addresses": ("deq_compile.region.graphs.operands", "addresses"),
     "apply_transpose": ("deq_compile.kernels.reuse", "apply_transpose"),
     "apply_transpose_reference": ("deq_compile.kernels.reuse.reference", "apply_transpose_reference"),
@@ -189,7 +189,6 @@ __all__ = [
     "addresses",
     "apply_transpose",
     "apply_transpose_reference",
-    "backend",
     "broyden",
     "broyden_triton",
     "by_shape",
@@ -220,6 +219,7 @@ __all__ = [
     "rehearsal",
     "reuse",
     "reuse_triton",
+    "rewrite",
     "runner_for",
     "runtime",
     "set_conditional",

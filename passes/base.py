@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from deq_compile.capture.marker import NOT_THE_USERS, may_exit
+from deq_compile.markers import NOT_THE_USERS, may_exit
 from deq_compile.report import Location, Report, Skipped
 from deq_compile.torch_parts import FakeTensor, is_functorch_wrapped, is_wrapper_subclass
 

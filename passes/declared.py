@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from deq_compile.capture.marker import enter, leave
+from deq_compile.markers import enter, leave
 from deq_compile.report import Reason, Skipped
 
 from .ambient import AUTOCAST_TARGETS, GRAD_TARGETS

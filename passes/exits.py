@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deq_compile.capture.marker import GUARD, HIDDEN, may_exit
+from deq_compile.markers import GUARD, HIDDEN, may_exit
 from deq_compile.report import Reason, Skipped
 
 from .base import ExitTest, Loop, Pass, PassContext, describe, hint, location_of, value_of

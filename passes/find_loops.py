@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from deq_compile.capture.marker import UNROLLED, may_exit
+from deq_compile.markers import UNROLLED, may_exit
 from deq_compile.report import Reason, Skipped
 
 from .base import (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from deq_compile.capture.marker import enter, leave
+from deq_compile.markers import enter, leave
 
 from .base import Pass, PassContext
 from .extract import body_hash

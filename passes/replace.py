@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import fx
 
+from deq_compile.region.outputs import INFO
+
 from .base import Loop, Pass, PassContext, value_of
 
-# Where in the call's results after the state the numbers about the solve are (region/op.py).
-INFO = 1
 # From a loop to the arguments of the node that stands in for it: (target, arguments); the call returns a list of tensors
 # of which the first are the state.
 MakeCall = Callable[[Loop], tuple[Callable[..., object], tuple[Any, ...]]]

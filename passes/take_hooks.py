@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from deq_compile.capture.marker import adjoint_hook, adjoint_input, enter, leave
+from deq_compile.markers import adjoint_hook, adjoint_input, enter, leave
 from deq_compile.report import Reason, Skipped
 
 from .base import Loop, Pass, PassContext, location_of, value_of

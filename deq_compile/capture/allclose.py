@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dynamo, marker
+from . import dynamo, sites
 
 
 def all_close(a: Tensor, b: Tensor, rtol: float = 1e-05, atol: float = 1e-08, equal_nan: bool = False) -> Tensor:
@@ -30,12 +30,12 @@ def install() -> Callable[[], None]:
 
     @functools.wraps(call_function)
     def patched(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if self.value is torch.allclose and marker.ours(tx):
+        if self.value is torch.allclose and sites.ours(tx):
             return dynamo.UserFunctionVariable(all_close).call_function(tx, list(args), dict(kwargs))
         return call_function(self, tx, args, kwargs)
 
     def method_allclose(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        if not marker.ours(tx):
+        if not sites.ours(tx):
             return None  # Dynamo goes on as if there were no such method
         return dynamo.UserFunctionVariable(all_close).call_function(tx, [self, *args], kwargs)
 

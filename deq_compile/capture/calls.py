@@ -15,7 +15,7 @@ from typing import Any
 from deq_compile.report import Reason, Skipped
 from deq_compile.unexpected import survive
 
-from . import dynamo, effects, marker
+from . import dynamo, effects, sites
 
 Adapter = Callable[..., Any]
 # The adapter of a call, to be given the call's own arguments or, in a pair, others; or why the call is left alone.
@@ -52,17 +52,17 @@ def install() -> Callable[[], None]:
 
     @functools.wraps(original)
     def call_function(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        if marker.ours(tx):
+        if sites.ours(tx):
             arguments = [*self.self_args(), *args]
             found = _ask(tx, self.fn, arguments, kwargs)
             if found is not None:
-                site = marker.site_of(tx, _name(self.fn))
+                site = sites.site_of(tx, _name(self.fn))
                 if isinstance(found, Skipped):
-                    marker.refuse(tx, site, dataclasses.replace(found, location=marker.location(tx)))
-                elif not marker.blocked(tx, site):
+                    sites.refuse(tx, site, dataclasses.replace(found, location=sites.location(tx)))
+                elif not sites.blocked(tx, site):
                     if isinstance(found, tuple):
                         (found, arguments), kwargs = found, {}
-                    with marker.guarded(tx, "tracing a call as a fixed point"):
+                    with sites.guarded(tx, "tracing a call as a fixed point"):
                         return _adapted(tx, site, found, arguments, kwargs)
         return original(self, tx, args, kwargs)
 
@@ -80,8 +80,8 @@ def _adapted(tx: Any, site: str, adapter: Any, arguments: Sequence[Any], kwargs:
     # the body was traced once and will run many times: tensors that get out of it are for the passes to see
     what = effects.changed(before, effects.snapshot(tx, tx.symbolic_locals, tensors=False))
     if what is not None:
-        marker.tell(tx, Skipped(Reason.SIDE_EFFECT, marker.location(tx), f"{what} changes whenever f is called"))
-        marker.retrace([site])
+        sites.tell(tx, Skipped(Reason.SIDE_EFFECT, sites.location(tx), f"{what} changes whenever f is called"))
+        sites.retrace([site])
     return result
 
 
@@ -98,7 +98,7 @@ def _ask(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[str, 
     except dynamo.DynamoException:
         raise
     except Exception as error:  # it has only looked: Dynamo goes on with the user's function
-        marker.tell(tx, survive(error, "looking at a call", marker.location(tx)))
+        sites.tell(tx, survive(error, "looking at a call", sites.location(tx)))
         return None
     return found
 

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from . import dynamo, marker
+from deq_compile import markers
+
+from . import dynamo, sites
 from .bytecode import Code, Exit
 
 MOST = 100_000  # steps that are tried out
@@ -32,7 +34,7 @@ def handler(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def handle(self: Any, inst: Any) -> Any:
-        if len(self.stack) >= 2 and marker.ours(self):
+        if len(self.stack) >= 2 and sites.ours(self):
             left, right = (_integer(v) for v in self.stack[-2:])
             if left is not None and right is not None:
                 notes = self.__dict__.setdefault("_deq_compile_comparisons", {})
@@ -70,13 +72,13 @@ def cap(tx: Any, code: Code, exit: Exit, visits: list[int], in_range: int | None
             continue
         if inst.opname == "FOR_ITER":
             if in_range is None:
-                return marker.HIDDEN
+                return markers.HIDDEN
             continue
         compared = next((code.instructions[k] for k in (i - 1, i - 2) if code.instructions[k].opname == "COMPARE_OP"), None)
         seen = notes.get(id(compared), [])
         most = _most(code, compared, exit, notes, seen, visits) if seen else None
         if most is None:
-            return marker.HIDDEN
+            return markers.HIDDEN
         found += [most] if most else []
     return min(found, default=0)
 

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from deq_compile import markers
 from deq_compile.explicit import check_callable, check_flag, fixed_point
 from deq_compile.solve_info import SolveInfo
 from deq_compile.structure import flatten, unflatten
 
-from . import calls, marker
+from . import calls
 
 
 def _traced(site: str, f: Any, z0: Any, return_info: bool = False, **options: Any) -> Any:
@@ -27,7 +28,7 @@ def _traced(site: str, f: Any, z0: Any, return_info: bool = False, **options: An
                 raise ValueError("fixed_point: expected f to return a tensor like z0, got " + what)
             return (out,)
 
-        (found,), about = marker.region(single, (z0,), site, "fixed_point", (), pairs)
+        (found,), about = markers.region(single, (z0,), site, "fixed_point", (), pairs)
         return (found, SolveInfo.of(about.detach())) if return_info else found
     leaves, structure = flatten(z0)
 
@@ -37,7 +38,7 @@ def _traced(site: str, f: Any, z0: Any, return_info: bool = False, **options: An
             raise ValueError(f"fixed_point: expected f to return the structure of z0, {structure}, got {made}")
         return results
 
-    states, about = marker.region(body, tuple(leaves), site, "fixed_point", (), pairs)
+    states, about = markers.region(body, tuple(leaves), site, "fixed_point", (), pairs)
     solved = unflatten(list(states), structure)
     return (solved, SolveInfo.of(about.detach())) if return_info else solved
 

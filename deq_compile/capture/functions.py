@@ -6,16 +6,14 @@ forward calls may still be compiled on its own; the backward stays the user's.
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
+from deq_compile.families.functions import differentiates_inside
 from deq_compile.report import Reason, Skipped
 
-from . import dynamo, marker
+from . import dynamo, sites
 
 _FIX = "{name}.backward differentiates f again; z = deq_compile.fixed_point(lambda z: f(z, x), z0) in the place of {name}.apply"
 
@@ -26,10 +24,10 @@ def install() -> Callable[[], None]:
 
     @functools.wraps(original)
     def call_apply(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        with marker.guarded(tx, "looking at an autograd function"):
-            if marker.ours(tx) and differentiates_inside(self.fn_cls):
+        with sites.guarded(tx, "looking at an autograd function"):
+            if sites.ours(tx) and differentiates_inside(self.fn_cls):
                 detail = _FIX.format(name=self.fn_cls.__name__)
-                marker.tell(tx, Skipped(Reason.AUTOGRAD_FUNCTION, marker.location(tx), detail))
+                sites.tell(tx, Skipped(Reason.AUTOGRAD_FUNCTION, sites.location(tx), detail))
         return original(self, tx, args, kwargs)
 
     dynamo.AutogradFunctionVariable.call_apply = call_apply
@@ -38,14 +36,3 @@ def install() -> Callable[[], None]:
         dynamo.AutogradFunctionVariable.call_apply = original
 
     return remove
-
-
-@functools.lru_cache(maxsize=256)
-def differentiates_inside(cls: Any) -> bool:
-    """Whether the backward of a function calls `grad` or `vjp` itself."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.backward)))
-    except (OSError, TypeError, SyntaxError):
-        return False
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return any((f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "")) in ("grad", "vjp") for f in calls)

@@ -14,11 +14,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from deq_compile import markers
+from deq_compile.families.hooks import AdjointHook, read_hook
+from deq_compile.families.solvers import Family, family_of
 from deq_compile.report import Reason, Skipped
 
-from . import dynamo, marker
-from .hook_source import AdjointHook, read_hook
-from .solver_family import Family, family_of
+from . import dynamo, sites
 
 COUNT_ONLY_TOL = 1e-4  # where the hook's solve has a count and no tolerance
 
@@ -29,8 +30,8 @@ def install() -> Callable[[], None]:
 
     @functools.wraps(register_hook)
     def patched_register_hook(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.source and len(args) == 1 and not kwargs and marker.ours(tx):
-            with marker.guarded(tx, "looking at a backward hook"):
+        if not self.source and len(args) == 1 and not kwargs and sites.ours(tx):
+            with sites.guarded(tx, "looking at a backward hook"):
                 handle = _take(self, tx, args[0])
             if handle is not None:
                 return handle
@@ -38,11 +39,11 @@ def install() -> Callable[[], None]:
 
     @functools.wraps(requires_grad_)
     def patched_requires_grad_(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.source and not args and not kwargs and marker.ours(tx):
-            with marker.guarded(tx, "tracing requires_grad_()"):
-                site = marker.site_of(tx, "requires_grad_")
-                if not marker.blocked(tx, site) and not self.as_proxy().node.meta["example_value"].requires_grad:
-                    _replace(self, tx, marker.adjoint_input, (self.as_proxy(), site))
+        if not self.source and not args and not kwargs and sites.ours(tx):
+            with sites.guarded(tx, "tracing requires_grad_()"):
+                site = sites.site_of(tx, "requires_grad_")
+                if not sites.blocked(tx, site) and not self.as_proxy().node.meta["example_value"].requires_grad:
+                    _replace(self, tx, markers.adjoint_input, (self.as_proxy(), site))
                     return self
         return requires_grad_(self, tx, *args, **kwargs)
 
@@ -67,8 +68,8 @@ def _replace(variable: Any, tx: Any, function: Any, args: tuple[Any, ...]) -> No
 
 def _take(variable: Any, tx: Any, hook: Any) -> Any:
     """A handle of a hook that is never called; None where the hook stays."""
-    site = marker.site_of(tx, "register_hook")
-    if marker.blocked(tx, site):
+    site = sites.site_of(tx, "register_hook")
+    if sites.blocked(tx, site):
         return None
     hook = hook.realize() if hasattr(hook, "realize") else hook
     code = hook.get_code() if hasattr(hook, "get_code") else None
@@ -80,9 +81,9 @@ def _take(variable: Any, tx: Any, hook: Any) -> Any:
     tol = _tolerance(found, names)
     if tol is None or not all(isinstance(v, dynamo.TensorVariable) for v in (f, z)):
         detail = "the solver that the hook calls, or its tolerance, is not known"
-        marker.refuse(tx, site, Skipped(Reason.HOOK, marker.location(tx), detail))
+        sites.refuse(tx, site, Skipped(Reason.HOOK, sites.location(tx), detail))
         return None
-    _replace(variable, tx, marker.adjoint_hook, (variable.as_proxy(), f.as_proxy(), z.as_proxy(), site, tol))
+    _replace(variable, tx, markers.adjoint_hook, (variable.as_proxy(), f.as_proxy(), z.as_proxy(), site, tol))
     return dynamo.removed_handle()
 
 

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deq_compile import markers
 from deq_compile.torch_parts import MISSING, NEEDED, counters
 
-from . import allclose, calls, ddp, declared_calls, dynamo, functions, hooks, loop_exit, marker, solver_calls, torchdeq
+from . import allclose, calls, ddp, declared_calls, dynamo, functions, hooks, loop_exit, solver_calls, torchdeq
 
 log = logging.getLogger("deq_compile.capture")
 
@@ -32,6 +33,8 @@ def install() -> None:
     if _installed:
         return
     _installed = True
+    for call in markers.CALLS:
+        dynamo.allow_in_graph(call)
     declared_calls.install()
     absent = [MISSING[name] for name in NEEDED if name in MISSING]
     if absent:
@@ -114,7 +117,7 @@ def _halved_until_close(z: Tensor) -> Tensor:
 
 
 def _test_loop_exit() -> None:
-    _expect(_targets(_halved).count(marker.may_exit), marker.UNROLLED, "markers")
+    _expect(_targets(_halved).count(markers.may_exit), markers.UNROLLED, "markers")
 
 
 def _called(z: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ def _called(z: Tensor) -> Tensor:
 
 
 def _adapter_of_halved(site: str, z: Tensor) -> Tensor:
-    (found,), _ = marker.region(lambda states: (0.5 * states[0],), (z,), site, "self-test")
+    (found,), _ = markers.region(lambda states: (0.5 * states[0],), (z,), site, "self-test")
     return found
 
 
@@ -132,7 +135,7 @@ def _test_calls() -> None:
         found = _targets(_called)
     finally:
         calls.give_back(_halved)
-    _expect(found.count(marker.enter) + found.count(marker.leave), 2, "markers")
+    _expect(found.count(markers.enter) + found.count(markers.leave), 2, "markers")
 
 
 class _Settings(torch.nn.Module):
@@ -150,7 +153,7 @@ def _with_settings(z: Tensor, module: _Settings) -> Tensor:
 
 def _adapter_of_settings(site: str, z: Tensor, f_tol: Any, f_cap: Any, eval_cap: Any, b_tol: Any, b_cap: Any) -> Tensor:
     hints = (("tol", f_tol), ("max_iter", f_cap + eval_cap), ("backward_tol", b_tol), ("backward_max_iter", b_cap))
-    (found,), _ = marker.region(lambda states: (0.5 * states[0],), (z,), site, "self-test", hints)
+    (found,), _ = markers.region(lambda states: (0.5 * states[0],), (z,), site, "self-test", hints)
     return found
 
 
@@ -165,7 +168,7 @@ def _test_torchdeq() -> None:
         found = _targets(_with_settings, _Settings())
     finally:
         calls.remove(recognise)
-    _expect(found.count(marker.enter) + found.count(marker.leave), 2, "markers")
+    _expect(found.count(markers.enter) + found.count(markers.leave), 2, "markers")
 
 
 def _hooked(z: Tensor) -> Tensor:
@@ -185,11 +188,11 @@ def _hooked(z: Tensor) -> Tensor:
 
 def _test_hooks() -> None:
     found = _targets(_hooked)
-    _expect(found.count(marker.adjoint_hook) + found.count(marker.adjoint_input), 2, "markers")
+    _expect(found.count(markers.adjoint_hook) + found.count(markers.adjoint_input), 2, "markers")
 
 
 def _test_allclose() -> None:
-    _expect(_targets(_halved_until_close).count(marker.may_exit), marker.UNROLLED + 1, "markers")
+    _expect(_targets(_halved_until_close).count(markers.may_exit), markers.UNROLLED + 1, "markers")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,9 +27,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from deq_compile import markers
 from deq_compile.report import Reason, Skipped
 
-from . import counters, dynamo, effects, marker
+from . import counters, dynamo, effects, sites
 from .bytecode import Code, Exit
 
 _JUMPS = (
@@ -71,9 +72,9 @@ def install() -> Callable[[], None]:
 
     @functools.wraps(method_item)
     def item(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        if tx.one_graph or dynamo.config.capture_scalar_outputs or not marker.ours(tx):
+        if tx.one_graph or dynamo.config.capture_scalar_outputs or not sites.ours(tx):
             return method_item(self, tx, *args, **kwargs)
-        with marker.guarded(tx, "reading a number in a loop"):
+        with sites.guarded(tx, "reading a number in a loop"):
             if in_loop := _in_loop(tx):
                 _allow_scalars(tx)
         if not in_loop:
@@ -95,8 +96,8 @@ def _handler(original: Callable[..., Any], jumps_if_true: bool) -> Callable[...,
     @functools.wraps(original)
     def handle(self: Any, inst: Any) -> Any:
         value = self.stack[-1]
-        if effects.depends_on_data(value) and marker.ours(self):
-            with marker.guarded(self, "following a loop whose exit depends on data"):
+        if effects.depends_on_data(value) and sites.ours(self):
+            with sites.guarded(self, "following a loop whose exit depends on data"):
                 found = _exit(self, inst)
                 if found is not None and _pass_by(self, inst, found, jumps_if_true):
                     return None
@@ -123,7 +124,7 @@ def _in_loop(tx: Any) -> bool:
     """Whether the instruction at work in this frame, or in one that called it, stands in a loop that is not blocked."""
     while tx is not None:
         if tx.current_instruction is not None and _code(tx).in_loop(tx.current_instruction):
-            return not any(marker.blocked(tx, _site(tx, test)) for test in _tests(tx))
+            return not any(sites.blocked(tx, _site(tx, test)) for test in _tests(tx))
         tx = tx.parent
     return False
 
@@ -144,13 +145,13 @@ def _allow_scalars(tx: Any) -> None:
 
 def _site(tx: Any, position: Any) -> str:
     """A test in a frame, and how that frame was reached."""
-    return marker.site_of(tx.parent, tx.f_code.co_filename, position)
+    return sites.site_of(tx.parent, tx.f_code.co_filename, position)
 
 
 def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     """Go on as if the loop were not left, or leave it after enough visits. False: this is for stock Dynamo."""
     site = _site(tx, exit.position)
-    if marker.blocked(tx, site):
+    if sites.blocked(tx, site):
         return False
     table: dict[str, _Visits] = tx.output.__dict__.setdefault("_deq_compile_visits", {})
     iterator = _iterator(tx) if exit.counted else None
@@ -163,7 +164,7 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
         why = _leaks(tx, inst, exit) or _grows(tx, inst, exit, visits)
         if why is not None:
             reason, detail = why
-            marker.refuse(tx, site, Skipped(reason, marker.location(tx), detail))
+            sites.refuse(tx, site, Skipped(reason, sites.location(tx), detail))
             return False
         visits.seen += 1
         visits.sizes.append(len(tx.output.graph.nodes))
@@ -171,14 +172,14 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
         visits.cap = counters.cap(tx, _code(tx), exit, visits.sizes, visits.range)
     value = tx.pop()
     exit_when = jumps_if_true == exit.jumps
-    cap = marker.GUARD if exit.guard else visits.cap
+    cap = markers.GUARD if exit.guard else visits.cap
     arguments = (value.as_proxy(), site, visits.entry, exit_when, cap)
-    node = tx.output.create_proxy("call_function", marker.may_exit, arguments, {}).node
+    node = tx.output.create_proxy("call_function", markers.may_exit, arguments, {}).node
     if not exit.guard:  # a loop's segments are equal, what was not known of its cap at first included
         visits.markers.append(node)
         for earlier in visits.markers:
             earlier.args = (*earlier.args[:4], cap)
-    leaves = visits.seen >= marker.UNROLLED
+    leaves = visits.seen >= markers.UNROLLED
     if leaves:
         visits.iterator = object()  # whoever comes again enters anew
         counters.forget(tx)

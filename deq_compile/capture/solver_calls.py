@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from deq_compile import markers
+from deq_compile.families.solvers import Family, family_of, roles_of
 from deq_compile.report import Location, Reason, Skipped
 from deq_compile.solve_info import SolveInfo
 
-from . import calls, dynamo, marker
-from .solver_family import Family, family_of, roles_of
+from . import calls, dynamo
 
 
 def install() -> Callable[[], None]:
@@ -91,9 +92,9 @@ def _solve(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: 
         hints = (("tol", tol), ("stop_mode", "rel"), ("max_iter", cap))
     if detached:  # the function works without gradients, and so does what stands in for it
         with torch.no_grad():
-            (z,), about = marker.region(lambda states: (f(states[0]),), (z0,), site, form, hints)
+            (z,), about = markers.region(lambda states: (f(states[0]),), (z0,), site, form, hints)
         return z.detach(), about.detach()
-    (z,), about = marker.region(lambda states: (f(states[0]),), (z0,), site, form, hints)
+    (z,), about = markers.region(lambda states: (f(states[0]),), (z0,), site, form, hints)
     return z, about.detach()
 
 

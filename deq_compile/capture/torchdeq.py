@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deq_compile import markers
 from deq_compile.report import Location, Reason, Skipped
 
-from . import calls, dynamo, marker
+from . import calls, dynamo
 
 # What may be asked of a solver without changing which point it finds.
 _HARMLESS = {"f_max_iter", "tau", "m", "lam", "beta", "LBFGS_thres", "ls"}
@@ -134,9 +135,9 @@ def _solve(site: Any, self: Any, func: Any, z: Any, asked: Any, limits: Any, hin
     says = (("tol", tol), ("stop_mode", self.f_stop_mode), ("max_iter", cap), ("memory", memory), *hints)
     form = "TorchDEQ " + self.f_solver.__name__
     if isinstance(z, Tensor):
-        states, about = marker.region(lambda s: (func(s[0]),), (z,), site, form, says, (), note)
+        states, about = markers.region(lambda s: (func(s[0]),), (z,), site, form, says, (), note)
     else:
-        states, about = marker.region(lambda s: tuple(func(*s)), tuple(z), site, form, says, (), note)
+        states, about = markers.region(lambda s: tuple(func(*s)), tuple(z), site, form, says, (), note)
     return states, about.detach()
 
 

@@ -27,8 +27,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from deq_compile.solve_info import COLUMNS
+
 from . import graphs, run
 from .layout import flat_dtype
+from .outputs import Outputs
 from .site import await_backward
 from .site import site as find_site
 from .surroundings import NO_TANGENT, NO_VMAP, NotHere, any_tangent, for_each_of_batch
@@ -49,7 +52,6 @@ _DENSE = {torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key]).raw_rep
 Call = Callable[..., Sequence[Tensor]]
 # Private: the hooks that tensors saved now will go through, or None.
 _saved_tensors_hooks: Callable[[bool], Any] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
-EXTRAS = 2  # outputs after the state, before what is held: ticket, about
 
 
 def _rows(state0: Sequence[Tensor]) -> Any:
@@ -69,7 +71,7 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
         await_backward(site)
     if solve_info.shape[0] != rows:
         solve_info = solve_info[:1].repeat(rows, 1)
-    return [*done.states, ticket, solve_info] if done.held is None else [*done.states, ticket, solve_info, done.held]
+    return Outputs(done.states, ticket, solve_info, () if done.held is None else (done.held,)).flat
 
 
 def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:
@@ -78,12 +80,10 @@ def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], 
         torch.empty_permuted(s.shape, order, dtype=dtype, device=s.device)
         for s, order, dtype in zip(state0, spec.orders, spec.dtypes, strict=True)
     ]
-    solve_info = state0[0].new_empty((_rows(state0), 3), dtype=torch.float32)
-    found = [*states, torch.empty(3, dtype=torch.int64, device="cpu"), solve_info]
-    if spec.grad:
-        elements = sum(s.numel() for s in state0)
-        found.append(state0[0].new_empty((elements,), dtype=flat_dtype(spec.dtypes)))
-    return found
+    info = state0[0].new_empty((_rows(state0), COLUMNS), dtype=torch.float32)
+    elements = sum(s.numel() for s in state0)
+    held = [state0[0].new_empty((elements,), dtype=flat_dtype(spec.dtypes))] if spec.grad else []
+    return Outputs(states, torch.empty(3, dtype=torch.int64, device="cpu"), info, held).flat
 
 
 def _solve_backward(*arguments: Any) -> list[Tensor]:
@@ -142,8 +142,8 @@ class _Solve(torch.autograd.Function):
             found = call(list(tensors[:count]), list(tensors[count:]), sizes, region)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found[count:])
-        ticket, held = found[count], found[count + EXTRAS :] or found[:count]
-        ctx.save_for_backward(ticket, *held, *tensors)
+        outputs = Outputs.of(found, count)
+        ctx.save_for_backward(outputs.ticket, *(outputs.held or outputs.states), *tensors)
         ctx.sizes, ctx.region, ctx.count = sizes, region, count
         return tuple(found)
 
@@ -193,9 +193,9 @@ def _loop_itself(region: str, state0: list[Tensor], operands: list[Tensor], size
     with spec.body.ambient.autocast_entered():
         for _ in range(spec.iterations):
             states = spec.body.call(*states, *operands, *sizes)
-    solve_info = state0[0].new_full((_rows(state0), 3), -1.0, dtype=torch.float32)
+    info = state0[0].new_full((_rows(state0), COLUMNS), -1.0, dtype=torch.float32)
     held = [torch.cat([s.detach().flatten() for s in states]).to(flat_dtype(spec.dtypes))] if spec.grad else []
-    return [*states, torch.tensor((1, 0, 0)), solve_info, *held]
+    return Outputs(states, torch.tensor((1, 0, 0)), info, held).flat
 
 
 def once(grads: Sequence[Tensor], sources: Iterable[Tensor | None]) -> list[Tensor]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from deq_compile.config import Config
+from deq_compile.report import Standing
 
 from .backward import BACKWARDS
 from .body import BodySpec
@@ -174,7 +175,7 @@ class Site:
     finding   what this site has said to the other ranks; None where it has said nothing
     votes     whether what it finds counts for the other ranks
     has_captures  whether captured solves are held for it (engine/captures.py)
-    on_change called with the site when a verdict, distance or engine changes (the report listens)
+    standing  what a report may ask for, for as long as somebody has it, the site gone or not
     """
 
     def __init__(self, key: str, spec: RegionSpec) -> None:
@@ -205,13 +206,20 @@ class Site:
         self.has_captures = False
         self.place, self.votes = "", True
         self.finding: str | None = None
-        self.on_change: Callable[[Site], None] = lambda site: None
+        self.standing = Standing()
+        self.stand()
 
     def restart(self) -> None:
         """Be as before the first call."""
         fresh = vars(Site(self.key, self.spec))
         self.__dict__.update({name: value for name, value in fresh.items() if name not in _STAYS})
-        self.on_change(self)
+        self.stand()
+
+    def stand(self) -> None:
+        """Bring `standing` up to date."""
+        now = self.standing
+        now.status, now.distance, now.reuse = self.verdict, self.distance, self.reuses
+        now.engine, now.engine_reason, now.gradient_error = self.engine, self.engine_reason, self.gradient_error
 
     @property
     def solving(self) -> str:
@@ -270,7 +278,7 @@ class Site:
         if pays != self.reuses:
             self.reuses = pays
             log.info("region %s at %s: the adjoint goes on %s factors", self.key, self.spec.where, "with" if pays else "without")
-            self.on_change(self)
+            self.stand()
 
     @property
     def capacity(self) -> int:
@@ -286,7 +294,7 @@ class Site:
         if (engine, reason) != (self.engine, self.engine_reason):
             self.engine, self.engine_reason = engine, reason
             log.info("region %s at %s: engine %s %s", self.key, self.spec.where, engine, reason)
-            self.on_change(self)
+            self.stand()
 
     def decide(self, verdict: str, distance: float | None) -> None:
         """Go on by a verdict. Where a body was once found to have several fixed points, a solve is out of the question."""
@@ -299,10 +307,10 @@ class Site:
             )  # fmt: skip
             self.verdict = verdict
             self.distance = distance if distance is not None else self.distance
-            self.on_change(self)
+            self.stand()
 
 
-_STAYS = ("place", "votes", "has_captures", "on_change")  # when a site begins again
+_STAYS = ("place", "votes", "has_captures", "standing")  # when a site begins again
 _sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 _owned: weakref.WeakKeyDictionary[Any, tuple[Site, ...]] = weakref.WeakKeyDictionary()  # by graph module or function
 _awaited: OrderedDict[int, Site] = OrderedDict()

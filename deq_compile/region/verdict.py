@@ -174,7 +174,7 @@ def measure_gradient(site: Site, found: AdjointSolution, attempt: Callable[[floa
     if tol != site.backward_tol:
         site.backward_tol = tol
         log.info("region %s at %s: backward_tol tightened to %.1e", site.key, site.spec.where, tol)
-    site.on_change(site)
+    site.stand()
     return found
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deq_compile import record_solves, register_solver
-from deq_compile.capture.hook_source import read_hook
-from deq_compile.capture.solver_family import Family, family_of
+from deq_compile.families.hooks import read_hook
+from deq_compile.families.solvers import Family, family_of
 from tests.forms import expected
 from tests.helpers import compiled, largest_error, reference, value_and_grads
 from tests.models import solvers

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import deq_compile as dq
 from deq_compile import Reason, deq_compile, explain, record_solves
-from deq_compile.backend import has_cpp_compiler
 from deq_compile.config import Options
+from deq_compile.inner import has_cpp_compiler
 from tests.helpers import TIGHT, largest_error, reference, value_and_grads
 from tests.models.loops import CASES, Linear, Loop, contract
 

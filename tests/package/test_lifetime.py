@@ -15,7 +15,7 @@ from torch import Tensor, fx
 import deq_compile
 from deq_compile import Report, fixed_point
 from deq_compile.backend import Backend
-from deq_compile.capture import marker
+from deq_compile.capture import sites
 from deq_compile.region import body, eager, site
 from deq_compile.region.body import MAX_SHAPES
 from deq_compile.region.site import Site
@@ -216,11 +216,11 @@ def test_dynamo_reset_reaches_us(named: bool) -> None:
     run = torch.compile(loop, backend="deq", options=TIGHT) if named else torch.compile(loop, backend=Backend(TIGHT))
     run(torch.ones(2, 4))
     fixed_point(loop_body, torch.zeros(2, 3))
-    marker._refusals[test_dynamo_reset_reaches_us] = []
+    sites._refusals[test_dynamo_reset_reaches_us] = []
     assert len(eager._sites) > 0
     torch._dynamo.reset()
     assert len(eager._sites) == 0
-    assert len(marker._refusals) == 0
+    assert len(sites._refusals) == 0
 
 
 def loop_body(z: Tensor) -> Tensor:

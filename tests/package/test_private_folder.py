@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from deq_compile import backend
+from deq_compile import inner
 from deq_compile.kernels import folder, native
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="files have no owners here")
@@ -115,9 +115,9 @@ def test_a_cache_of_inductors_that_others_may_write_to_is_said(
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        backend.say_whose_cache.__wrapped__()
+        inner.say_whose_cache.__wrapped__()
         assert caplog.text == ""
         tmp_path.chmod(0o777)
-        backend.say_whose_cache.__wrapped__()
+        inner.say_whose_cache.__wrapped__()
     assert "others may write to" in caplog.text
     assert "Fix: set TORCHINDUCTOR_CACHE_DIR" in caplog.text

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.rehearse import rehearsed
-from deq_compile.backend import rewrite
 from deq_compile.config import Options
 from deq_compile.kernels.broyden.state import new_factors
 from deq_compile.region.graphs.operands import Operands, addresses
 from deq_compile.region.layout import layout_of
 from deq_compile.report import Report
+from deq_compile.rewrite import rewrite
 
 
 @pytest.fixture(autouse=True)

@@ -1,41 +1,21 @@
-"""The nodes by which capture tells the passes where a fixed point is, and the way back where no pass takes it.
-
-A region that capture recognises is traced once, between `enter` and `leave`; a loop whose exit depends on data is traced
-a few times, with a `may_exit` where each exit was passed by. These calls stand in the graph that the backend gets, and
-have no meaning of their own: the backend must consume every one of them, or ask Dynamo to trace the frame again with
-that place blocked, so that the user's own code is compiled as under any other backend.
-"""
+"""Places in the user's code: their names, which of them are left to stock Dynamo, and the way back where a region that was
+marked is none."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-import torch._dynamo
-from torch import Tensor
-from torch.fx.node import has_side_effect
-
+from deq_compile.markers import NOT_THE_USERS, PACKAGE
 from deq_compile.report import Location, Skipped
-from deq_compile.solve_info import COLUMNS
 from deq_compile.torch_parts import Absent
 from deq_compile.unexpected import survive
 
 from . import dynamo
 from .ddp import innermost, takes_whole_graphs
-
-PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_TORCH = os.path.dirname(torch.__file__)
-# Frames that are not the user's: torch, this package, and the library whose calls are taken over.
-NOT_THE_USERS = (_TORCH, PACKAGE, os.path.join(os.path.dirname(_TORCH), "torchdeq"))
-
-# Segments traced of a loop whose exit depends on data, before the exit is taken.
-UNROLLED = 10
-GUARD, HIDDEN = -1, -2
 
 _blocked: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 _refusals: weakref.WeakKeyDictionary[Any, list[Skipped]] = weakref.WeakKeyDictionary()
@@ -47,65 +27,6 @@ _Restart: Any = RuntimeError if isinstance(dynamo.RestartFromBackend, Absent) el
 
 class Retrace(_Restart):
     """Dynamo traces the frame again. The base class is the one restart that may come from a backend."""
-
-
-@torch._dynamo.allow_in_graph
-def enter(
-    states: Sequence[Tensor], site: str, form: str, hints: Any = (), options: Any = (), note: str = ""
-) -> tuple[Tensor, ...]:
-    """The state inside a region. `hints` are pairs (option, value) that the user's code says, `options` those that it
-    says to us; `note` is for the report."""
-    return tuple(s.clone() for s in states)
-
-
-@torch._dynamo.allow_in_graph
-def leave(results: Sequence[Tensor], entered: Sequence[Tensor], site: str) -> tuple[Tensor, ...]:
-    """The fixed point of the map from `entered` to `results`, and one float32 tensor (B, COLUMNS) about the solve."""
-    rows = results[0].shape[0] if results[0].dim() else 1
-    return (*(r.clone() for r in results), results[0].new_zeros((rows, COLUMNS), dtype=torch.float32))
-
-
-@torch._dynamo.allow_in_graph
-def adjoint_hook(z: Tensor, f: Tensor, z0: Tensor, site: str, tol: float) -> Tensor:
-    """`z` with a hook that gives back w = q + (df/dz0)^T w for the cotangent q of `z`, solved to `tol`."""
-    return z.clone()
-
-
-@torch._dynamo.allow_in_graph
-def adjoint_input(z: Tensor, site: str) -> Tensor:
-    """`z.requires_grad_()`, of a tensor made in the graph."""
-    return z.detach().clone().requires_grad_()
-
-
-def may_exit(predicate: Any, site: str, entry: int, exit_when: bool, cap: int) -> None:
-    """The loop at `site`, entered for the `entry`-th time, ends here if bool(predicate) is `exit_when`.
-
-    cap: the most iterations that the user's loop makes, 0 where its tests alone end it; GUARD for the test of a `while` before
-        its first iteration; HIDDEN where the loop has another exit, which capture cannot count.
-    """
-
-
-def region(
-    f: Callable[[tuple[Tensor, ...]], Sequence[Tensor]],
-    states: tuple[Tensor, ...],
-    site: str,
-    form: str,
-    hints: Any = (),
-    options: Any = (),
-    note: str = "",
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Trace `f` once as the body of a region: the fixed point, and (B, COLUMNS) about the solve. For code that Dynamo traces."""
-    entered = enter(states, site, form, hints, options, note)
-    done = leave(tuple(f(entered)), entered, site)
-    return done[:-1], done[-1]
-
-
-has_side_effect(may_exit)
-MARKERS = (enter, leave, adjoint_hook, adjoint_input, may_exit)
-
-
-def is_marker(target: Any) -> bool:
-    return any(target is marker for marker in MARKERS)
 
 
 def ours(tx: Any) -> bool:

@@ -1,0 +1,75 @@
+"""The backend for everything that is no region, and what this machine can run of it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from .config import Config
+from .kernels.folder import distrusted
+
+log = logging.getLogger("deq_compile.inner")
+
+CompiledFn = Callable[..., Any]
+
+
+def usable(config: Config, values: Sequence[Any]) -> Config:
+    """The configuration with an inner backend that this machine can run."""
+    on_cpu = any(isinstance(v, torch.Tensor) and v.device.type == "cpu" for v in values)
+    if config.inner == "inductor" and on_cpu and not has_cpp_compiler():
+        return config.replace(inner="aot_eager")
+    return config
+
+
+@functools.cache
+def has_cpp_compiler() -> bool:
+    """Whether Inductor finds a C++ compiler; says so once where it does not."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        warnings.warn(
+            "no C++ compiler was found, so Inductor cannot compile for the CPU: the 'deq' backend goes on with "
+            "inner='aot_eager'. Fix: install g++ or clang++, or set CXX",
+            UserWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+@functools.cache
+def say_whose_cache() -> None:
+    """Inductor runs the code that it finds in its cache, whoever put it there: said once where that may be somebody else."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    if reason := distrusted(Path(cache_dir())):
+        log.warning("Inductor runs what it finds in its cache, and %s. Fix: set TORCHINDUCTOR_CACHE_DIR", reason)
+
+
+def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None) -> CompiledFn:
+    """Hand a graph to the inner backend."""
+    inputs = list(example_inputs)
+    inner = usable(config, inputs).inner
+    if inner == "eager":
+        return gm.forward
+    if inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, inputs)
+    import torch._inductor
+    from torch._inductor.compile_fx import compile_fx
+
+    say_whose_cache()
+    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
+    compiled: CompiledFn = compile_fx(gm, inputs, config_patches=patches or None)  # type: ignore[assignment]
+    return compiled
