@@ -52,6 +52,11 @@ def adjoint_input(z: Tensor, site: str) -> Tensor:
     return z.detach().clone().requires_grad_()
 
 
+def untold(like: Tensor, size: Any, site: str) -> Tensor:
+    """Something that the user's solver returns and no solve of ours has: nobody may use it, nor ask for its size."""
+    return like.new_empty((size,))
+
+
 def may_exit(predicate: Any, site: str, entry: int, exit_when: bool, cap: int) -> None:
     """The loop at `site`, entered for the `entry`-th time, ends here if bool(predicate) is `exit_when`.
 
@@ -76,7 +81,7 @@ def region(
 
 
 has_side_effect(may_exit)
-CALLS = (enter, leave, adjoint_hook, adjoint_input)  # what the tracer puts into the graph as it is
+CALLS = (enter, leave, adjoint_hook, adjoint_input, untold)  # what the tracer puts into the graph as it is
 MARKERS = (*CALLS, may_exit)
 
 

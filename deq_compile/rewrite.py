@@ -15,6 +15,7 @@ from .lower import lowered
 from .markers import is_marker
 from .passes.ambient import ambient_at
 from .passes.base import PassContext, marked
+from .passes.declared import drop_untold
 from .passes.exits import drop_assertions, drop_consumed
 from .passes.find_loops import deduplicate_constants
 from .passes.inline import checkpoint_body
@@ -128,6 +129,7 @@ def _attempt(
         modes = {id(loop): ambient_at(graph, loop.first, start) for loop in context.loops}
         Replace(lambda loop: lowered(loop, modes[id(loop)], options, rows))(graph, context)  # noqa: B023 (called at once)
     drop_consumed(graph, consumed)
+    drop_untold(graph, context)
     return graph, rows, [marked(node) for node in graph.nodes if is_marker(node.target)]
 
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from deq_compile.markers import enter, leave
+from deq_compile.markers import enter, leave, untold
 from deq_compile.report import Reason, Skipped
 
 from .ambient import AUTOCAST_TARGETS, GRAD_TARGETS
 from .base import Loop, Pass, PassContext, describe, foreign_among, inside_transforms, location_of, value_of
+from .exits import erase_unused
 
 
 @dataclasses.dataclass
@@ -81,6 +82,10 @@ class Declared(Loop):
         return location_of(self.entry) if self.entry is not None else super().location
 
 
+_ASSERTS = (torch.ops.aten._assert_scalar.default, torch._check, torch.ops.aten.sym_constrain_range_for_size.default)
+_COMPARISONS = (operator.ge, operator.le, operator.gt, operator.lt, operator.eq, operator.ne)
+
+
 class FindDeclared(Pass):
     name = "find_declared"
 
@@ -130,6 +135,38 @@ def region_at(graph: fx.Graph, exit: fx.Node) -> Declared | Skipped:
         entry=entry,
         exit=exit,
     )
+
+
+def drop_untold(graph: fx.Graph, context: PassContext) -> None:
+    """Erase what stands for a tensor of the user's solver that no solve of ours has. Where somebody reads it, it stays, and the
+    reason is given."""
+    for node in [node for node in graph.nodes if node.target is untold]:
+        readers, asserted = _readers(node)
+        if readers:
+            detail = f"{describe(readers[0])} reads a tensor that only the solver itself can return"
+            context.skip(Skipped(Reason.SOLVER, location_of(node), detail))
+            continue
+        for check in asserted:
+            condition = check.args[0]
+            graph.erase_node(check)
+            erase_unused(graph, condition)
+        erase_unused(graph, node)
+
+
+def _readers(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Who reads what stands for an unknown tensor, or its size; and what only asserts something of its size."""
+    size, asserted = node.args[1], []
+    readers = list(node.users)
+    stack = [user for user in size.users if user is not node] if isinstance(size, fx.Node) else []
+    while stack:
+        user = stack.pop()
+        if user.target in _ASSERTS:
+            asserted.append(user)
+        elif isinstance(value_of(user), torch.SymBool) or user.target in _COMPARISONS:
+            stack += user.users
+        else:
+            readers.append(user)
+    return readers, asserted
 
 
 def _skip(reason: Reason, node: fx.Node, entry: fx.Node, detail: str) -> Skipped:

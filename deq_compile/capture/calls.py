@@ -76,7 +76,8 @@ def install() -> Callable[[], None]:
 
 def _adapted(tx: Any, site: str, adapter: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     before = effects.snapshot(tx, tx.symbolic_locals, tensors=False)
-    result = dynamo.UserFunctionVariable(adapter).call_function(tx, [dynamo.build(tx, site), *arguments], kwargs)
+    with dynamo.numbers_of_tensors(tx):
+        result = dynamo.UserFunctionVariable(adapter).call_function(tx, [dynamo.build(tx, site), *arguments], kwargs)
     # the body was traced once and will run many times: tensors that get out of it are for the passes to see
     what = effects.changed(before, effects.snapshot(tx, tx.symbolic_locals, tensors=False))
     if what is not None:

@@ -5,8 +5,10 @@ A name that a torch does not have is an `Absent` (torch_parts.py): the feature o
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from deq_compile.torch_parts import find, free_unbacked_symbols
@@ -88,6 +90,16 @@ def translators() -> list[Any]:
     """The classes that trace frames, those that share a table of handlers once."""
     classes = [InstructionTranslator, InliningInstructionTranslator, InliningGeneratorInstructionTranslator]
     return list({id(cls.dispatch_table): cls for cls in classes}.values())
+
+
+@contextlib.contextmanager
+def numbers_of_tensors(tx: Any) -> Iterator[None]:
+    """Trace `tensor.item()` as a number of the graph, where Dynamo by default would end the graph."""
+    shape_env = tx.output.shape_env
+    if not shape_env.allow_scalar_outputs:
+        shape_env.settings = dataclasses.replace(shape_env.settings, allow_scalar_outputs=True)
+    with config.patch(capture_scalar_outputs=True):
+        yield
 
 
 def build(tx: Any, value: Any) -> Any:

@@ -75,11 +75,10 @@ def install() -> Callable[[], None]:
         if tx.one_graph or dynamo.config.capture_scalar_outputs or not sites.ours(tx):
             return method_item(self, tx, *args, **kwargs)
         with sites.guarded(tx, "reading a number in a loop"):
-            if in_loop := _in_loop(tx):
-                _allow_scalars(tx)
+            in_loop = _in_loop(tx)
         if not in_loop:
             return method_item(self, tx, *args, **kwargs)
-        with dynamo.config.patch(capture_scalar_outputs=True):
+        with dynamo.numbers_of_tensors(tx):
             return method_item(self, tx, *args, **kwargs)
 
     restore = dynamo.trace_tensor_method("item", item)
@@ -135,12 +134,6 @@ def _tests(tx: Any) -> Iterator[Any]:
     for inst in code.instructions:
         if "POP_JUMP" in inst.opname and (found := code.exit_of(inst)) is not None:
             yield found.position
-
-
-def _allow_scalars(tx: Any) -> None:
-    shape_env = tx.output.shape_env
-    if not shape_env.allow_scalar_outputs:
-        shape_env.settings = dataclasses.replace(shape_env.settings, allow_scalar_outputs=True)
 
 
 def _site(tx: Any, position: Any) -> str:

@@ -1,7 +1,7 @@
 """Calls of a solver, `solver(lambda z: f(z, x), z0, ...)`, as regions, at the tolerance and cap of the call.
 
 The call returns what it always did, a tensor, a tuple or a dictionary, with the numbers of our solve in the fields that are
-known. Lists of residuals hold the last one; Python numbers become tensors of one element.
+known. Lists of residuals hold the last one. A tensor that no solve of ours has may be returned, and must not be used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[
     state = state.realize() if hasattr(state, "realize") else state
     if not isinstance(state, dynamo.TensorVariable) or not isinstance(state.ndim, int):
         return None
-    family = family_of(function, state.ndim)
+    others = _others(tx, roles["others"], given)
+    family = family_of(function, state.ndim, others) if others is not None else None
     if not isinstance(family, Family):
         return None if family is None else Skipped(Reason.SOLVER, Location(), family)
     tol, cap = _number(tx, family.tol, given, function), _number(tx, family.cap, given, function)
@@ -53,6 +54,15 @@ def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[
     if family.build is None:
         return _adapter, own
     return _adapter_with_build, [*own, dynamo.build(tx, family.build)]
+
+
+def _others(tx: Any, names: Sequence[str], given: Mapping[str, Any]) -> tuple[tuple[str, Any], ...] | None:
+    """The arguments that a call has to give and that have no role; None where one of them is no plain constant."""
+    try:
+        values = tuple((name, dynamo.constant(tx, given[name])) for name in names)
+    except LookupError:
+        return None
+    return values if all(isinstance(v, int | float | str | bool | None) for _, v in values) else None
 
 
 def _flatten(bound: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,7 +112,7 @@ def _adapter(site: Any, f: Any, z0: Any, *said: Any) -> Any:
     """`said`: form, tol, cap, absolute, detached, and the shape of what is returned."""
     _, tol, cap, absolute, _, shape = said
     z, about = _solve(site, f, z0, *said[:5])
-    return z if shape == "z" else _build(shape, z, about, tol, cap, absolute)
+    return z if shape == "z" else _build(shape, z, _About(about, site, tol, cap, absolute))
 
 
 def _adapter_with_build(site: Any, f: Any, z0: Any, *said: Any) -> Any:
@@ -111,30 +121,45 @@ def _adapter_with_build(site: Any, f: Any, z0: Any, *said: Any) -> Any:
     return said[6](z, SolveInfo.of(about))
 
 
-def _build(shape: Any, z: Any, about: Any, tol: Any, cap: Any, absolute: Any) -> Any:
+class _About:
+    """What is known of a solve when its result is built."""
+
+    def __init__(self, rows: Any, site: Any, tol: Any, cap: Any, absolute: Any) -> None:
+        self.rows, self.site, self.tol, self.cap, self.absolute = rows, site, tol, cap, absolute
+
+
+def _build(shape: Any, z: Any, about: Any) -> Any:
     if isinstance(shape, str):
-        return _fill(shape, z, about, tol, cap, absolute)
+        return _fill(shape, z, about)
+    if shape[0] == "constant":
+        return shape[1]
+    if shape[0] == "count":
+        return about.rows[:, 1].max().to(torch.int64).item() + shape[1]
     if shape[0] == "tuple":
-        return tuple([_build(part, z, about, tol, cap, absolute) for part in shape[1:]])
-    return {key: _build(part, z, about, tol, cap, absolute) for key, part in shape[1:]}
+        return tuple([_build(part, z, about) for part in shape[1:]])
+    return {key: _build(part, z, about) for key, part in shape[1:]}
 
 
-def _fill(what: Any, z: Any, about: Any, tol: Any, cap: Any, absolute: Any) -> Any:
-    if what == "z":
-        return z
-    if what == "tol":
-        return tol
-    if what == "cap":
-        return cap
-    if what == "none":
-        return None
-    if what == "false":
-        return False
+def _fill(what: Any, z: Any, about: Any) -> Any:
+    fixed = {"z": z, "tol": about.tol, "cap": about.cap, "none": None, "false": False}
+    if what in fixed:
+        return fixed[what]
+    if what == "untold":
+        return markers.untold(z.detach(), about.rows[:, 1].max().to(torch.int64).item(), about.site)
     if what == "iterations":
-        return about[:, 1].max()
-    norms = z.detach().reshape(about.shape[0], -1).norm(dim=1) + 1e-9  # |f(z)|, but for a residual
+        return about.rows[:, 1].max()
+    if what in ("converged", "missed"):
+        missed = (~SolveInfo.of(about.rows).converged).sum().item()
+        return missed == 0 if what == "converged" else missed > 0
+    return _residual(what, z, about)
+
+
+def _residual(what: Any, z: Any, about: Any) -> Any:
+    norms = z.detach().reshape(about.rows.shape[0], -1).norm(dim=1) + 1e-9  # |f(z)|, but for a residual
     size = torch.linalg.vector_norm(norms)
-    lengths = about[:, 0] if absolute else about[:, 0] * norms
+    lengths = about.rows[:, 0] if about.absolute else about.rows[:, 0] * norms
     whole = torch.linalg.vector_norm(lengths)
-    number = whole if what.startswith("absolute") or (what.startswith("residual") and absolute) else whole / size
+    number = whole if what.startswith("absolute") or (what.startswith("residual") and about.absolute) else whole / size
+    if what.endswith("number"):
+        return number.item()
     return [number] if what.endswith("list") else number

@@ -12,7 +12,7 @@ import os
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +21,13 @@ from torch import Tensor
 
 from deq_compile.solve_info import SolveInfo
 
+from .fields import CAPS, MOST, SMALLER, field
+
 _MAPS = {"f", "fun", "func", "fn", "g", "function", "deq_func"}
 _STATES = {"x0", "z0", "z_init", "x_init", "z", "x", "init", "y0", "u0", "h0", "z_0", "x_0", "initial"}
 _TOLERANCES = ("tol", "eps", "tolerance", "f_tol", "rtol", "atol")
 _CAPS = ("max_iter", "max_iters", "maxiter", "n_iter", "num_iter", "max_steps", "threshold", "f_thres", "iters", "steps")
 _MODES = ("stop_mode", "mode")
-# fields of a dictionary, by the names that published solvers give them
-_FIELDS = {
-    "lowest": "residual", "abs_lowest": "absolute", "rel_lowest": "relative", "residual": "residual", "res": "residual",
-    "nstep": "iterations", "tnstep": "iterations", "steps": "iterations", "n_iter": "iterations", "iterations": "iterations",
-    "abs_trace": "absolute list", "rel_trace": "relative list", "trace": "residual list",
-    "eps": "tol", "tol": "tol", "threshold": "cap", "max_iter": "cap", "prot_break": "false", "diverged": "false",
-}  # fmt: skip
-
 _TIGHT, _LOOSE = 1e-8, 1e-2
 
 
@@ -61,7 +55,7 @@ class Family:
 
 _registered: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
 _looks: weakref.WeakKeyDictionary[Any, dict[str, Any] | None] = weakref.WeakKeyDictionary()  # by code object
-_known: weakref.WeakKeyDictionary[Any, dict[int, Family | str | None]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[Any, dict[Any, Family | str | None]] = weakref.WeakKeyDictionary()
 
 
 def register_solver(
@@ -105,6 +99,7 @@ def register_solver(
         "cap": said.get("max_iter") or _first(left, _CAPS),
         "mode": _first(left, _MODES),
         "absolute": stop_mode == "abs",
+        "others": (),
     }
     _known.pop(function, None)
     return function
@@ -162,35 +157,37 @@ def roles_of(function: Any) -> dict[str, Any] | None:
     return _registered.get(function) or _looks[code]
 
 
-def family_of(function: Any, dims: int) -> Family | str | None:
-    """The family of a function for states of `dims` dimensions; a text where it is a solver that cannot be taken; or None."""
+def family_of(function: Any, dims: int, others: tuple[tuple[str, Any], ...] = ()) -> Family | str | None:
+    """The family of a function for states of `dims` dimensions; a text where it is a solver that cannot be taken; or None.
+    `others` are the arguments of a call that have no default, and no role (roles_of)."""
     if not isinstance(function, types.FunctionType):
         return None
-    by_dims = _known.get(function)
-    if by_dims is None:
-        by_dims = _known[function] = {}
-    if dims not in by_dims:
-        by_dims[dims] = _examine(function, dims)
-    return by_dims[dims]
+    known = _known.get(function)
+    if known is None:
+        known = _known[function] = {}
+    if (dims, others) not in known:
+        known[dims, others] = _examine(function, dims, others)
+    return known[dims, others]
 
 
 def _first(names: list[str], wanted: tuple[str, ...]) -> str | None:
     return next((name for name in wanted if name in names), None)
 
 
-def _examine(function: types.FunctionType, dims: int) -> Family | str | None:
-    said = dict(roles_of(function) or {})
-    if not said:
+def _examine(function: types.FunctionType, dims: int, others: tuple[tuple[str, Any], ...]) -> Family | str | None:
+    facts = dict(roles_of(function) or {})
+    if not facts:
         return None
-    result = said.pop("result", "?")
-    facts = said
+    result, asked = facts.pop("result", "?"), facts.pop("others", ())
+    if set(asked) != {name for name, _ in others}:
+        return None  # it cannot be called without
     if result is None:
         return Family(**facts, shape="z")
     if callable(result):
         return Family(**facts, shape="z", build=result)
     try:
         with torch.no_grad():
-            return _try_out(function, facts, dims, None if result == "?" else result)
+            return _try_out(function, facts | {"others": others}, dims, None if result == "?" else result)
     except Exception as error:  # whatever a function does that is called with what it did not expect
         if result == "?":
             return None
@@ -209,10 +206,9 @@ def _signature(function: types.FunctionType) -> dict[str, Any] | None:
     if tol is None or cap is None:
         return None
     parameters = inspect.signature(function).parameters.values()
-    required = {p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD}
-    if not required <= {names[0], names[1], tol, cap, mode}:
-        return None
-    return {"f": names[0], "z0": names[1], "tol": tol, "cap": cap, "mode": mode, "absolute": False}
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    others = tuple(name for name in required if name not in {names[0], names[1], tol, cap, mode})
+    return {"f": names[0], "z0": names[1], "tol": tol, "cap": cap, "mode": mode, "absolute": False, "others": others}
 
 
 # ---- trying a function out
@@ -237,19 +233,31 @@ class _Problem:
             return float(torch.linalg.vector_norm(self.map(z) - z))
 
 
-def _run(function: Callable[..., Any], facts: Mapping[str, Any], problem: _Problem, tol: float) -> Any:
+def _run(function: Callable[..., Any], facts: Mapping[str, Any], problem: _Problem, tol: float, cap: int = MOST) -> Any:
     given: dict[str, Any] = {facts["f"]: problem.map, facts["z0"]: torch.zeros_like(problem.b)}
     if facts["tol"] is not None:
         given[facts["tol"]] = tol
     if facts["cap"] is not None:
-        given[facts["cap"]] = 100
-    return function(**given)
+        given[facts["cap"]] = cap
+    return function(**given, **dict(facts["others"]))
+
+
+def _stopped_early(function: Callable[..., Any], facts: Mapping[str, Any], problem: _Problem, dims: int) -> tuple[list[Any], Any]:
+    """What a solver returns that its cap stops, and for a smaller problem; nothing where it has no cap, or cannot be stopped."""
+    if facts["cap"] is None:
+        return [], None
+    try:
+        small = _run(function, facts, _Problem(dims, SMALLER), _TIGHT * SMALLER, CAPS[1])
+        return [_run(function, facts, problem, _TIGHT, cap) for cap in CAPS], small
+    except Exception:  # whatever it does at a cap that is lower than it expects
+        return [], None
 
 
 def _try_out(function: Callable[..., Any], facts: dict[str, Any], dims: int, path: Any) -> Family | str | None:
     problem = _Problem(dims, 1.0)
     returned = _run(function, facts, problem, _TIGHT)
-    shape = _shape(returned, problem, path)
+    early, small_run = _stopped_early(function, facts, problem, dims) if not isinstance(returned, Tensor) else ([], None)
+    shape = _shape(returned, problem, path, early, small_run)
     if not _holds_z(shape):
         return None if path is None else f"{function.__name__} did not return the fixed point at {path!r}"
     unknown = _unknown(shape)
@@ -260,6 +268,7 @@ def _try_out(function: Callable[..., Any], facts: dict[str, Any], dims: int, pat
         small = _Problem(dims, 1e-4)
         z = _nearest(_run(function, facts, small, _LOOSE), small)
         facts = {**facts, "absolute": z is not None and small.residual(z) > 0.1 * float(small.z.norm())}
+    facts = {name: value for name, value in facts.items() if name != "others"}
     return Family(**facts, shape=shape, detached=_drops_gradients(function, facts, dims))
 
 
@@ -291,43 +300,54 @@ def _nearest(returned: Any, problem: _Problem) -> Tensor | None:
     return min(found, key=problem.residual, default=None)
 
 
-def _shape(returned: Any, problem: _Problem, path: Any) -> Any:
+def _shape(returned: Any, problem: _Problem, path: Any, early: Sequence[Any], small: Any) -> Any:
+    """What is returned, part by part; `early` and `small` are what other runs returned (fields.py)."""
     if isinstance(returned, Tensor):
         return "z" if _is_z(returned, problem) else "? a tensor"
     if type(returned) is tuple:
-        parts = []
-        for i, part in enumerate(returned):
-            taken = (path is None or i == path) and _is_z(part, problem)
-            parts.append("z" if taken else _field(str(i), part, problem))
+        keys: list[Any] = list(range(len(returned)))
+    elif type(returned) is dict:
+        keys = list(returned)
+    else:
+        return f"? {type(returned).__name__}"
+    alike = [_parts(run, returned) for run in (*early, small)]
+    if any(run is None for run in alike[:-1]):
+        alike = [alike[-1]]
+    parts = []
+    for key in keys:
+        value = returned[key]
+        if (path is None or key == path) and _is_z(value, problem):
+            parts.append("z")
+            continue
+        others = [run[key] for run in alike[:-1] if run is not None]
+        scaled = alike[-1][key] if alike[-1] is not None else None
+        if type(value) is dict:
+            parts.append(_shape(value, problem, object(), others, scaled))
+        else:
+            parts.append(field(str(key), value, others, scaled))
+    if type(returned) is tuple:
         return ("tuple", *parts)
-    if type(returned) is dict:
-        taken = {key: (path is None or key == path) and _is_z(part, problem) for key, part in returned.items()}
-        return ("dict", *((key, "z" if taken[key] else _field(str(key), part, problem)) for key, part in returned.items()))
-    return f"? {type(returned).__name__}"
+    return ("dict", *zip(keys, parts, strict=True))
 
 
-def _field(name: str, value: Any, problem: _Problem) -> Any:
-    """What one field beside the fixed point is: by its name, by its numbers; what starts with "?" is not known."""
-    if type(value) is dict:
-        return _shape(value, problem, object())
-    by_name = _FIELDS.get(name)
-    if by_name is not None:
-        return by_name
-    if isinstance(value, list) and value and all(isinstance(v, float | int | Tensor) and not isinstance(v, bool) for v in value):
-        numbers = [float(v) for v in value if not isinstance(v, Tensor) or v.numel() == 1]
-        # residuals: they fall, and end where the solver stopped
-        if len(numbers) == len(value) and numbers[-1] <= 1e-4 and numbers[-1] <= numbers[0]:
-            return "relative list"
-    if value is None:
-        return "none"
-    return f"? {type(value).__name__} at {name!r}"
+def _parts(run: Any, like: Any) -> Any:
+    """A run's result where it has the same parts as another; None otherwise."""
+    same = type(run) is type(like) and len(run) == len(like)
+    return run if same and (type(run) is tuple or list(run) == list(like)) else None
 
 
 def _holds_z(shape: Any) -> bool:
-    return shape == "z" or (isinstance(shape, tuple) and any(_holds_z(part) for part in shape))
+    return shape == "z" or (isinstance(shape, tuple) and any(_holds_z(part) for part in _inner(shape)))
 
 
 def _unknown(shape: Any) -> str:
     if isinstance(shape, str):
         return shape[2:] if shape.startswith("? ") else ""
-    return next((found for part in shape if isinstance(part, tuple | str) and (found := _unknown(part))), "")
+    return next((found for part in _inner(shape) if (found := _unknown(part))), "")
+
+
+def _inner(shape: tuple[Any, ...]) -> Sequence[Any]:
+    """The parts of a tuple or dictionary."""
+    if shape[0] == "tuple":
+        return shape[1:]
+    return [part for _, part in shape[1:]] if shape[0] == "dict" else ()
