@@ -54,7 +54,7 @@ def lowered(
         hoisted=tuple(describe(n) for n in loop.kept_nodes),
         solver=config.solver,
         backward=config.backward if spec.grad else "-",
-        notes=(*loop.notes, *_notes(spec)),
+        notes=(*loop.notes, *dict.fromkeys(str(node.args[2]) for node in loop.told), *_notes(spec)),
         standing=site.standing,
     )
     rows.append((row, site))

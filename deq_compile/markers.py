@@ -57,6 +57,13 @@ def untold(like: Tensor, size: Any, site: str) -> Tensor:
     return like.new_empty((size,))
 
 
+def told(site: str, entry: int, note: str, kept: Sequence[Any] = ()) -> Tensor:
+    """(COLUMNS,) float32, the largest of all samples, of what the solve of a loop tells: residual, iterations, status. The loop
+    is the one at `site`, entered for the `entry`-th time; `note` is for the report. `kept` are numbers of the last iteration in a
+    list that had those of all iterations: they may be looked at, and not be computed with."""
+    return torch.zeros(COLUMNS)
+
+
 def may_exit(predicate: Any, site: str, entry: int, exit_when: bool, cap: int) -> None:
     """The loop at `site`, entered for the `entry`-th time, ends here if bool(predicate) is `exit_when`.
 
@@ -81,7 +88,7 @@ def region(
 
 
 has_side_effect(may_exit)
-CALLS = (enter, leave, adjoint_hook, adjoint_input, untold)  # what the tracer puts into the graph as it is
+CALLS = (enter, leave, adjoint_hook, adjoint_input, untold, told)  # what the tracer puts into the graph as it is
 MARKERS = (*CALLS, may_exit)
 
 

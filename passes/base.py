@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from deq_compile.markers import NOT_THE_USERS, may_exit
+from deq_compile.markers import NOT_THE_USERS, may_exit, told
 from deq_compile.report import Location, Report, Skipped
 from deq_compile.torch_parts import FakeTensor, is_functorch_wrapped, is_wrapper_subclass
 
@@ -104,6 +104,12 @@ class Loop:
         return []
 
     @property
+    def told(self) -> list[fx.Node]:
+        """Nodes that stand for the numbers about the solve of a loop, the largest of all samples."""
+        passages = self.passages
+        return [node for node in self.first.graph.nodes if node.target is told and node.args[:2] in passages]
+
+    @property
     def erased(self) -> list[fx.Node]:
         """What goes, in graph order."""
         keep = set(self.kept_nodes)
@@ -166,7 +172,7 @@ class Pass(abc.ABC):
 
 def marked(node: fx.Node) -> str:
     """The site of a marker node."""
-    names = {"enter": 1, "leave": 2, "adjoint_hook": 3, "adjoint_input": 1, "untold": 2, "may_exit": 1}
+    names = {"enter": 1, "leave": 2, "adjoint_hook": 3, "adjoint_input": 1, "untold": 2, "told": 0, "may_exit": 1}
     return str(node.args[names[node.target.__name__]])  # type: ignore[union-attr]
 
 

@@ -43,6 +43,8 @@ class Exits(Pass):
             tests = [self._test(loop, node) for node in markers]
             refused = next((test for test in tests if isinstance(test, Skipped)), None)
             loop.tests = tuple(test for test in tests if isinstance(test, ExitTest))
+            if refused is None:
+                refused = _computed_with(loop)
             if refused is None and markers and not loop.tests:  # nothing but guards against NaN
                 refused = Skipped(Reason.EXIT_TEST, location_of(markers[0]), "", loop.count)
             if refused is not None:
@@ -109,6 +111,28 @@ class Exits(Pass):
                 builder.env[v] = builder.graph.call_function(torch.add, (z, step), {"alpha": 1.0 / damping})
             return builder.finish(self.owner, predicate)
         return None
+
+
+def _computed_with(loop: Loop) -> Skipped | None:
+    """What the count of a loop goes into, where that is more than numbers about the loop: the model's own results. The same of
+    numbers in a list that holds the last of them only."""
+    order = {node: i for i, node in enumerate(loop.first.graph.nodes)}
+    after = {kept: order[node] for node in loop.told for kept in node.all_input_nodes}
+    seen, stack = set(loop.told), [*loop.told, *after]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if order[user] <= after.get(node, -1):
+                continue
+            value = value_of(user)
+            if isinstance(value, Tensor) and (value.requires_grad or any(s != 1 for s in value.shape)):
+                place = location_of(user)
+                detail = f"{describe(user)} computes with it"
+                return Skipped(Reason.COUNTER, place if place.file else loop.location, detail, loop.count)
+            if user not in seen and user.op != "output":
+                seen.add(user)
+                stack.append(user)
+    return None
 
 
 class _Builder:
@@ -290,6 +314,10 @@ def drop_assertions(graph: fx.Graph) -> None:
                 condition = node.args[0]
                 graph.erase_node(node)
                 erase_unused(graph, condition)
+    if tested:  # numbers that the loop has read, and kept of the last iteration only
+        for node in reversed(list(graph.nodes)):
+            if node.op == "call_method" and node.target == "item":
+                erase_unused(graph, node)
 
 
 def drop_consumed(graph: fx.Graph, passages: set[tuple[Any, ...]]) -> None:

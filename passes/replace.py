@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import fx
 
 from deq_compile.region.outputs import INFO
@@ -42,17 +43,44 @@ class Replace(Pass):
             call.meta = {k: v for k, v in loop.first.meta.items() if k != "example_value"}
             made = [self._item(graph, call, i, value_of(node), node) for i, node in enumerate(loop.outputs)]
             about = [self._item(graph, call, len(made) + INFO, value_of(node), node) for node in loop.about]
+            told = self._told(graph, call, len(made), loop)
         chain = set(loop.nodes)
         pairs = [(node, item) for nodes, item in zip(uses, made, strict=True) for node in nodes]
         pairs += zip(loop.about, about, strict=True)
+        pairs += told
         for node, item in pairs:
             node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in chain)
         for node in reversed(loop.erased):
             graph.erase_node(node)
+        for node, item in told:
+            graph.erase_node(node)
+            move_behind(graph, item)
         return dict(pairs)
+
+    def _told(self, graph: fx.Graph, call: fx.Node, states: int, loop: Loop) -> list[tuple[fx.Node, fx.Node]]:
+        """What stands for the numbers that a loop tells of itself."""
+        pairs = []
+        for node in loop.told:
+            info = self._item(graph, call, states + INFO, None, node)
+            largest = graph.call_function(torch.amax, (info, 0))
+            largest.meta = dict(node.meta)
+            pairs.append((node, largest))
+        return pairs
 
     def _item(self, graph: fx.Graph, call: fx.Node, index: int, value: Any, like: fx.Node) -> fx.Node:
         item = graph.call_function(operator.getitem, (call, index))
         item.meta = {k: v for k, v in like.meta.items() if k != "example_value"}
         item.meta["example_value"] = value
         return item
+
+
+def move_behind(graph: fx.Graph, cursor: fx.Node) -> None:
+    """Move what reads later nodes behind them: statistics of the solve, which stood before the attached step."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    limit, late = order[cursor], set()
+    for node in graph.nodes:
+        if order[node] <= limit and any(order[a] > order[node] or a in late for a in node.all_input_nodes):
+            late.add(node)
+    for node in [n for n in graph.nodes if n in late]:
+        cursor.append(node)
+        cursor = node

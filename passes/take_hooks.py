@@ -24,6 +24,7 @@ from deq_compile.report import Reason, Skipped
 from .base import Loop, Pass, PassContext, location_of, value_of
 from .declared import region_at
 from .exits import erase_unused
+from .replace import move_behind
 
 # Capture took the hook for a solve: more products than the default cap, since its tolerance may be tighter than ours.
 PRODUCTS = 60
@@ -268,7 +269,7 @@ def _merge(graph: fx.Graph, hook: fx.Node, z: fx.Node, solve: _Solve, attached: 
         erase_unused(graph, node)
     if exit is not None:
         erase_unused(graph, exit)
-    _move_behind(graph, plain)
+    move_behind(graph, plain)
     return end
 
 
@@ -279,15 +280,3 @@ def _item(graph: fx.Graph, source: fx.Node, index: int, like: fx.Node) -> fx.Nod
     if isinstance(value, torch.Tensor):
         item.meta["example_value"] = value
     return item
-
-
-def _move_behind(graph: fx.Graph, cursor: fx.Node) -> None:
-    """Move what reads later nodes behind them: statistics of the solve, which stood before the attached step."""
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    limit, late = order[cursor], set()
-    for node in graph.nodes:
-        if order[node] <= limit and any(order[a] > order[node] or a in late for a in node.all_input_nodes):
-            late.add(node)
-    for node in [n for n in graph.nodes if n in late]:
-        cursor.append(node)
-        cursor = node

@@ -134,6 +134,8 @@ def _integer(variable: Any) -> int | None:
     if type(variable) is dynamo.LazyVariableTracker:
         return None  # looking would realise it
     value = variable.as_python_constant() if variable.is_python_constant() else None
+    if type(value) is float and value.is_integer():
+        return int(value)
     return value if type(value) is int else None
 
 

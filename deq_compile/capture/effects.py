@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ from deq_compile.torch_parts import free_unbacked_symbols
 
 from . import dynamo
 
-Snapshot = dict[tuple[Any, ...], Any]
+Key = tuple[Any, ...]
+Snapshot = dict[Key, tuple[Any, Any]]  # where -> what tells its value from another, and Dynamo's variable
 _LASTING = "attribute"
 _NEW = "attribute of a new object"
+_OF_ATTRIBUTE = "list or dict of attribute"
+ATTRIBUTES = (_LASTING, _NEW)
 
 
 def depends_on_data(value: Any) -> bool:
@@ -48,27 +51,64 @@ def snapshot(tx: Any, live: Collection[Any] = (), tensors: bool = True) -> Snaps
             continue
         lasting = isinstance(owner.mutation_type, dynamo.AttributeMutationExisting)
         for name, value in written.items():
-            found[_LASTING if lasting else _NEW, id(owner), name] = _mark(tx, value, tensors)
+            found[_LASTING if lasting else _NEW, id(owner), name] = _mark(tx, value, tensors), value
+            found |= _containers(tx, (_OF_ATTRIBUTE, id(owner), name), value, False)
     for key, value in effects.id_to_variable.items():
-        content = _content(tx, value, tensors)
-        if content is not None:
-            found["container", key, type(value).__name__] = content
+        found |= _containers(tx, ("container", key, type(value).__name__), value, tensors)
     frame = tx
     while frame is not None:
         for name, value in frame.symbolic_locals.items():
-            if (frame is not tx or name in live) and (content := _content(tx, value, False)) is not None:
-                found["list or dict", id(frame), name] = (id(value), content)
+            if frame is not tx or name in live:
+                found |= _containers(tx, ("list or dict", id(frame), name), value, False)
         frame = frame.parent
     return found
 
 
+def _containers(tx: Any, key: Key, value: Any, tensors: bool, deep: bool = True) -> Snapshot:
+    """A mutable container, and those in it."""
+    content = _content(tx, value, tensors)
+    if content is None:
+        return {}
+    found: Snapshot = {key: ((id(value), content), value)}
+    for name, inner in _named(value) if deep else ():
+        found |= _containers(tx, (*key[:-1], f"{key[-1]}[{name}]"), inner, tensors, deep=False)
+    return found
+
+
+def _named(container: Any) -> list[tuple[str, Any]]:
+    """What is in a container, by its key or place."""
+    items = container.__dict__["items"]
+    if isinstance(items, list):
+        return [(str(i), value) for i, value in enumerate(items)]
+    return [(str(getattr(key, "vt", key)), value) for key, value in items.items()]
+
+
 def changed(before: Snapshot, after: Snapshot) -> str | None:
-    """What is not as it was, in words. New objects and containers do not count, new attributes of old objects do."""
-    for name, now in after.items():
-        then = before.get(name)
-        if then != now and (then is not None or (name[0] == _LASTING and now != "data")):
-            return f"{name[0]} {name[-1]!r}"
-    return None
+    """What is not as it was, in words."""
+    return next((words(key) for key in changes(before, after)), None)
+
+
+def words(key: Key) -> str:
+    return f"{key[0]} {key[-1]!r}"
+
+
+def changes(before: Snapshot, after: Snapshot) -> Iterator[Key]:
+    """What is not as it was. New objects and containers do not count, new attributes of old objects do."""
+    for key, (now, _) in after.items():
+        then = before.get(key, (None, None))[0]
+        if then != now and (then is not None or (key[0] == _LASTING and now != "data")):
+            yield key
+
+
+def content(mark: Any) -> tuple[Any, ...]:
+    """What tells the values in a container from others, of the mark of the container."""
+    found: tuple[Any, ...] = mark[1]
+    return found
+
+
+def owner_of(tx: Any, key: Key) -> Any:
+    """The object whose attribute a key names."""
+    return next(owner for owner in tx.output.side_effects.store_attr_mutations if id(owner) == key[1])
 
 
 def _content(tx: Any, value: Any, tensors: bool) -> tuple[Any, ...] | None:

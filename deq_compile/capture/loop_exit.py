@@ -30,7 +30,7 @@ from typing import Any
 from deq_compile import markers
 from deq_compile.report import Reason, Skipped
 
-from . import counters, dynamo, effects, sites
+from . import counters, dynamo, effects, observations, sites
 from .bytecode import Code, Exit
 
 _JUMPS = (
@@ -48,6 +48,8 @@ class _Visits:
     iterator: Any
     seen: int = 0
     world: Any = None
+    before: Any = None  # the world at the visit before
+    history: observations.History = dataclasses.field(default_factory=list)
     sizes: list[int] = dataclasses.field(default_factory=list)  # of the graph, at each of those times
     range: int | None = None  # its length at the first visit, 0 if it never ends, None if it is no range
     markers: list[Any] = dataclasses.field(default_factory=list)  # left in the graph so far
@@ -154,7 +156,7 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
         visits = table[site] = _Visits(entry, _range_left(iterator), iterator)
         visits.range = _range_left(iterator) or (0 if exit.counted and _never_ends(tx) else None)
     if not exit.guard:
-        why = _leaks(tx, inst, exit) or _grows(tx, inst, exit, visits)
+        why = _grows(tx, inst, exit, visits) or _leaks(tx, inst, exit, visits)
         if why is not None:
             reason, detail = why
             sites.refuse(tx, site, Skipped(reason, sites.location(tx), detail))
@@ -174,6 +176,9 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
             earlier.args = (*earlier.args[:4], cap)
     leaves = visits.seen >= markers.UNROLLED
     if leaves:
+        if visits.before is not None:
+            live = _live(tx, inst, exit) & _code(tx).stores(exit.loop)
+            observations.serve(tx, (site, visits.entry), sorted(live), visits.before, visits.world, visits.history)
         visits.iterator = object()  # whoever comes again enters anew
         counters.forget(tx)
     if leaves == exit.jumps:
@@ -199,13 +204,20 @@ def _range_left(iterator: Any) -> int:
     return left + 1 if isinstance(left, int) else 0
 
 
-def _leaks(tx: Any, inst: Any, exit: Exit) -> tuple[Reason, str] | None:
+def _live(tx: Any, inst: Any, exit: Exit) -> set[str]:
+    """Names that are read after the loop."""
+    code = _code(tx)
+    found: set[str] = dynamo.livevars_analysis(code.instructions, code.instructions[code.target(inst, exit)])
+    return found
+
+
+def _leaks(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str] | None:
     """Python values whose value after the loop would say when, or how, it was left."""
     code = _code(tx)
-    live = dynamo.livevars_analysis(code.instructions, code.instructions[code.target(inst, exit)])
-    for name in sorted(live & code.stores(exit.loop)):
+    for name in sorted(_live(tx, inst, exit) & code.stores(exit.loop)):
         value = tx.symbolic_locals.get(name)
-        if value is not None and not effects.is_data(tx, value):
+        counts = observations.step(visits.history, (observations.LOCAL, 0, name)) is not None
+        if value is not None and not counts and not effects.is_data(tx, value):
             return Reason.COUNTER, f"{name!r} is written in the loop and read after it"
     here, elsewhere = code.one_sided(inst, exit)
     for name in sorted(code.stores(here)):
@@ -218,9 +230,13 @@ def _leaks(tx: Any, inst: Any, exit: Exit) -> tuple[Reason, str] | None:
 
 
 def _grows(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str] | None:
-    """Whether something that outlives the loop was changed since the last visit: an attribute, a list, a dict."""
-    code = _code(tx)
-    live = dynamo.livevars_analysis(code.instructions, code.instructions[code.target(inst, exit)])
-    before, visits.world = visits.world, effects.snapshot(tx, live)
-    what = effects.changed(before, visits.world) if before is not None else None
-    return (Reason.SIDE_EFFECT, f"{what} changes in every iteration") if what is not None else None
+    """Whether something that outlives the loop was changed since the last visit, and is nothing that a solve tells."""
+    live = _live(tx, inst, exit)
+    visits.before, visits.world = visits.world, effects.snapshot(tx, live)
+    visits.history.append(observations.numbers(tx, live & _code(tx).stores(exit.loop), visits.world))
+    if visits.before is None:
+        return None
+    for key in effects.changes(visits.before, visits.world):
+        if not observations.is_told(tx, key, visits.before, visits.world, visits.history):
+            return Reason.SIDE_EFFECT, f"{effects.words(key)} changes in every iteration"
+    return None

@@ -268,8 +268,8 @@ def _try_out(function: Callable[..., Any], facts: dict[str, Any], dims: int, pat
         small = _Problem(dims, 1e-4)
         z = _nearest(_run(function, facts, small, _LOOSE), small)
         facts = {**facts, "absolute": z is not None and small.residual(z) > 0.1 * float(small.z.norm())}
-    facts = {name: value for name, value in facts.items() if name != "others"}
-    return Family(**facts, shape=shape, detached=_drops_gradients(function, facts, dims))
+    detached = _drops_gradients(function, facts, dims)
+    return Family(**{name: value for name, value in facts.items() if name != "others"}, shape=shape, detached=detached)
 
 
 def _drops_gradients(function: Callable[..., Any], facts: Mapping[str, Any], dims: int) -> bool:

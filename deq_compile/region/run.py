@@ -11,6 +11,7 @@ from torch import Tensor
 
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.device import on_gpu
+from deq_compile.kernels.iteration import CONVERGED, MAX_ITER
 
 from . import backwards, graphs, records
 from .adjoint import AdjointSolution
@@ -67,15 +68,19 @@ class Result:
 
     z: Tensor
     solution: Solution | None
+    own: OwnLoop | None
     kept: int
     serial: int
     saved: SavedForBackward
 
     def solve_info(self) -> Tensor:
-        """(B, 3) float32: the stopping residual and the iterations of each sample, and its status; -1 for a loop."""
+        """(B, 3) float32: the stopping residual and the iterations of each sample, and its status; of the user's own loop the
+        iterations, whether a test ended it, and no residual."""
         if self.solution is not None:
             return self.solution.solve_info()
-        return self.z.new_full((self.z.shape[0], 3), -1.0, dtype=torch.float32)
+        assert self.own is not None
+        row = self.z.new_tensor((-1.0, self.own.iterations, CONVERGED if self.own.passed else MAX_ITER), dtype=torch.float32)
+        return row.repeat(self.z.shape[0], 1)
 
 
 @dataclasses.dataclass
@@ -125,7 +130,7 @@ def run(call: Call) -> Result:
         where = linear if first is not None and solution.z is first.z else None
         saved = SavedForBackward(where, factors=_factors(site, solution))
     serial = 0 if call.inside else _record(call, solution, z, saved.factors, kept)
-    return Result(z, solution, kept, serial, saved)
+    return Result(z, solution, own, kept, serial, saved)
 
 
 def _solve(call: Call) -> tuple[Solution | None, bool]:
