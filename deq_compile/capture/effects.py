@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -54,7 +55,7 @@ def snapshot(tx: Any, live: Collection[Any] = (), tensors: bool = True) -> Snaps
             found[_LASTING if lasting else _NEW, id(owner), name] = _mark(tx, value, tensors), value
             found |= _containers(tx, (_OF_ATTRIBUTE, id(owner), name), value, False)
     for key, value in effects.id_to_variable.items():
-        found |= _containers(tx, ("container", key, type(value).__name__), value, tensors)
+        found |= _containers(tx, ("list or dict", key, _spelled(value)), value, tensors)
     frame = tx
     while frame is not None:
         for name, value in frame.symbolic_locals.items():
@@ -73,6 +74,12 @@ def _containers(tx: Any, key: Key, value: Any, tensors: bool, deep: bool = True)
     for name, inner in _named(value) if deep else ():
         found |= _containers(tx, (*key[:-1], f"{key[-1]}[{name}]"), inner, tensors, deep=False)
     return found
+
+
+def _spelled(value: Any) -> str:
+    """What the user calls an object from outside of the frame."""
+    source = getattr(value, "source", None)
+    return re.sub(r"[LG]\['(\w+)'\]", r"\1", source.name) if source is not None else type(value).__name__
 
 
 def _named(container: Any) -> list[tuple[str, Any]]:
