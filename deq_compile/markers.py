@@ -42,8 +42,9 @@ def leave(results: Sequence[Tensor], entered: Sequence[Tensor], site: str) -> tu
     return (*(r.clone() for r in results), results[0].new_zeros((rows, COLUMNS), dtype=torch.float32))
 
 
-def adjoint_hook(z: Tensor, f: Tensor, z0: Tensor, site: str, tol: float) -> Tensor:
-    """`z` with a hook that gives back w = q + (df/dz0)^T w for the cotangent q of `z`, solved to `tol`."""
+def adjoint_hook(z: Tensor, f: Tensor, z0: Tensor, site: str, tol: float, terms: int = 0) -> Tensor:
+    """`z` with a hook that gives back w = q + (df/dz0)^T w for the cotangent q of `z`, solved to `tol`; or so many terms of the
+    Neumann series of that, where `terms` is not 0."""
     return z.clone()
 
 

@@ -70,7 +70,7 @@ class TakeHooks(Pass):
     def _take(self, graph: fx.Graph, hook: fx.Node, context: PassContext) -> str | None:
         """Why a hook stays; None where it was taken over."""
         arguments: Any = hook.args
-        z, image, start, _, tol = arguments
+        z, image, start, _, tol, terms = arguments
         solve = _loop_before(z, context.loops) if self.loops else _marked_before(z)
         if solve is None:
             return _NOT_YET
@@ -84,7 +84,7 @@ class TakeHooks(Pass):
             return "what it differentiates is another computation than the attached step"
         if (why := _entangled(solve, z, attached, is_state)) is not None:
             return why
-        end = _merge(graph, hook, z, solve, attached, float(tol))
+        end = _merge(graph, hook, z, solve, attached, *_backward(float(tol), int(terms)))
         if solve.loop is not None:
             region = region_at(graph, end)
             if isinstance(region, Skipped):
@@ -198,6 +198,7 @@ def _same(a: fx.Node, b: fx.Node, state_a: Callable[[fx.Node], bool], state_b: C
     def same(a: fx.Node, b: fx.Node) -> bool:
         if state_a(a) or state_b(b):
             return state_a(a) and state_b(b)
+        a, b = _source(a), _source(b)  # where gradients end is no question here
         if (a, b) not in known:
             alike = a.op == b.op and a.target == b.target and a.op not in ("placeholder", "get_attr")
             known[a, b] = a is b or (alike and _spelled(a) == _spelled(b) and _all_same(a, b))
@@ -230,13 +231,22 @@ def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def _merge(graph: fx.Graph, hook: fx.Node, z: fx.Node, solve: _Solve, attached: set[fx.Node], tol: float) -> fx.Node:
+def _backward(tol: float, terms: int) -> tuple[tuple[tuple[str, Any], ...], str]:
+    """What a hook does, as hints for the region, and in words."""
+    if terms == 0:
+        note = f"the hook's adjoint solve is taken over, at its tolerance {tol:g}; hooks='keep' leaves it"
+        return (("backward_tol", tol), ("backward_max_iter", PRODUCTS)), note
+    note = f"the hook's {terms} terms of the Neumann series are taken over; hooks='keep' leaves it"
+    return ((("backward", "neumann"), ("backward_steps", terms)) if terms > 1 else (("backward", "jfb"),)), note
+
+
+def _merge(
+    graph: fx.Graph, hook: fx.Node, z: fx.Node, solve: _Solve, attached: set[fx.Node], more: tuple[Any, ...], note: str
+) -> fx.Node:
     """Mark the attached step as the region, and take the old solve out; the new `leave`."""
     states, site, form, hints, options, _ = solve.entry
     solved, exit = solve.solved, solve.exit
     first = next(node for node in graph.nodes if node in attached)
-    more = (("backward_tol", tol), ("backward_max_iter", PRODUCTS))
-    note = f"the hook's adjoint solve is taken over, at its tolerance {tol:g}; hooks='keep' leaves it"
     with graph.inserting_before(first):
         begin = graph.call_function(enter, (states, site, form, (*hints, *more), options, note))
         begin.meta = {k: v for k, v in (exit or solved).meta.items() if k != "example_value"}

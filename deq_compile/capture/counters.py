@@ -22,20 +22,20 @@ MOST = 100_000  # steps that are tried out
 
 @dataclass(frozen=True)
 class _Seen:
-    """One comparison of two Python integers: the operands, how it came out, and the size of the graph then."""
+    """One comparison of two Python numbers: the operands, how it came out, and the size of the graph then."""
 
-    left: int
-    right: int
+    left: float
+    right: float
     nodes: int
 
 
 def handler(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A translator's handler of COMPARE_OP that takes note of comparisons of integers, frame by frame."""
+    """A translator's handler of COMPARE_OP that takes note of comparisons of numbers, frame by frame."""
 
     @functools.wraps(original)
     def handle(self: Any, inst: Any) -> Any:
         if len(self.stack) >= 2 and sites.ours(self):
-            left, right = (_integer(v) for v in self.stack[-2:])
+            left, right = (_number(v) for v in self.stack[-2:])
             if left is not None and right is not None:
                 notes = self.__dict__.setdefault("_deq_compile_comparisons", {})
                 notes.setdefault(id(inst), []).append(_Seen(left, right, _nodes(self)))
@@ -83,6 +83,33 @@ def cap(tx: Any, code: Code, exit: Exit, visits: list[int], in_range: int | None
     return min(found, default=0)
 
 
+def turns_later(tx: Any, code: Code, exit: Exit, most: int) -> str | None:
+    """A comparison in a loop, no exit of it, that comes out otherwise in an iteration which is not traced; None where there is
+    none. `most` is the cap of the loop, 0 for none. What capture has traced would not be what the loop goes on with."""
+    notes: dict[int, list[_Seen]] = tx.__dict__.get("_deq_compile_comparisons", {})
+    for i in sorted(exit.loop):
+        inst = code.instructions[i]
+        seen = notes.get(id(inst), [])
+        if len(seen) < 2 or _leaves(code, i, exit):
+            continue
+        steps = {(b.left - a.left, b.right - a.right) for a, b in itertools.pairwise(seen)}
+        if steps == {(0, 0)}:
+            continue
+        turn = _turns(inst.argval, seen[-1], steps.pop()) if len(steps) == 1 else 1
+        if turn and (most == 0 or len(seen) - 1 + turn < most):
+            line = getattr(inst.positions, "lineno", None)
+            return f"the comparison in line {line} comes out otherwise in a later iteration"
+    return None
+
+
+def _leaves(code: Code, i: int, exit: Exit) -> bool:
+    """Whether the jump behind a comparison leaves the loop."""
+    for j in range(i + 1, min(i + 3, len(code.instructions))):
+        if "POP_JUMP" in code.instructions[j].opname:
+            return any(k not in exit.loop for k in code.successors[j])
+    return False
+
+
 def _most(code: Code, inst: Any, exit: Exit, notes: dict[int, list[_Seen]], seen: list[_Seen], visits: list[int]) -> int | None:
     """Iterations until a comparison comes out otherwise; 0: never, None: not known."""
     guard = next((notes[id(g)] for g in _twins(code, inst, exit) if id(g) in notes), None)
@@ -98,7 +125,7 @@ def _most(code: Code, inst: Any, exit: Exit, notes: dict[int, list[_Seen]], seen
     return most + late if most else 0
 
 
-def _turns(operator: Any, first: _Seen, step: tuple[int, int]) -> int | None:
+def _turns(operator: Any, first: _Seen, step: tuple[float, float]) -> int | None:
     """How many steps from the first comparison to the one that comes out otherwise; 0 where none does."""
     compare = _OPERATORS.get(str(operator).removeprefix("bool(").removesuffix(")"))
     if compare is None:
@@ -112,7 +139,7 @@ def _turns(operator: Any, first: _Seen, step: tuple[int, int]) -> int | None:
     return 0
 
 
-_OPERATORS: dict[str, Callable[[int, int], bool]] = {
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": lambda a, b: a < b,
     "<=": lambda a, b: a <= b,
     ">": lambda a, b: a > b,
@@ -130,13 +157,13 @@ def _twins(code: Code, inst: Any, exit: Exit) -> list[Any]:
     return before[at : at + 1] if len(before) == len(inside) else []
 
 
-def _integer(variable: Any) -> int | None:
+def _number(variable: Any) -> int | float | None:
     if type(variable) is dynamo.LazyVariableTracker:
         return None  # looking would realise it
     value = variable.as_python_constant() if variable.is_python_constant() else None
     if type(value) is float and value.is_integer():
         return int(value)
-    return value if type(value) is int else None
+    return value if type(value) in (int, float) else None
 
 
 def _nodes(tx: Any) -> int:

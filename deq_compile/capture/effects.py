@@ -70,7 +70,7 @@ def _containers(tx: Any, key: Key, value: Any, tensors: bool, deep: bool = True)
     content = _content(tx, value, tensors)
     if content is None:
         return {}
-    found: Snapshot = {key: ((id(value), content), value)}
+    found: Snapshot = {key: (content, value)}
     for name, inner in _named(value) if deep else ():
         found |= _containers(tx, (*key[:-1], f"{key[-1]}[{name}]"), inner, tensors, deep=False)
     return found
@@ -78,8 +78,11 @@ def _containers(tx: Any, key: Key, value: Any, tensors: bool, deep: bool = True)
 
 def _spelled(value: Any) -> str:
     """What the user calls an object from outside of the frame."""
-    source = getattr(value, "source", None)
-    return re.sub(r"[LG]\['(\w+)'\]", r"\1", source.name) if source is not None else type(value).__name__
+    try:
+        name = str(value.source.name)
+    except (AttributeError, NotImplementedError):  # it has none, or one that cannot be spelled
+        return type(value).__name__
+    return re.sub(r"[LG]\['(\w+)'\]", r"\1", name)
 
 
 def _named(container: Any) -> list[tuple[str, Any]]:
@@ -107,12 +110,6 @@ def changes(before: Snapshot, after: Snapshot) -> Iterator[Key]:
             yield key
 
 
-def content(mark: Any) -> tuple[Any, ...]:
-    """What tells the values in a container from others, of the mark of the container."""
-    found: tuple[Any, ...] = mark[1]
-    return found
-
-
 def owner_of(tx: Any, key: Key) -> Any:
     """The object whose attribute a key names."""
     return next(owner for owner in tx.output.side_effects.store_attr_mutations if id(owner) == key[1])
@@ -127,8 +124,33 @@ def _content(tx: Any, value: Any, tensors: bool) -> tuple[Any, ...] | None:
     return tuple(_mark(tx, v, tensors) for v in values)
 
 
+_PLAIN = (type(None), int, float, str, bytes, tuple, list, dict, frozenset, torch.Size, torch.dtype)
+
+
+def _constant(value: Any) -> Any:
+    """What tells a Python constant, or a container of those, from others; None for all else."""
+    if type(value) is dynamo.LazyVariableTracker:
+        return None
+    try:
+        known = value.as_python_constant() if value.is_python_constant() else None
+    except NotImplementedError:
+        return None
+    plain = value.is_python_constant() and isinstance(known, _PLAIN)
+    return (type(known).__name__, repr(known)) if plain else None
+
+
+def mark(tx: Any, value: Any) -> Any:
+    """What tells a value from another, where one tensor is like any other."""
+    value = value.realize() if hasattr(value, "realize") else value
+    content = _content(tx, value, False)
+    return content if content is not None else _mark(tx, value, False)
+
+
 def _mark(tx: Any, value: Any, tensors: bool) -> Any:
     """What tells a value from another. Nothing that Dynamo has not looked at yet is looked at: that would change things."""
+    constant = _constant(value)
+    if constant is not None:
+        return constant
     if tensors:
         return id(value)
     if isinstance(value, dynamo.LazyVariableTracker) and not value.is_realized():

@@ -14,12 +14,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from deq_compile import markers
+from deq_compile.families.adjoints import Adjoint, Toy, kind_of
 from deq_compile.families.hooks import AdjointHook, read_hook
 from deq_compile.families.solvers import Family, family_of
 from deq_compile.report import Reason, Skipped
 
-from . import dynamo, sites
+from . import dynamo, sites, toys
 
 COUNT_ONLY_TOL = 1e-4  # where the hook's solve has a count and no tolerance
 
@@ -39,7 +42,7 @@ def install() -> Callable[[], None]:
 
     @functools.wraps(requires_grad_)
     def patched_requires_grad_(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.source and not args and not kwargs and sites.ours(tx):
+        if not self.source and _means_true(args, kwargs) and sites.ours(tx):
             with sites.guarded(tx, "tracing requires_grad_()"):
                 site = sites.site_of(tx, "requires_grad_")
                 if not sites.blocked(tx, site) and not self.as_proxy().node.meta["example_value"].requires_grad:
@@ -74,17 +77,51 @@ def _take(variable: Any, tx: Any, hook: Any) -> Any:
     hook = hook.realize() if hasattr(hook, "realize") else hook
     code = hook.get_code() if hasattr(hook, "get_code") else None
     found = read_hook(code) if code is not None else None
-    if found is None:
+    read = _as_read(tx, hook, found) if found is not None else None
+    tried = read or _as_tried(tx, hook)
+    if not isinstance(tried, tuple):
+        if tried is not None or found is not None:
+            detail = tried or "the solver that the hook calls, or its tolerance, is not known"
+            sites.refuse(tx, site, Skipped(Reason.HOOK, sites.location(tx), detail))
         return None
-    names = _Names(tx, hook)
-    f, z = names.variable(found.f), names.variable(found.z)
-    tol = _tolerance(found, names)
-    if tol is None or not all(isinstance(v, dynamo.TensorVariable) for v in (f, z)):
-        detail = "the solver that the hook calls, or its tolerance, is not known"
-        sites.refuse(tx, site, Skipped(Reason.HOOK, sites.location(tx), detail))
-        return None
-    _replace(variable, tx, markers.adjoint_hook, (variable.as_proxy(), f.as_proxy(), z.as_proxy(), site, tol))
+    f, z0, adjoint = tried
+    given = (variable.as_proxy(), f.as_proxy(), z0.as_proxy(), site, adjoint.tol, adjoint.terms or 0)
+    _replace(variable, tx, markers.adjoint_hook, given)
     return dynamo.removed_handle()
+
+
+def _means_true(args: Any, kwargs: Any) -> bool:
+    """Whether the arguments of `requires_grad_` say what it means without any."""
+    given = [*args, *kwargs.values()]
+    return not given or (len(given) == 1 and given[0].is_python_constant() and given[0].as_python_constant() is True)
+
+
+def _as_read(tx: Any, hook: Any, found: AdjointHook) -> tuple[Any, Any, Adjoint] | None:
+    """f(z0), z0 and what becomes of a cotangent, read off the source; None where the solver or its tolerance is not known."""
+    names = _Names(tx, hook)
+    f, z0 = names.variable(found.f), names.variable(found.z)
+    tol = _tolerance(found, names)
+    if tol is None or not all(isinstance(v, dynamo.TensorVariable) for v in (f, z0)):
+        return None
+    return f, z0, Adjoint(tol)
+
+
+def _as_tried(tx: Any, hook: Any) -> tuple[Any, Any, Adjoint] | str | None:
+    """The same, by running the hook on a small problem; a text where it is an adjoint with something more to it."""
+    tensors = {id(toys.node_of(t)): t for t in toys.tensors_in(tx, hook)}
+    starts = [t for t in tensors.values() if toys.node_of(t).target is markers.adjoint_input]
+    images = [t for t in tensors.values() if len(starts) == 1 and t is not starts[0] and toys.depends_on(t, starts[0])]
+    if len(images) != 1:
+        return None
+    (z0,), (f,) = starts, images
+
+    def run(toy: Toy, q: torch.Tensor) -> torch.Tensor | None:
+        roles = {id(toys.node_of(z0)): toy.z0, id(toys.node_of(f)): toy.f}
+        w = toys.function_for(tx, hook, roles)(q)
+        return w if isinstance(w, torch.Tensor) else None
+
+    adjoint = kind_of(run, z0.ndim, 1)
+    return (f, z0, adjoint) if isinstance(adjoint, Adjoint) else adjoint
 
 
 class _Names:

@@ -86,10 +86,10 @@ class _Probe:
         return gm.forward
 
 
-def _targets(function: Callable[..., Tensor], *more: Any) -> list[Any]:
+def _targets(function: Callable[..., Tensor], *more: Any, needs_grad: bool = False) -> list[Any]:
     """What stands in the graph of a function, compiled as users compile: where Dynamo breaks the graph, half of it is missing."""
     probe = _Probe()
-    torch.compile(function, backend=probe)(torch.ones(2), *more)
+    torch.compile(function, backend=probe)(torch.ones(2, requires_grad=needs_grad), *more)
     dynamo.reset_code(function.__code__)
     return probe.targets
 
@@ -191,6 +191,32 @@ def _test_hooks() -> None:
     _expect(found.count(markers.adjoint_hook) + found.count(markers.adjoint_input), 2, "markers")
 
 
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, pair: Any, x: Tensor) -> Tensor:
+        ctx.pair, ctx.x = pair, x
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        image, start = ctx.pair
+        w = grad
+        for _ in range(40):
+            w = torch.autograd.grad(image, start, w, retain_graph=True)[0] + grad
+        return None, None, torch.autograd.grad(image, ctx.x, w)[0]
+
+
+def _with_function(x: Tensor) -> Tensor:
+    z = x.detach()
+    start = z.detach().clone().requires_grad_()
+    return _Attached.apply(z, (0.5 * start + x, start), x)
+
+
+def _test_functions() -> None:
+    found = _targets(_with_function, needs_grad=True)
+    _expect(found.count(markers.adjoint_hook) + found.count(markers.adjoint_input), 2, "markers")
+
+
 def _test_allclose() -> None:
     _expect(_targets(_halved_until_close).count(markers.may_exit), markers.UNROLLED + 1, "markers")
 
@@ -217,6 +243,7 @@ _LOOPS = (
     "RangeIteratorVariable", "config",
 )  # fmt: skip
 _HOOKS = (*_CALLS, "RemovableHandleVariable", "ValueMutationNew", "wrap_fx_proxy")
+_FUNCTIONS = (*_HOOKS, "AutogradFunctionVariable")
 
 _FEATURES = [
     _Feature("loops whose exit depends on data", loop_exit.install, _test_loop_exit, _LOOPS),
@@ -224,7 +251,9 @@ _FEATURES = [
     _Feature("calls of solvers that are known by their looks", solver_calls.install, lambda: None, _CALLS),
     _Feature("TorchDEQ", torchdeq.install, _test_torchdeq, _CALLS),
     _Feature("backward hooks", hooks.install, _test_hooks, _HOOKS),
-    _Feature("autograd functions in the report", functions.install, lambda: None, ("AutogradFunctionVariable",)),
+    _Feature(
+        "implicit gradients in autograd functions", functions.install, _test_functions, (*_HOOKS, "AutogradFunctionVariable")
+    ),
     _Feature("torch.allclose as a loop's test", allclose.install, _test_allclose, (*_LOOPS, "TorchInGraphFunctionVariable")),
     _Feature("whole graphs under DistributedDataParallel", ddp.install, lambda: None),
 ]

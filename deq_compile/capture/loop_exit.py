@@ -30,7 +30,7 @@ from typing import Any
 from deq_compile import markers
 from deq_compile.report import Reason, Skipped
 
-from . import counters, dynamo, effects, observations, sites
+from . import counters, dynamo, effects, known, observations, sites
 from .bytecode import Code, Exit
 
 _JUMPS = (
@@ -49,6 +49,7 @@ class _Visits:
     seen: int = 0
     world: Any = None
     before: Any = None  # the world at the visit before
+    marks: dict[str, Any] = dataclasses.field(default_factory=dict)  # of local names, at the first visit
     history: observations.History = dataclasses.field(default_factory=list)
     sizes: list[int] = dataclasses.field(default_factory=list)  # of the graph, at each of those times
     range: int | None = None  # its length at the first visit, 0 if it never ends, None if it is no range
@@ -74,10 +75,13 @@ def install() -> Callable[[], None]:
 
     @functools.wraps(method_item)
     def item(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        if tx.one_graph or dynamo.config.capture_scalar_outputs or not sites.ours(tx):
+        if not sites.ours(tx):
             return method_item(self, tx, *args, **kwargs)
         with sites.guarded(tx, "reading a number in a loop"):
-            in_loop = _in_loop(tx)
+            number = known.value_of(self)
+            if number is not None and number.numel() == 1:
+                return dynamo.build(tx, number.item())
+            in_loop = not (tx.one_graph or dynamo.config.capture_scalar_outputs) and _in_loop(tx)
         if not in_loop:
             return method_item(self, tx, *args, **kwargs)
         with dynamo.numbers_of_tensors(tx):
@@ -99,12 +103,23 @@ def _handler(original: Callable[..., Any], jumps_if_true: bool) -> Callable[...,
         value = self.stack[-1]
         if effects.depends_on_data(value) and sites.ours(self):
             with sites.guarded(self, "following a loop whose exit depends on data"):
+                if _is_known(self, value):
+                    return original(self, inst)
                 found = _exit(self, inst)
                 if found is not None and _pass_by(self, inst, found, jumps_if_true):
                     return None
         return original(self, inst)
 
     return handle
+
+
+def _is_known(tx: Any, value: Any) -> bool:
+    """Put the truth of a tensor made of constants in its place on the stack."""
+    number = known.value_of(value) if isinstance(value, dynamo.TensorVariable) else None
+    if number is None or number.numel() != 1:
+        return False
+    tx.stack[-1] = dynamo.build(tx, bool(number))
+    return True
 
 
 def _code(tx: Any) -> Code:
@@ -156,15 +171,10 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
         visits = table[site] = _Visits(entry, _range_left(iterator), iterator)
         visits.range = _range_left(iterator) or (0 if exit.counted and _never_ends(tx) else None)
     if not exit.guard:
-        why = _grows(tx, inst, exit, visits) or _leaks(tx, inst, exit, visits)
+        why = _visit(tx, inst, exit, visits)
         if why is not None:
-            reason, detail = why
-            sites.refuse(tx, site, Skipped(reason, sites.location(tx), detail))
+            sites.refuse(tx, site, Skipped(why[0], sites.location(tx), why[1]))
             return False
-        visits.seen += 1
-        visits.sizes.append(len(tx.output.graph.nodes))
-        counters.passed_by(tx, inst)
-        visits.cap = counters.cap(tx, _code(tx), exit, visits.sizes, visits.range)
     value = tx.pop()
     exit_when = jumps_if_true == exit.jumps
     cap = markers.GUARD if exit.guard else visits.cap
@@ -184,6 +194,19 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     if leaves == exit.jumps:
         tx.jump(inst)
     return True
+
+
+def _visit(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str] | None:
+    """Take note of one more visit of a loop's test; why the loop is not to be followed any further."""
+    why = _grows(tx, inst, exit, visits) or _leaks(tx, inst, exit, visits)
+    if why is not None:
+        return why
+    visits.seen += 1
+    visits.sizes.append(len(tx.output.graph.nodes))
+    counters.passed_by(tx, inst)
+    visits.cap = counters.cap(tx, _code(tx), exit, visits.sizes, visits.range)
+    later = counters.turns_later(tx, _code(tx), exit, max(visits.cap, 0)) if visits.seen >= markers.UNROLLED else None
+    return None if later is None else (Reason.COUNTER, later)
 
 
 def _iterator(tx: Any) -> Any:
@@ -216,8 +239,11 @@ def _leaks(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str
     code = _code(tx)
     for name in sorted(_live(tx, inst, exit) & code.stores(exit.loop)):
         value = tx.symbolic_locals.get(name)
-        counts = observations.step(visits.history, (observations.LOCAL, 0, name)) is not None
-        if value is not None and not counts and not effects.is_data(tx, value):
+        if value is None or effects.is_data(tx, value):
+            continue
+        mark = effects.mark(tx, value)
+        same = visits.marks.setdefault(name, mark) == mark
+        if not same and observations.step(visits.history, (observations.LOCAL, 0, name)) is None:
             return Reason.COUNTER, f"{name!r} is written in the loop and read after it"
     here, elsewhere = code.one_sided(inst, exit)
     for name in sorted(code.stores(here)):

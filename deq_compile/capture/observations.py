@@ -62,7 +62,7 @@ def is_told(tx: Any, key: Key, before: Snapshot, now: Snapshot, history: History
     """Whether a change that outlives an iteration is one that a solve can tell."""
     _, value = now[key]
     if key[0] in effects.ATTRIBUTES:
-        return _is_scalar(tx, value) or (step(history, key) is not None and not _read_before(tx, key))
+        return effects.is_data(tx, value) or (step(history, key) is not None and not _read_before(tx, key))
     return _grown(tx, key, before, now) is not None
 
 
@@ -78,7 +78,7 @@ def _grown(tx: Any, key: Key, before: Snapshot, now: Snapshot) -> int | None:
     variable = now[key][1]
     if key not in before or type(variable).__name__ != "ListVariable" or getattr(variable, "source", None) is not None:
         return None
-    old, new = (effects.content(world[key][0]) for world in (before, now))
+    old, new = before[key][0], now[key][0]
     added, values = len(new) - len(old), variable.items
     return added if added > 0 and new[: len(old)] == old and all(_is_scalar(tx, v) for v in values[-added:]) else None
 

@@ -185,13 +185,23 @@ def _examine(function: types.FunctionType, dims: int, others: tuple[tuple[str, A
         return Family(**facts, shape="z")
     if callable(result):
         return Family(**facts, shape="z", build=result)
+    wanted = None if result == "?" else result
+    found = _tried(function, facts | {"others": others, "dtype": torch.float64}, dims, wanted)
+    if isinstance(found, Exception):  # some make tensors of their own, in the default dtype
+        again = _tried(function, facts | {"others": others, "dtype": torch.float32}, dims, wanted)
+        found = found if isinstance(again, Exception) else again
+    if not isinstance(found, Exception):
+        return found
+    return None if result == "?" else f"{function.__name__} could not be tried out: {type(found).__name__}: {found}"
+
+
+def _tried(function: types.FunctionType, facts: dict[str, Any], dims: int, path: Any) -> Family | str | Exception | None:
+    """What a trial says."""
     try:
         with torch.no_grad():
-            return _try_out(function, facts | {"others": others}, dims, None if result == "?" else result)
+            return _try_out(function, facts, dims, path)
     except Exception as error:  # whatever a function does that is called with what it did not expect
-        if result == "?":
-            return None
-        return f"{function.__name__} could not be tried out: {type(error).__name__}: {error}"
+        return error
 
 
 def _signature(function: types.FunctionType) -> dict[str, Any] | None:
@@ -217,10 +227,10 @@ def _signature(function: types.FunctionType) -> dict[str, Any] | None:
 class _Problem:
     """z -> 0.6 S z + b with S a cyclic shift of the last dimension: a contraction whose fixed point is known."""
 
-    def __init__(self, dims: int, scale: float) -> None:
+    def __init__(self, dims: int, scale: float, dtype: torch.dtype) -> None:
         shape = (2, 3, 2, 2, 2, 2)[:dims]
         generator = torch.Generator().manual_seed(0)
-        self.b = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+        self.b = scale * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         self.z = torch.zeros_like(self.b)
         for _ in range(100):
             self.z = self.map(self.z)
@@ -247,14 +257,14 @@ def _stopped_early(function: Callable[..., Any], facts: Mapping[str, Any], probl
     if facts["cap"] is None:
         return [], None
     try:
-        small = _run(function, facts, _Problem(dims, SMALLER), _TIGHT * SMALLER, CAPS[1])
+        small = _run(function, facts, _Problem(dims, SMALLER, facts["dtype"]), _TIGHT * SMALLER, CAPS[1])
         return [_run(function, facts, problem, _TIGHT, cap) for cap in CAPS], small
     except Exception:  # whatever it does at a cap that is lower than it expects
         return [], None
 
 
 def _try_out(function: Callable[..., Any], facts: dict[str, Any], dims: int, path: Any) -> Family | str | None:
-    problem = _Problem(dims, 1.0)
+    problem = _Problem(dims, 1.0, facts["dtype"])
     returned = _run(function, facts, problem, _TIGHT)
     early, small_run = _stopped_early(function, facts, problem, dims) if not isinstance(returned, Tensor) else ([], None)
     shape = _shape(returned, problem, path, early, small_run)
@@ -265,16 +275,17 @@ def _try_out(function: Callable[..., Any], facts: dict[str, Any], dims: int, pat
         return f"{function.__name__} returns {unknown}, which is not known: name it with register_solver(..., result=function)"
     if facts["mode"] is None and facts["tol"] is not None and path is None:
         # the same problem ten thousand times smaller: an absolute tolerance is content at once
-        small = _Problem(dims, 1e-4)
+        small = _Problem(dims, 1e-4, facts["dtype"])
         z = _nearest(_run(function, facts, small, _LOOSE), small)
         facts = {**facts, "absolute": z is not None and small.residual(z) > 0.1 * float(small.z.norm())}
     detached = _drops_gradients(function, facts, dims)
-    return Family(**{name: value for name, value in facts.items() if name != "others"}, shape=shape, detached=detached)
+    facts = {name: value for name, value in facts.items() if name not in ("others", "dtype")}
+    return Family(**facts, shape=shape, detached=detached)
 
 
 def _drops_gradients(function: Callable[..., Any], facts: Mapping[str, Any], dims: int) -> bool:
     """Whether a solver's result has no gradient where its map has: it works under no_grad of its own."""
-    problem = _Problem(dims, 1.0)
+    problem = _Problem(dims, 1.0, facts["dtype"])
     problem.b.requires_grad_()
     try:
         with torch.enable_grad(), warnings.catch_warnings():
@@ -290,7 +301,7 @@ def _is_z(value: Any, problem: _Problem) -> bool:
     return (
         isinstance(value, Tensor)
         and value.shape == problem.z.shape
-        and bool(torch.allclose(value.double(), problem.z, rtol=1e-5, atol=1e-6))
+        and bool(torch.allclose(value.double(), problem.z.double(), rtol=1e-5, atol=1e-6))
     )
 
 

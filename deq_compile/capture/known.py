@@ -1,0 +1,81 @@
+"""Tensors whose numbers are known while a graph is traced: those made of constants alone.
+
+mask = torch.triu(torch.ones(n, n), 1)
+if mask is not None and mask.any().item():      # stock Dynamo breaks the graph here
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+
+MOST_NODES, MOST_ELEMENTS = 64, 1 << 22
+
+
+def value_of(variable: Any) -> torch.Tensor | None:
+    """The value of a tensor variable; None where it depends on an input, a parameter, a random number or a write in place."""
+    nodes = _closed(variable.as_proxy().node)
+    if nodes is None:
+        return None
+    env: dict[Any, Any] = {}
+    try:
+        with torch.no_grad():
+            for node in nodes:
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+                if node.op == "call_function":
+                    env[node] = node.target(*args, **kwargs)
+                else:
+                    env[node] = getattr(args[0], node.target)(*args[1:], **kwargs)
+    except Exception:  # an operation that does not run outside of the graph
+        return None
+    found = env[nodes[-1]]
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def _closed(node: Any) -> list[Any] | None:
+    """A node with all that it is computed from, in graph order, if those are functions of constants."""
+    found, stack = {node}, [node]
+    while stack:
+        current = stack.pop()
+        if not _is_a_function(current) or len(found) > MOST_NODES:
+            return None
+        for a in current.all_input_nodes:
+            if a not in found:
+                found.add(a)
+                stack.append(a)
+    if any(_is_written(n) for n in found):
+        return None
+    return [n for n in node.graph.nodes if n in found]
+
+
+def _is_a_function(node: Any) -> bool:
+    if node.op not in ("call_function", "call_method") or (node.op == "call_function" and not _of_torch(node.target)):
+        return False
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    tags = getattr(node.target, "tags", ())
+    random = any(word in name for word in _RANDOM) or torch.Tag.nondeterministic_seeded in tags
+    value = node.meta.get("example_value")
+    small = not isinstance(value, torch.Tensor) or (all(type(s) is int for s in value.shape) and value.numel() <= MOST_ELEMENTS)
+    return not random and not node.is_impure() and small
+
+
+def _of_torch(target: Any) -> bool:
+    """Whether a function is torch's or Python's own: any other may read more than its arguments."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace in ("aten", "prims")
+    module = getattr(target, "__module__", None) or ""
+    return isinstance(target, types.BuiltinFunctionType) or module == "_operator" or module.split(".")[0] == "torch"
+
+
+_RANDOM = ("rand", "dropout", "normal", "bernoulli", "multinomial", "uniform", "empty", "exponential")
+
+
+def _is_written(node: Any) -> bool:
+    """Whether a node, or one of another who reads it, writes in place."""
+    names = [u.target if u.op == "call_method" else getattr(u.target, "__name__", "") for u in (node, *node.users)]
+    return any((name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE for name in names)
+
+
+_IN_PLACE = ("setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor")
