@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from deq_compile import markers
 from deq_compile.torch_parts import MISSING, NEEDED, counters
 
-from . import allclose, calls, ddp, declared_calls, dynamo, functions, hooks, loop_exit, solver_calls, torchdeq
+from . import allclose, calls, ddp, declared_calls, dynamo, functions, growing, hooks, loop_exit, solver_calls, torchdeq
 
 log = logging.getLogger("deq_compile.capture")
 
@@ -191,6 +192,26 @@ def _test_hooks() -> None:
     _expect(found.count(markers.adjoint_hook) + found.count(markers.adjoint_input), 2, "markers")
 
 
+class _Calls:
+    count = 0
+
+
+_CALLS_SO_FAR = _Calls()
+
+
+def _counted(z: Tensor) -> Tensor:
+    z = _halved(z)
+    _CALLS_SO_FAR.count += 1
+    return z + 1
+
+
+def _test_growing() -> None:
+    """The graph ends before the number is written."""
+    found = _targets(_counted)
+    _expect(found.count(markers.may_exit), markers.UNROLLED, "markers")
+    _expect(found.count(operator.add), 0, "additions")
+
+
 class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, pair: Any, x: Tensor) -> Tensor:
@@ -255,5 +276,6 @@ _FEATURES = [
         "implicit gradients in autograd functions", functions.install, _test_functions, (*_HOOKS, "AutogradFunctionVariable")
     ),
     _Feature("torch.allclose as a loop's test", allclose.install, _test_allclose, (*_LOOPS, "TorchInGraphFunctionVariable")),
+    _Feature("numbers that grow from call to call", growing.install, _test_growing, (*_LOOPS, "graph_break")),
     _Feature("whole graphs under DistributedDataParallel", ddp.install, lambda: None),
 ]

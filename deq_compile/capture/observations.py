@@ -34,11 +34,12 @@ def numbers(tx: Any, names: Iterable[str], world: Snapshot) -> dict[Key, int | f
     """The plain numbers in local variables of the frame at work, and in attributes."""
     places: dict[Key, Any] = {(LOCAL, 0, name): tx.symbolic_locals.get(name) for name in names}
     places |= {key: value for key, (_, value) in world.items() if key[0] in effects.ATTRIBUTES}
-    found = {key: _number(value) for key, value in places.items() if value is not None}
+    found = {key: number(value) for key, value in places.items() if value is not None}
     return {key: value for key, value in found.items() if value is not None}
 
 
-def _number(value: Any) -> int | float | None:
+def number(value: Any) -> int | float | None:
+    """The Python number that a variable is; None for all else."""
     if type(value) is dynamo.LazyVariableTracker and not value.is_realized():
         return None  # looking would realise it
     value = value.realize() if hasattr(value, "realize") else value
@@ -62,11 +63,11 @@ def is_told(tx: Any, key: Key, before: Snapshot, now: Snapshot, history: History
     """Whether a change that outlives an iteration is one that a solve can tell."""
     _, value = now[key]
     if key[0] in effects.ATTRIBUTES:
-        return effects.is_data(tx, value) or (step(history, key) is not None and not _read_before(tx, key))
+        return effects.is_data(tx, value) or (step(history, key) is not None and not read_before(tx, key))
     return _grown(tx, key, before, now) is not None
 
 
-def _read_before(tx: Any, key: Key) -> bool:
+def read_before(tx: Any, key: Key) -> bool:
     """Whether an attribute was read before this call wrote it: it counts over many calls, and each of them would be compiled
     anew for the number that it finds."""
     ends = f"[{key[-1]!r}]", f".{key[-1]}"
@@ -108,8 +109,8 @@ def serve(tx: Any, place: tuple[str, int], live: Iterable[str], before: Snapshot
             moved = step(history, key)
             if moved:
                 owner = effects.owner_of(tx, key)
-                number = _count(tx, place, history[0][key], moved, f"attribute {key[-1]!r}")
-                tx.output.side_effects.store_attr(owner, key[-1], number)
+                served = _count(tx, place, history[0][key], moved, f"attribute {key[-1]!r}")
+                tx.output.side_effects.store_attr(owner, key[-1], served)
         else:
             added = _grown(tx, key, before, now)
             if added is not None and len(now[key][1].items) > added:

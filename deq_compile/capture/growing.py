@@ -1,0 +1,63 @@
+"""Numbers that grow from call to call, beside a region: `self.calls += 1`, `meter.update(k)`.
+
+Dynamo guards the number that it read, so that every call would compile the model anew, until it gives it up. Where a graph holds
+a region, it ends before such a statement: the region is compiled once, and the statement is Python's.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from deq_compile import markers
+
+from . import dynamo, effects, observations, sites
+
+
+def install() -> Callable[[], None]:
+    """Patch the translators; returns what takes the patches out again."""
+    opcode = dis.opmap["STORE_ATTR"]
+    undo = []
+    for cls in dynamo.translators():
+        undo.append((cls, cls.dispatch_table[opcode]))
+        cls.dispatch_table[opcode] = _handler(cls.dispatch_table[opcode])
+
+    def remove() -> None:
+        for cls, handler in undo:
+            cls.dispatch_table[opcode] = handler
+
+    return remove
+
+
+def _handler(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def handle(self: Any, inst: Any) -> Any:
+        grows = False
+        if len(self.stack) >= 2 and not self.one_graph and sites.ours(self):
+            with sites.guarded(self, "looking at an attribute that is written"):
+                grows = _grows(self, self.stack[-2], self.stack[-1], inst.argval)
+        if grows:
+            dynamo.build(self, dynamo.graph_break).call_function(self, [], {})
+        return original(self, inst)
+
+    return handle
+
+
+def _grows(tx: Any, value: Any, owner: Any, name: str) -> bool:
+    """Whether a number that this call has read from an object is written to it, and a region stands in the graph."""
+    lasting = getattr(owner, "source", None) is not None
+    number = observations.number(value) is not None or isinstance(value, dynamo.SymNodeVariable)
+    if not lasting or not number or not observations.read_before(tx, (effects.ATTRIBUTES[0], id(owner), name)):
+        return False
+    return any(node.target in (markers.leave, markers.may_exit) for node in tx.output.graph.nodes) and not _inside(tx)
+
+
+def _inside(tx: Any) -> bool:
+    """Whether the statement stands in what capture follows as one: a loop that it has entered and not left, or a map."""
+    visits = tx.output.__dict__.get("_deq_compile_visits", {})
+    if any(0 < visit.seen < markers.UNROLLED for visit in visits.values()):
+        return True
+    open_regions = [node.target for node in tx.output.graph.nodes if node.target in (markers.enter, markers.leave)]
+    return open_regions.count(markers.enter) > open_regions.count(markers.leave)
