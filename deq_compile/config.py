@@ -70,7 +70,7 @@ class Options:
     ``factor_dtype``           None           dtype of the stored steps; None: the state's
     ``batch``                  "auto"         "rows": dim 0 is a batch; "whole": one coupled system;
                                               "auto": probed once
-    ``min_repeats``            5              shorter chains are left alone
+    ``min_repeats``            7              shorter chains are left alone
     ``semantics``              "loop"         "loop": a fixed-count loop keeps its own result where that is not
                                               the fixed point; "equilibrium": the fixed point is meant
     ``verify``                 "periodic"     when a loop is compared with the user's own: "periodic", "first",

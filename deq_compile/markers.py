@@ -89,6 +89,7 @@ def region(
 
 
 has_side_effect(may_exit)
+has_side_effect(told)
 CALLS = (enter, leave, adjoint_hook, adjoint_input, untold, told)  # what the tracer puts into the graph as it is
 MARKERS = (*CALLS, may_exit)
 

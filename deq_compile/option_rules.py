@@ -121,7 +121,7 @@ RULES: dict[str, Rule] = {
     "reuse": Rule("auto", _choice("auto", "always", "never")),
     "factor_dtype": Rule(None, _floating_dtype),
     "batch": Rule("auto", _choice("auto", "rows", "whole")),
-    "min_repeats": Rule(5, _integer(2)),
+    "min_repeats": Rule(7, _integer(2)),
     "semantics": Rule("loop", _choice("loop", "equilibrium")),
     "verify": Rule("periodic", _choice("periodic", "first", "never")),
     "verify_tol": Rule(1e-3, _positive_or_inf),

@@ -44,6 +44,8 @@ class Loop:
     hints: dict[str, Any] = dataclasses.field(default_factory=dict)
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    lead: int = 0  # tested iterations that the graph makes before it; below 0, untested ones that it has taken in
+    stale: tuple[fx.Node, ...] = ()  # results of those, which nobody reads any more
     # filled in by later passes
     tests: tuple[ExitTest, ...] = ()
     test_offsets: frozenset[int] = frozenset()

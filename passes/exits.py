@@ -57,7 +57,8 @@ class Exits(Pass):
                 context.skip(Skipped(Reason.HIDDEN_CAP, location_of(markers[0]), "", loop.count))
                 continue
             if caps:
-                cap = max(1, min(caps) - _outside(graph, loop, markers[0]))
+                outside, loop.lead = _outside(graph, loop, markers[0])
+                cap = max(1, min(caps) - outside)
                 loop.hints |= {"max_iter": cap, "memory": min(cap, MEMORY)}
             accepted.append(loop)
         context.loops = accepted
@@ -181,8 +182,9 @@ class _Builder:
         return True
 
 
-def _outside(graph: fx.Graph, loop: Loop, marker: fx.Node) -> int:
-    """Iterations that were traced and are not among the loop's segments: the graph makes them before it, or after it."""
+def _outside(graph: fx.Graph, loop: Loop, marker: fx.Node) -> tuple[int, int]:
+    """Iterations that were traced and are not among the loop's segments: the graph makes them before it, or after it. And how
+    many of them come before it."""
     position = {node: i for i, node in enumerate(graph.nodes)}
     first, last = position[loop.nodes[0]], position[loop.nodes[-1]]
     tests = [
@@ -190,11 +192,12 @@ def _outside(graph: fx.Graph, loop: Loop, marker: fx.Node) -> int:
         for node in graph.nodes
         if node.target is may_exit and node.args[1:3] == marker.args[1:3] and node.args[4] != GUARD
     ]
-    before, behind = sum(at < first for at in tests), [at for at in tests if at > last]
+    lead = before = sum(at < first for at in tests)
+    behind = [at for at in tests if at > last]
     if behind:  # what is computed up to the test alone goes with it
         nodes = list(graph.nodes)[last + 1 : behind[-1]]
         before += any(position[user] > behind[-1] for node in nodes for user in node.users)
-    return before
+    return before, lead
 
 
 def _only_tested(loop: Loop) -> frozenset[int]:
@@ -316,7 +319,9 @@ def drop_assertions(graph: fx.Graph) -> None:
                 erase_unused(graph, condition)
     if tested:  # numbers that the loop has read, and kept of the last iteration only
         for node in reversed(list(graph.nodes)):
-            if node.op == "call_method" and node.target == "item":
+            value = value_of(node)
+            single = isinstance(value, Tensor) and value.dim() == 0
+            if not node.users and (single or (node.op == "call_method" and node.target == "item")):
                 erase_unused(graph, node)
 
 

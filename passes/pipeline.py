@@ -13,6 +13,7 @@ from torch import fx
 
 from deq_compile.region.modes import Ambient
 
+from .absorb import Absorb
 from .base import Pass
 from .declared import FindDeclared
 from .exits import Exits
@@ -60,6 +61,7 @@ MARKED = (
 REPEATED = (
     Step(lambda w: FindLoops(), "like segments, one feeding the next, are a loop"),
     Step(lambda w: Exits(w.gm), "what ends a loop is its test, if it asks how far z and f(z) are apart"),
+    Step(lambda w: Absorb(), "iterations before the first test, of the same body, are part of the loop"),
     Step(lambda w: TakeHooks(loops=True), "a hook that solves the adjoint of a loop is taken over with it"),
     Step(lambda w: Judge(w.start), "a body that draws, writes, or changes its shapes is refused, with the line"),
     Step(lambda w: Hoist(), "what does not depend on the state is computed once, ahead of the solve"),

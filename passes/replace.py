@@ -12,6 +12,7 @@ from torch import fx
 from deq_compile.region.outputs import INFO
 
 from .base import Loop, Pass, PassContext, value_of
+from .exits import erase_unused
 
 # From a loop to the arguments of the node that stands in for it: (target, arguments); the call returns a list of tensors
 # of which the first are the state.
@@ -52,6 +53,8 @@ class Replace(Pass):
             node.replace_all_uses_with(item, delete_user_cb=lambda user: user not in chain)
         for node in reversed(loop.erased):
             graph.erase_node(node)
+        for node in reversed(loop.stale):
+            erase_unused(graph, node)
         for node, item in told:
             graph.erase_node(node)
             move_behind(graph, item)
@@ -63,7 +66,9 @@ class Replace(Pass):
         for node in loop.told:
             info = self._item(graph, call, states + INFO, None, node)
             largest = graph.call_function(torch.amax, (info, 0))
-            largest.meta = dict(node.meta)
+            if loop.lead:  # what the user's counter has counted, or has not, beside the solve
+                shift = graph.call_function(torch.tensor, ([0.0, float(loop.lead), 0.0],))
+                largest = graph.call_function(torch.add, (largest, graph.call_method("to", (shift, largest))))
             pairs.append((node, largest))
         return pairs
 

@@ -89,7 +89,7 @@ class TakeHooks(Pass):
             region = region_at(graph, end)
             if isinstance(region, Skipped):
                 raise RuntimeError(f"a step was merged with its loop, and is no region: {region}")
-            region.tests, region.exits = solve.loop.tests, solve.loop.passages
+            region.tests, region.exits, region.lead = solve.loop.tests, solve.loop.passages, solve.loop.lead
             context.loops = [region if loop is solve.loop else loop for loop in context.loops]
             for node in reversed(solve.loop.nodes):
                 graph.erase_node(node)

@@ -94,7 +94,17 @@ def _number(tx: Any, name: str | None, given: Mapping[str, Any], function: Any) 
 # ---- traced by Dynamo from here on: a global number would become an input of the graph under dynamic=True
 
 
+def _start(f: Any, z0: Any, detached: Any) -> Any:
+    """The initial state in the dtype of the map's results, which autocast may have chosen: then one step further."""
+    if not torch.is_autocast_enabled(z0.device.type):
+        return z0
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
+        first = f(z0)
+    return z0 if first.dtype == z0.dtype else first
+
+
 def _solve(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any, detached: Any) -> Any:
+    z0 = _start(f, z0, detached)
     if absolute:
         # of the whole batch: a tolerance for each sample would have to know how many there are
         hints: Any = (("whole_batch_tol", tol), ("max_iter", cap))

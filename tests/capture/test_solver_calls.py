@@ -289,3 +289,53 @@ def test_a_result_has_a_gradient_where_the_solvers_own_has(solver: Any) -> None:
     assert len(report.regions) == 1
     assert (mine[0] is None) == (right[0] is None) == (solver is not with_gradients)
     torch.testing.assert_close(mine[1], right[1], rtol=1e-3, atol=1e-4)
+
+
+def told(f: Any, x0: Tensor, max_iter: int = 50, tol: float = 1e-6, *, m: int) -> tuple[Any, ...]:
+    """Every kind of field, and an argument without a default."""
+    z, k, gap, trace, images = x0, 0, torch.tensor(1.0), [], []
+    for k in range(max_iter):  # noqa: B007
+        new = f(z)
+        gap, z = (new - z).norm() / new.norm(), new
+        trace.append((gap * new.norm()).item())
+        images.append(new.flatten()[:m])
+        if gap < tol:
+            break
+    fields = {"count": k + 1, "gap": gap.item(), "ok": bool(gap < tol), "failed": not gap < tol, "name": "picard", "memory": m}
+    return z, fields, trace, torch.cat(images), None
+
+
+def test_fields_are_found_out_by_trying() -> None:
+    family = family_of(told, 2, (("m", 3),))
+    assert isinstance(family, Family)
+    assert family.shape == (
+        "tuple",
+        "z",
+        ("dict", ("count", ("count", 0)), ("gap", "relative number"), ("ok", "converged"), ("failed", "missed"),
+         ("name", ("constant", "picard")), ("memory", ("constant", 3))),
+        "absolute list",
+        "untold",
+        "none",
+    )  # fmt: skip
+    assert family_of(told, 2) is None, "it cannot be called without its argument"
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("use", ["none", "value", "size"])
+def test_a_tensor_that_only_the_solver_has(use: str) -> None:
+    """It may be returned and dropped; where it is looked at, or asked for its size, the solver itself runs."""
+    layer = torch.nn.Linear(4, 4)
+    torch.nn.init.orthogonal_(layer.weight, gain=0.5)
+
+    def model(x: Tensor) -> Tensor:
+        z, fields, _, images, _ = told(lambda z: torch.tanh(layer(z) + x), torch.zeros_like(x), m=2)
+        assert fields["name"] == "picard"
+        if use == "value":
+            return z + images.sum()
+        return z * images.shape[0] if use == "size" else z
+
+    run, report = compiled(model, fullgraph=False, tol=None)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(run(x), model(x), rtol=1e-4, atol=1e-5)
+    assert len(report.regions) == (1 if use == "none" else 0), str(report)
+    assert use == "none" or any("only the solver itself can return" in s.detail for s in report.skipped)

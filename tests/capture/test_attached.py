@@ -1,0 +1,77 @@
+"""Implicit gradients in autograd Functions and hooks: found out by running them on a small problem, and taken for that."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deq_compile import Reason
+from deq_compile.families.adjoints import Adjoint, Toy, kind_of
+from tests.helpers import compiled, value_and_grads
+from tests.models.attached import IMPLICIT, LEFT_ALONE, SERIES
+
+
+def with_gradient(model: nn.Module, x: Tensor, terms: int | None) -> list[Tensor]:
+    """The fixed point in float64, with the implicit gradient, or so many terms of its Neumann series."""
+    model, x = copy.deepcopy(model).double(), x.detach().double().requires_grad_()
+    f = model.f
+    with torch.no_grad():
+        z = torch.zeros_like(x)
+        for _ in range(500):
+            z = f(z, x)
+    start = z.clone().requires_grad_()
+    image, out = f(start, x), f(z, x)
+    q = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    w = q
+    for _ in range((terms or 500) - 1):
+        w = q + torch.autograd.grad(image, start, w, retain_graph=True)[0]
+    return [out.detach(), *torch.autograd.grad(out, [x, *model.parameters()], w)]
+
+
+@pytest.mark.parametrize(("kind", "terms"), [*((kind, None) for kind in IMPLICIT), *SERIES.items()], ids=str)
+def test_one_graph_with_the_gradient_that_the_user_means(kind: type[nn.Module], terms: int | None) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(4, 16)
+    run, report = compiled(model, tol=1e-7, backward_tol=1e-7)
+    found = value_and_grads(run, model, x)
+    (region,) = report.regions
+    assert region.status == "solve"
+    assert region.backward == ("reuse" if terms is None else "jfb" if terms == 1 else "neumann"), str(report)
+    assert report.graphs == 1
+    for a, b in zip(found, with_gradient(model, x, terms), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "why"), LEFT_ALONE.items(), ids=str)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_left_alone_with_the_reason(kind: type[nn.Module], why: str) -> None:
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(4, 16)
+    run, report = compiled(model, tol=None, fullgraph=False)
+    found, right = value_and_grads(run, model, x), value_and_grads(model, model, x)
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert any(s.reason is Reason.AUTOGRAD_FUNCTION and why in s.detail for s in report.skipped), str(report)
+
+
+def test_what_is_no_adjoint() -> None:
+    """Twice the cotangent, a clipped solve, a solve of another equation, one that raises, and none at all."""
+
+    def solve(toy: Toy, q: Tensor) -> Tensor:
+        return toy.terms(q, 100)
+
+    assert kind_of(solve, 2, 1) == Adjoint(1e-6)
+    assert kind_of(lambda toy, q: toy.terms(q, 4), 2, 1) == Adjoint(0.0, 4)
+    assert kind_of(lambda toy, q: 2 * q, 2, 1) is None
+    assert kind_of(lambda toy, q: 2 * toy.terms(q, 100), 2, 1) is None
+    assert kind_of(lambda toy, q: None, 2, 1) is None
+    assert kind_of(lambda toy, q: q[0, 0, 0, 0, 0, 0, 0], 2, 1) is None
+    clipped = kind_of(lambda toy, q: toy.terms(q, 2).clamp(-50, 50), 2, 1)
+    assert isinstance(clipped, str)
+    loose = kind_of(lambda toy, q: toy.terms(q, 100) * (1 + 3e-3), 2, 1)
+    assert isinstance(loose, Adjoint)
+    assert loose.tol == pytest.approx(3e-3)
