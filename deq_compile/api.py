@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from .capture import OFF
 from .config import Options
 from .onlooker import Onlooker, original_of
 from .report import Report
-from .torch_parts import annotate, counters
+from .torch_parts import annotate, counters, dynamo_config, lost
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -100,6 +101,15 @@ def _compile_function(function: Callable[..., Any], options: Options) -> Callabl
     return functools.wraps(function)(torch.compile(marked, backend=Backend(options)))
 
 
+def _many_compilations() -> contextlib.AbstractContextManager[Any]:
+    if dynamo_config is None:
+        return contextlib.nullcontext()
+    no_limit: contextlib.AbstractContextManager[Any] = dynamo_config.patch(
+        recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30
+    )
+    return no_limit
+
+
 def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Report]:
     """What the compiler finds in a model: `report = explain(model, **options)(*inputs)`.
 
@@ -133,11 +143,11 @@ def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Repor
         # each explanation is one more compilation of the same code, which is no sign of a model that recompiles
         before = Counter(counters["graph_break"])
         compiled = torch.compile(call, backend=backend)
-        with torch._dynamo.config.patch(recompile_limit=1 << 30, accumulated_recompile_limit=1 << 30), Onlooker() as onlooker:
+        with _many_compilations(), Onlooker() as onlooker:
             compiled(*args, **kwargs)
         backend.tell(report)
         report.skipped += onlooker.told(original, report.skipped)
-        report.features_off = dict(OFF)
+        report.features_off = {**lost(), **OFF}
         report.graph_breaks = list((Counter(counters["graph_break"]) - before).elements())
         return report
 

@@ -15,6 +15,7 @@ from .inner import CompiledFn, compile_rest
 from .region.site import own
 from .report import Report
 from .rewrite import rewrite_if_possible
+from .torch_parts import dynamo_backends
 
 
 class Backend:
@@ -84,10 +85,9 @@ deq.reset = reset  # type: ignore[attr-defined]
 
 def _register_backend() -> None:
     """Make `backend="deq"` known from a plain checkout; an installed package is found through its entry point."""
-    from torch._dynamo.backends import registry
-
-    if "deq" not in entry_points(group="torch_dynamo_backends").names and "deq" not in registry._COMPILER_FNS:
-        registry.register_backend(deq, name="deq")
+    known = getattr(dynamo_backends, "_COMPILER_FNS", {})
+    if dynamo_backends is not None and "deq" not in entry_points(group="torch_dynamo_backends").names and "deq" not in known:
+        dynamo_backends.register_backend(deq, name="deq")
 
 
 _register_backend()

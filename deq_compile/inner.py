@@ -31,8 +31,7 @@ def usable(config: Config, values: Sequence[Any]) -> Config:
 @functools.cache
 def has_cpp_compiler() -> bool:
     """Whether Inductor finds a C++ compiler; says so once where it does not."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
+    from .torch_parts import InvalidCxxCompiler, get_cpp_compiler
 
     try:
         get_cpp_compiler()
@@ -50,9 +49,9 @@ def has_cpp_compiler() -> bool:
 @functools.cache
 def say_whose_cache() -> None:
     """Inductor runs the code that it finds in its cache, whoever put it there: said once where that may be somebody else."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from .torch_parts import inductor_cache_dir
 
-    if reason := distrusted(Path(cache_dir())):
+    if reason := distrusted(Path(inductor_cache_dir())):
         log.warning("Inductor runs what it finds in its cache, and %s. Fix: set TORCHINDUCTOR_CACHE_DIR", reason)
 
 
@@ -62,14 +61,11 @@ def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Conf
     inner = usable(config, inputs).inner
     if inner == "eager":
         return gm.forward
-    if inner == "aot_eager":
-        from torch._dynamo.backends.debugging import aot_eager
+    from .torch_parts import aot_eager, compile_fx, list_mode_options
 
-        return aot_eager(gm, inputs)
-    import torch._inductor
-    from torch._inductor.compile_fx import compile_fx
-
+    if inner == "aot_eager" or compile_fx is None:
+        return aot_eager(gm, inputs) if aot_eager is not None else gm.forward
     say_whose_cache()
-    patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **config.inductor}
-    compiled: CompiledFn = compile_fx(gm, inputs, config_patches=patches or None)  # type: ignore[assignment]
+    patches = {**(list_mode_options(mode) if mode else {}), **config.inductor}
+    compiled: CompiledFn = compile_fx(gm, inputs, config_patches=patches or None)
     return compiled

@@ -123,9 +123,9 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
 
 def _turns_images(body: fx.GraphModule, config: Config) -> bool:
     """Whether Inductor would bring the images of a body into channels-last order, on a CPU."""
-    from torch._inductor import config as inductor
+    from .torch_parts import inductor_config as inductor
 
-    if config.inner != "inductor" or not torch.backends.mkldnn.is_available():
+    if inductor is None or config.inner != "inductor" or not torch.backends.mkldnn.is_available():
         return False
     names = (target_name(n.target) for n in body.graph.nodes if n.op == "call_function")
     wanted = config.inductor.get("layout_optimization", inductor.layout_optimization)

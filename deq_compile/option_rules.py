@@ -88,9 +88,9 @@ def _patches(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError("expected a dict of Inductor settings, such as {'max_autotune': True}")
     if value:  # another inner backend would never look at them
-        import torch._inductor
+        from .torch_parts import list_options
 
-        known = torch._inductor.list_options()
+        known = list_options() if list_options is not None else value
         for key in value:
             if key.replace("-", "_") not in known:
                 near = difflib.get_close_matches(key, known, n=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch.utils import _pytree as pytree
+from .torch_parts import pytree
 
 # A structure is a pytree of the leaves, with what stands behind each of them: None for a leaf, (class, names, structure of the
 # values) for a dataclass.

@@ -74,7 +74,7 @@ def _candidates() -> Iterator[Path]:
     if named:
         yield Path(named).absolute()
         return
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from deq_compile.torch_parts import inductor_cache_dir as cache_dir
 
     yield Path(cache_dir())
     yield Path(cache_dir()) / f"deq_compile_{_user()}"

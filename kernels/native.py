@@ -98,7 +98,7 @@ def _load() -> dict[torch.dtype, Functions] | None:
     if platform.machine() in ("x86_64", "AMD64"):
         flags.append("-mprefer-vector-width=512")
     try:
-        from torch._inductor.codecache import CppCodeCache
+        from deq_compile.torch_parts import CppCodeCache
 
         with folder.inductor_writes_to(where):
             loaded = CppCodeCache.load(source(), device_type="cpu", extra_flags=tuple(flags))

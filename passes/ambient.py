@@ -8,9 +8,9 @@ import torch
 from torch import fx
 
 from deq_compile.region.modes import Ambient
-from deq_compile.torch_parts import enter_autocast, exit_autocast
+from deq_compile.torch_parts import enter_autocast, exit_autocast, set_grad_enabled
 
-GRAD_TARGETS = (torch._C._set_grad_enabled, torch.set_grad_enabled)
+GRAD_TARGETS = (set_grad_enabled, torch.set_grad_enabled)
 AUTOCAST_TARGETS = (enter_autocast, exit_autocast)
 
 

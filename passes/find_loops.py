@@ -22,6 +22,7 @@ from torch import fx
 
 from deq_compile.markers import UNROLLED, may_exit
 from deq_compile.report import Reason, Skipped
+from deq_compile.torch_parts import HigherOrderOperator
 
 from .base import (
     Foreign,
@@ -317,7 +318,7 @@ class Chain:
     def _difference(self, start: int, p: int) -> tuple[Reason, fx.Node]:
         for i in range(start, start + p):
             a, b = self.nodes[i], self.nodes[i + p]
-            if isinstance(b.target, torch._ops.HigherOrderOperator):  # reads a submodule of its own each time
+            if isinstance(b.target, HigherOrderOperator):  # reads a submodule of its own each time
                 return Reason.CONTROL_FLOW, b
             if constants(a) != constants(b):
                 return Reason.OTHER_CONSTANT, b

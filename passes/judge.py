@@ -14,7 +14,7 @@ from torch import fx
 
 from deq_compile.region.modes import Ambient
 from deq_compile.report import Reason, Skipped
-from deq_compile.torch_parts import FakeTensorMode, TorchDispatchMode
+from deq_compile.torch_parts import FakeTensorMode, HigherOrderOperator, TorchDispatchMode, pytree
 
 from .ambient import GRAD_TARGETS, ambient_at
 from .base import Loop, Pass, PassContext, describe, hint, location_of, value_of
@@ -60,7 +60,7 @@ class Judge(Pass):
             reason = Reason.CONTROL_FLOW if node.op == "get_attr" else Reason.NON_TENSOR
             return [(reason, loop.segment(0)[0], str(node.target) if node.op == "get_attr" else node.name)]
         for node in loop.segment(-1):
-            if isinstance(node.target, torch._ops.HigherOrderOperator):
+            if isinstance(node.target, HigherOrderOperator):
                 return [(Reason.CONTROL_FLOW, node, "")]
         return []
 
@@ -74,7 +74,7 @@ class Judge(Pass):
 
         def read(node: fx.Node) -> Any:
             if node not in values:
-                values[node] = torch.utils._pytree.tree_map(_concrete, value_of(node))
+                values[node] = pytree.tree_map(_concrete, value_of(node))
             return values[node]
 
         ambient = ambient_at(graph, loop.first, self.ambient)
@@ -112,7 +112,7 @@ def _call(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, torch.Tensor)]
 
 
 def _storage(tensor: torch.Tensor) -> int:

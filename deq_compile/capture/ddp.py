@@ -33,7 +33,7 @@ def install() -> Callable[[], None]:
     Raises:
         ImportError, AttributeError: a torch whose DistributedDataParallel has no such thing.
     """
-    from torch._dynamo.backends.distributed import DDPOptimizer
+    from .dynamo import DDPOptimizer
 
     original = DDPOptimizer.compile_fn
 
@@ -43,9 +43,9 @@ def install() -> Callable[[], None]:
             return self.backend_compile_fn(gm, example_inputs, **configs)
         return original(self, gm, example_inputs, **configs)
 
-    DDPOptimizer.compile_fn = compile_fn  # type: ignore[method-assign]
+    DDPOptimizer.compile_fn = compile_fn
 
     def remove() -> None:
-        DDPOptimizer.compile_fn = original  # type: ignore[method-assign]
+        DDPOptimizer.compile_fn = original
 
     return remove

@@ -34,6 +34,7 @@ RemovableHandleVariable = find("torch._dynamo.variables", "RemovableHandleVariab
 ValueMutationNew = find("torch._dynamo.variables.base", "ValueMutationNew")
 wrap_fx_proxy = find("torch._dynamo.variables.builder", "wrap_fx_proxy")
 AttributeMutationExisting = find("torch._dynamo.variables.base", "AttributeMutationExisting")
+DDPOptimizer = find("torch._dynamo.backends.distributed", "DDPOptimizer")
 DynamoException = find("torch._dynamo.exc", "TorchDynamoException")
 # the one exception by which a backend can have a frame traced again
 RestartFromBackend = find("torch._dynamo.exc", "TensorifyScalarRestartAnalysis")

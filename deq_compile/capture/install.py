@@ -277,5 +277,5 @@ _FEATURES = [
     ),
     _Feature("torch.allclose as a loop's test", allclose.install, _test_allclose, (*_LOOPS, "TorchInGraphFunctionVariable")),
     _Feature("numbers that grow from call to call", growing.install, _test_growing, (*_LOOPS, "graph_break")),
-    _Feature("whole graphs under DistributedDataParallel", ddp.install, lambda: None),
+    _Feature("whole graphs under DistributedDataParallel", ddp.install, lambda: None, ("DDPOptimizer",)),
 ]

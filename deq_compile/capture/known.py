@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from deq_compile.torch_parts import OpOverload
+
 MOST_NODES, MOST_ELEMENTS = 64, 1 << 22
 
 
@@ -63,7 +65,7 @@ def _is_a_function(node: Any) -> bool:
 
 def _of_torch(target: Any) -> bool:
     """Whether a function is torch's or Python's own: any other may read more than its arguments."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target.namespace in ("aten", "prims")
     module = getattr(target, "__module__", None) or ""
     return isinstance(target, types.BuiltinFunctionType) or module == "_operator" or module.split(".")[0] == "torch"

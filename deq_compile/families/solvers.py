@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deq_compile.solve_info import SolveInfo
+from deq_compile.torch_parts import pytree
 
 from .fields import CAPS, MOST, SMALLER, field
 
@@ -307,7 +308,7 @@ def _is_z(value: Any, problem: _Problem) -> bool:
 
 def _nearest(returned: Any, problem: _Problem) -> Tensor | None:
     """The tensor in a result that is nearest to the fixed point."""
-    found = [t for t in torch.utils._pytree.tree_leaves(returned) if isinstance(t, Tensor) and t.shape == problem.z.shape]
+    found = [t for t in pytree.tree_leaves(returned) if isinstance(t, Tensor) and t.shape == problem.z.shape]
     return min(found, key=problem.residual, default=None)
 
 

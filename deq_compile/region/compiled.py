@@ -13,18 +13,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
+
+from deq_compile.torch_parts import (
+    BODIES,
+    FakeTensor,
+    FakeTensorMode,
+    OpOverload,
+    TracingContext,
+    lost,
+    make_fx,
+    partition,
+    pytree,
+    tracing,
+)
 
 from .body import BodySpec, Evaluations, Linearised, Runner
 from .layout import Layout
 from .modes import autograd_recording, functionalising
 
 Call = Callable[[list[Any]], Sequence[Any]]
+
+if BODIES in lost():  # who imports this goes on without
+    raise ImportError(lost()[BODIES])
 
 # The engines capture bodies themselves: an outer mode="reduce-overhead" must not make a graph, or a partition, of each.
 # Generated code need not check sizes in every iteration: operands are laid out as in the trace (a runner is found by their shapes
@@ -90,7 +101,7 @@ class CompiledRunner(Runner):
             _name_placeholders(graph, len(inputs))
             graph.graph.eliminate_dead_code()
             with tracing(TracingContext(_fake_mode(graph))):
-                forward, backward = min_cut_rematerialization_partition(graph, None, num_fwd_outputs=1)
+                forward, backward = partition(graph, None, num_fwd_outputs=1)
             ready = self._finish(forward)
             # The compiled forward may lay out what it saves differently than the traced one: go on from what it returns.
             saved = list(ready(list(inputs)))[1:]
@@ -102,9 +113,9 @@ class CompiledRunner(Runner):
     def _trace(self, fn: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
         decompositions = None
         if self.spec.inner == "inductor":
-            from torch._inductor.decomposition import select_decomp_table
+            from deq_compile.torch_parts import select_decomp_table
 
-            decompositions = select_decomp_table()
+            decompositions = select_decomp_table() if select_decomp_table is not None else None
         args = inputs if len(inputs) > 1 else tuple(inputs[0])
         graph = make_fx(fn, decomposition_table=decompositions, tracing_mode="fake")(*args)
         if not _writes(graph):
@@ -124,14 +135,13 @@ class CompiledRunner(Runner):
         """A function of a list of inputs. Inductor's is called below its wrapper of guards."""
         graph.graph.eliminate_dead_code()
         graph.recompile()
-        if self.spec.inner != "inductor":
+        from deq_compile.torch_parts import compile_fx_inner, inductor_config
+
+        if self.spec.inner != "inductor" or compile_fx_inner is None or inductor_config is None:
             forward = graph.forward  # below the hooks of modules, whose users expect tensors that autograd made
             return lambda inputs: forward(*inputs)
-        from torch._inductor import config
-        from torch._inductor.compile_fx import compile_fx_inner
-
         fake = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
-        with tracing(TracingContext(_fake_mode(graph))), config.patch({**dict(self.spec.inductor), **OWN_PATCHES}):
+        with tracing(TracingContext(_fake_mode(graph))), inductor_config.patch({**dict(self.spec.inductor), **OWN_PATCHES}):
             compiled = compile_fx_inner(graph, fake)
         return getattr(compiled, "current_callable", None) or compiled
 
@@ -190,7 +200,7 @@ def _distinct(inputs: Sequence[Any]) -> list[Any]:
 def _fake_mode(graph: fx.GraphModule) -> FakeTensorMode:
     for node in graph.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch._subclasses.FakeTensor):
+        if isinstance(value, FakeTensor):
             return value.fake_mode
     raise RuntimeError("expected at least one fake tensor in a traced body")
 
@@ -198,7 +208,7 @@ def _fake_mode(graph: fx.GraphModule) -> FakeTensorMode:
 def _writes(graph: fx.GraphModule) -> bool:
     """Whether an operation of an ATen graph changes a tensor in place."""
     targets = (node.target for node in graph.graph.nodes if node.op == "call_function")
-    return any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets)
+    return any(isinstance(target, OpOverload) and target._schema.is_mutable for target in targets)
 
 
 def _name_placeholders(graph: fx.GraphModule, primals: int) -> None:

@@ -10,6 +10,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from deq_compile.torch_parts import DispatchKey, excluded_keys, force_dispatch_keys, included_keys
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -55,10 +57,10 @@ def functionalising() -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def _dispatching(*keys: str) -> Iterator[None]:
     """The dispatcher heeds these keys again, which it leaves out below the kernel of an operator."""
-    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    included, excluded = included_keys(), excluded_keys()
     for key in keys:
-        excluded = excluded.remove(torch._C.DispatchKey.__members__[key])
-    with torch._C._ForceDispatchKeyGuard(included, excluded):
+        excluded = excluded.remove(DispatchKey.__members__[key])
+    with force_dispatch_keys(included, excluded):
         yield
 
 

@@ -25,9 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
 from deq_compile.solve_info import COLUMNS
+from deq_compile.torch_parts import (
+    MISSING,
+    DispatchKey,
+    DispatchKeySet,
+    after_autograd_keyset,
+    after_inplace_keyset,
+    below_autograd,
+    pytree,
+    saved_tensors_hooks,
+)
 
 from . import graphs, run
 from .layout import flat_dtype
@@ -48,10 +57,13 @@ _library.define(
     tags=_TAGS,
 )
 
-_DENSE = {torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key]).raw_repr() for key in ("CPU", "CUDA")}
+# Where one of these is what comes after autograd, the kernel can be called without the dispatcher; empty where torch cannot say.
+_DENSE = (
+    {DispatchKeySet(DispatchKey.__members__[key]).raw_repr() for key in ("CPU", "CUDA")}
+    if DispatchKeySet is not None and "DispatchKey" not in MISSING and after_inplace_keyset is not None
+    else set()
+)
 Call = Callable[..., Sequence[Tensor]]
-# Private: the hooks that tensors saved now will go through, or None.
-_saved_tensors_hooks: Callable[[bool], Any] = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: None)
 
 
 def _rows(state0: Sequence[Tensor]) -> Any:
@@ -67,7 +79,7 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
     numbers = array.array("q", (done.ticket.kept, done.ticket.rows, done.ticket.serial))
     ticket = torch.frombuffer(numbers, dtype=torch.int64)
     ticket.saved, ticket.site = done.saved, site  # type: ignore[attr-defined]
-    if site.spec.grad and _saved_tensors_hooks(False) is not None:
+    if site.spec.grad and saved_tensors_hooks(False) is not None:
         await_backward(site)
     if solve_info.shape[0] != rows:
         solve_info = solve_info[:1].repeat(rows, 1)
@@ -138,7 +150,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, count: int, sizes: list[int], region: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             found = call(list(tensors[:count]), list(tensors[count:]), sizes, region)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*found[count:])
@@ -164,9 +176,9 @@ class _Solve(torch.autograd.Function):
 
 def _below_autograd(keyset: Any, op: Any, kernel: Call) -> Call:
     """What runs when autograd has done its part: the kernel itself, where no mode or wrapper tensor comes before it."""
-    if (keyset & torch._C._after_ADInplaceOrView_keyset).raw_repr() in _DENSE:
+    if _DENSE and (keyset & after_inplace_keyset).raw_repr() in _DENSE:
         return kernel
-    return functools.partial(op.redispatch, keyset & torch._C._after_autograd_keyset)
+    return functools.partial(op.redispatch, keyset & after_autograd_keyset)
 
 
 def _solve_autograd(keyset: Any, state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> Sequence[Tensor]:
@@ -176,7 +188,7 @@ def _solve_autograd(keyset: Any, state0: list[Tensor], operands: list[Tensor], s
         return _loop_itself(region, state0, operands, sizes)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*state0, *operands)):
         return list(_Solve.apply(call, len(state0), sizes, region, *state0, *operands))
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return call(state0, operands, sizes, region)
 
 

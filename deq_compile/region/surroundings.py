@@ -14,9 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils import _pytree as pytree
 
-from deq_compile.torch_parts import FakeTensor, find, is_functorch_wrapped, is_wrapper_subclass
+from deq_compile.torch_parts import (
+    FakeTensor,
+    add_batch_dim,
+    dispatch_mode,
+    dispatch_mode_key,
+    find,
+    functorch,
+    is_functorch_wrapped,
+    is_wrapper_subclass,
+    pytree,
+    remove_batch_dim,
+    vmapmode_decrement,
+    vmapmode_increment,
+)
 
 _is_jit_tracing = find("torch.jit", "is_tracing", lambda: False)
 _is_batched = find("torch._C._functorch", "is_batchedtensor", lambda tensor: False)
@@ -82,13 +94,12 @@ def for_each_of_batch(function: Callable[..., list[Tensor]], *given: Any) -> lis
     Raises:
         NotHere: vmap inside of vmap.
     """
-    functorch: Any = torch._C._functorch
     batched = [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and is_batched((t,))]
     wrap: Callable[[Tensor, int, int], Tensor]
     if _is_batched_by_autograd(batched[0]):
-        level, outside, wrap = torch._C._vmapmode_increment_nesting() - 1, contextlib.nullcontext, torch._add_batch_dim
-        torch._C._vmapmode_decrement_nesting()
-        whole = {id(t): torch._remove_batch_dim(t, level, 1, 0) for t in batched}
+        level, outside, wrap = vmapmode_increment() - 1, contextlib.nullcontext, add_batch_dim
+        vmapmode_decrement()
+        whole = {id(t): remove_batch_dim(t, level, 1, 0) for t in batched}
     else:
         level, outside, wrap = functorch.maybe_get_level(batched[0]), _transforms_put_aside, functorch._add_batch_dim
         whole = {id(t): functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0) for t in batched}
@@ -114,5 +125,4 @@ def plain(tensor: Tensor) -> bool:
 
 
 def _inside_fake_mode() -> bool:
-    keys = getattr(torch._C, "_TorchDispatchModeKey", None)
-    return keys is not None and torch._C._get_dispatch_mode(keys.FAKE) is not None
+    return dispatch_mode_key is not None and dispatch_mode(dispatch_mode_key.FAKE) is not None

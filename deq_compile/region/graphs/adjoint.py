@@ -22,6 +22,7 @@ from deq_compile.region.adjoint import MEMORY, AdjointSolution, certified_at, ch
 from deq_compile.region.body import EagerRunner, Linearised, Runner
 from deq_compile.region.solvers import FLOOR_EPS
 from deq_compile.region.status import AdjointStatus
+from deq_compile.torch_parts import foreach_copy_
 
 from .captured import Captured, Declined
 from .captures import find
@@ -116,7 +117,7 @@ class CapturedAdjoint(Captured):
             return None
         assert self.engine is not None
         try:
-            torch._foreach_copy_([self.z, self.state.q], [z, q])
+            foreach_copy_([self.z, self.state.q], [z, q])
             self._load_operator(factors)
             if not self.launch():
                 return None

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deq_compile.torch_parts import foreach_copy_
+
 # Copying less than this costs about as much as one launch.
 SMALL_BYTES = 1 << 20
 # An operand that moved this often is copied from then on (FSDP2 frees and remaps its parameters).
@@ -38,7 +40,7 @@ class Operands:
         ]
         self.targets = [_compact(self.tensors[i]) for i in self.copied]
         if self.targets:  # the warm-up reads them: an index that is not one would break the device's context
-            torch._foreach_copy_(self.targets, [_compact(operands[i]) for i in self.copied])
+            foreach_copy_(self.targets, [_compact(operands[i]) for i in self.copied])
         self.misses = 0
         self.moved: set[int] = set()
 
@@ -55,7 +57,7 @@ class Operands:
             self.moved.update(moved)
             return False
         if self.targets:
-            torch._foreach_copy_(self.targets, [_compact(operands[i]) for i in self.copied])
+            foreach_copy_(self.targets, [_compact(operands[i]) for i in self.copied])
         return True
 
     @property
