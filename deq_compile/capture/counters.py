@@ -44,6 +44,28 @@ def handler(original: Callable[..., Any]) -> Callable[..., Any]:
     return handle
 
 
+def table_handler(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A translator's handler of an operation by which a counter may choose: `k % 10`, `k in (20, 40)`, `rates[k]`."""
+
+    @functools.wraps(original)
+    def handle(self: Any, inst: Any) -> Any:
+        if len(self.stack) >= 2 and sites.ours(self) and (inst.opname != "BINARY_OP" or inst.argrepr in _BY_TABLE):
+            number = next((n for v in self.stack[-2:] if (n := _number(v)) is not None), None)
+            if number is not None and all(_is_constant(v) for v in self.stack[-2:]):
+                self.__dict__.setdefault("_deq_compile_choices", {}).setdefault(id(inst), set()).add(number)
+        return original(self, inst)
+
+    return handle
+
+
+TABLES = ("BINARY_OP", "BINARY_SUBSCR", "CONTAINS_OP")
+_BY_TABLE = {"%", "//", "&", ">>", "[]"}
+
+
+def _is_constant(variable: Any) -> bool:
+    return type(variable) is not dynamo.LazyVariableTracker and bool(variable.is_python_constant())
+
+
 def passed_by(tx: Any, inst: Any) -> None:
     """Take note of a jump whose condition depends on data."""
     tx.__dict__.setdefault("_deq_compile_passed_by", set()).add(id(inst))
@@ -52,6 +74,7 @@ def passed_by(tx: Any, inst: Any) -> None:
 def forget(tx: Any) -> None:
     """The loop is left: who comes again counts anew."""
     tx.__dict__.pop("_deq_compile_comparisons", None)
+    tx.__dict__.pop("_deq_compile_choices", None)
 
 
 def cap(tx: Any, code: Code, exit: Exit, visits: list[int], in_range: int | None) -> int:
@@ -87,8 +110,11 @@ def turns_later(tx: Any, code: Code, exit: Exit, most: int) -> str | None:
     """A comparison in a loop, no exit of it, that comes out otherwise in an iteration which is not traced; None where there is
     none. `most` is the cap of the loop, 0 for none. What capture has traced would not be what the loop goes on with."""
     notes: dict[int, list[_Seen]] = tx.__dict__.get("_deq_compile_comparisons", {})
+    choices: dict[int, set[float]] = tx.__dict__.get("_deq_compile_choices", {})
     for i in sorted(exit.loop):
         inst = code.instructions[i]
+        if len(choices.get(id(inst), ())) > 1:
+            return f"what line {getattr(inst.positions, 'lineno', None)} chooses by a counter may be another in a later iteration"
         seen = notes.get(id(inst), [])
         if len(seen) < 2 or _leaves(code, i, exit):
             continue

@@ -64,13 +64,10 @@ def install() -> Callable[[], None]:
     undo: list[tuple[Any, int, Any]] = []
     for cls in dynamo.translators():
         for name in _JUMPS:
-            opcode = dis.opmap.get(name)
-            if opcode is not None and cls.dispatch_table[opcode] is not None:
-                undo.append((cls, opcode, cls.dispatch_table[opcode]))
-                cls.dispatch_table[opcode] = _handler(cls.dispatch_table[opcode], "TRUE" in name)
-        opcode = dis.opmap["COMPARE_OP"]
-        undo.append((cls, opcode, cls.dispatch_table[opcode]))
-        cls.dispatch_table[opcode] = counters.handler(cls.dispatch_table[opcode])
+            _patch(cls, name, functools.partial(_handler, jumps_if_true="TRUE" in name), undo)
+        _patch(cls, "COMPARE_OP", counters.handler, undo)
+        for name in counters.TABLES:
+            _patch(cls, name, counters.table_handler, undo)
     method_item = dynamo.tensor_method("item")
 
     @functools.wraps(method_item)
@@ -95,6 +92,16 @@ def install() -> Callable[[], None]:
         restore()
 
     return remove
+
+
+def _patch(
+    cls: Any, name: str, made: Callable[[Callable[..., Any]], Callable[..., Any]], undo: list[tuple[Any, int, Any]]
+) -> None:
+    """Put another handler of an instruction in the place of a translator's own, where it has one."""
+    opcode = dis.opmap.get(name)
+    if opcode is not None and cls.dispatch_table[opcode] is not None:
+        undo.append((cls, opcode, cls.dispatch_table[opcode]))
+        cls.dispatch_table[opcode] = made(cls.dispatch_table[opcode])
 
 
 def _handler(original: Callable[..., Any], jumps_if_true: bool) -> Callable[..., Any]:

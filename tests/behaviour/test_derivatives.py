@@ -41,7 +41,7 @@ def region(x: Tensor) -> Tensor:
 def kept(x: Tensor) -> Tensor:
     def short(x: Tensor) -> Tensor:
         z = x
-        for _ in range(5):
+        for _ in range(7):
             z = torch.tanh(z @ W + torch.sin(x))
         return z
 

@@ -58,7 +58,7 @@ class Cell(nn.Module):
                     break
                 z = new
             return z
-        for _ in range(6 if self.how == "kept" else 60):
+        for _ in range(7 if self.how == "kept" else 60):
             z = self.f(z, x)
         return z
 

@@ -97,7 +97,7 @@ def testiterates_backwards_are_those_of_the_loop_and_few_at_a_time() -> None:
 class FromInput(Parts):
     """The initial state needs a gradient, which a solve does not give it and a loop does."""
 
-    n = 6
+    n = 7
 
     def forward(self, x: Tensor) -> Tensor:
         z = torch.tanh(3 * x)

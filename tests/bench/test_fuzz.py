@@ -51,7 +51,7 @@ def test_a_recipe_names_one_program() -> None:
 def test_what_is_expected() -> None:
     plain = Recipe(form="plain", first=("linear_tanh",))
     assert oracle.judge(source(plain)).kind == "rewritten-right"
-    assert oracle.judge(source(dataclasses.replace(plain, gain=0.6, count=6))).kind == "kept-right"
+    assert oracle.judge(source(dataclasses.replace(plain, gain=0.6, count=7))).kind == "kept-right"
     trajectory = oracle.judge(source(dataclasses.replace(plain, form="trajectory", count=8)))
     assert (trajectory.kind, trajectory.reasons) == ("refused-right", ("ESCAPES",))
 

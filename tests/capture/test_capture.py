@@ -71,11 +71,11 @@ def test_what_is_missing_costs_its_own_feature() -> None:
     damage = (
         "import importlib, torch._dynamo.backends.distributed as distributed, torch.fx.traceback, torch._logging._internal\n"
         "del distributed.DDPOptimizer, torch.fx.traceback.annotate\n"
-        "found = importlib.import_module\n"
+        "as_it_was = importlib.import_module\n"
         "def without(name, *more, **named):\n"
         "    if name in ('torch._dynamo.bytecode_analysis', 'torch._logging._internal'):\n"
         "        raise ImportError(name)\n"
-        "    return found(name, *more, **named)\n"
+        "    return as_it_was(name, *more, **named)\n"
         "importlib.import_module = without\n"
     )
     regions, none, off, shown = run(damage)

@@ -172,6 +172,50 @@ class AnotherMapLater(Told):
         return z
 
 
+class ChosenByATable(Told):
+    """The same by a table: no comparison comes out otherwise."""
+
+    rates = (1.0,) * 25 + (0.5,) * 50
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for k in range(CAP):
+            new = self.rates[k] * self.f(z, x)
+            done = (new - z).norm() < 1e-12
+            z = new
+            if done:
+                break
+        return z
+
+
+class ChosenByMembership(Told):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for k in range(CAP):
+            new = self.f(z, x)
+            if k in (30, 59):
+                new = new + 1
+            done = (new - z).norm() < 1e-12
+            z = new
+            if done:
+                break
+        return z
+
+
+class ChosenByRemainder(Told):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for k in range(CAP):
+            new = self.f(z, x)
+            if k % 20 == 19:
+                new = new + 1
+            done = (new - z).norm() < 1e-12
+            z = new
+            if done:
+                break
+        return z
+
+
 class AnotherMapLaterByARate(Told):
     """The same by a number that is no integer."""
 
@@ -190,4 +234,12 @@ class AnotherMapLaterByARate(Told):
 
 
 SERVED = (CounterAfter, AttributeCounts, TraceKept, StateInADict, MeterAfter, LeastIterations)
-LEFT_ALONE = (Averaged, TraceInTheResult, AnotherMapLater, AnotherMapLaterByARate)
+LEFT_ALONE = (
+    Averaged,
+    TraceInTheResult,
+    AnotherMapLater,
+    AnotherMapLaterByARate,
+    ChosenByATable,
+    ChosenByMembership,
+    ChosenByRemainder,
+)

@@ -176,7 +176,7 @@ def test_explain() -> None:
             z = torch.zeros_like(x)
             for _ in range(40):
                 z = self.f(z, x)
-            for _ in range(6):
+            for _ in range(7):
                 z = self.drop(torch.tanh(z))
             return z
 

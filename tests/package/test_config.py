@@ -31,7 +31,7 @@ DEFAULTS = {
     "reuse": "auto",
     "factor_dtype": None,
     "batch": "auto",
-    "min_repeats": 5,
+    "min_repeats": 7,
     "semantics": "loop",
     "verify": "periodic",
     "verify_tol": 1e-3,

@@ -184,7 +184,7 @@ def test_what_a_region_returns_is_not_what_it_saved(iterations: int | None) -> N
 def test_a_solve_that_misses_is_linearised_where_it_ends(calls: dict[str, int]) -> None:
     """The best iterate need not be the last one that was evaluated."""
     model, x = Loop().double(), torch.randn(4, 12, dtype=torch.float64)
-    model.n = 5
+    model.n = 7
     call = compiled(model, max_iter=4, semantics="equilibrium", backward_max_iter=40)
     with pytest.warns(UserWarning, match="missed tol"):
         gradients(model, call(x))
