@@ -15,6 +15,7 @@ from deq_compile.region.modes import Ambient
 
 from .absorb import Absorb
 from .base import Pass
+from .counts import Counts
 from .declared import FindDeclared
 from .exits import Exits
 from .extract import Extract
@@ -60,6 +61,7 @@ MARKED = (
 )
 REPEATED = (
     Step(lambda w: FindLoops(), "like segments, one feeding the next, are a loop"),
+    Step(lambda w: Counts(), "an integer that counts the iterations is no part of the state"),
     Step(lambda w: Exits(w.gm), "what ends a loop is its test, if it asks how far z and f(z) are apart"),
     Step(lambda w: Absorb(), "iterations before the first test, of the same body, are part of the loop"),
     Step(lambda w: TakeHooks(loops=True), "a hook that solves the adjoint of a loop is taken over with it"),

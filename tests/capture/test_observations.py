@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deq_compile import record_solves
 from tests.helpers import compiled, value_and_grads
-from tests.models.observations import LEFT_ALONE, SERVED, LeastIterations, MeterAfter, Told, TraceKept
+from tests.models.observations import LEFT_ALONE, SERVED, CounterInTheState, LeastIterations, MeterAfter, Told, TraceKept
 
 CALLS = 30
 # Dynamo asks a tensor that it takes over behind a graph break for its gradient
@@ -56,6 +56,20 @@ def test_numbers_of_the_last_iteration() -> None:
     assert isinstance(model.depth, int)
     (region,) = report.regions
     assert any("holds the last iteration's numbers" in note for note in region.notes)
+
+
+def test_a_counter_in_the_state() -> None:
+    """It comes to what it comes to in eager mode, and is no part of the state that is solved for."""
+    torch.manual_seed(0)
+    model = CounterInTheState()
+    run, report = compiled(model)
+    run(torch.randn(4, 16))
+    (region,) = report.regions
+    assert region.status == "solve"
+    assert len(region.states) == 1
+    assert model.info["k"].dtype == torch.int32
+    assert int(model.info["k"]) == 60
+    assert float(model.info["r"].max()) < 1e-3
 
 
 def test_a_meter_is_right() -> None:

@@ -130,6 +130,18 @@ class LeastIterations(Told):
         return z
 
 
+class CounterInTheState(Told):
+    """A dictionary of the state, a counter of the dtype int32 and the last residual, as libraries in other languages write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = {"z": torch.zeros_like(x), "k": torch.zeros((), dtype=torch.int32), "r": torch.full((len(x),), float("inf"))}
+        for _ in range(CAP):
+            new = self.f(s["z"], x)
+            s = {"z": new, "k": s["k"] + 1, "r": (new.detach() - s["z"].detach()).norm(dim=1)}
+        self.info = {name: value.detach() for name, value in s.items()}
+        return s["z"]
+
+
 class Averaged(Told):
     """The count goes into the result: for the loop alone to say."""
 
