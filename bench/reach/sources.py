@@ -1,0 +1,130 @@
+"""The folder of clones: what is missing from it, and how a model's own modules are imported from it, unmodified."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+import types
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .manifest import Model
+
+
+class Missing(Exception):
+    """A clone or package is not there, or not at its commit. The message says what was expected, what was found, and the fix."""
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a clone; empty where the folder is none."""
+    if not (folder / ".git").exists():
+        return ""
+    done = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def changed(folder: Path) -> list[str]:
+    """Python files that differ from the commit."""
+    command = ["git", "-C", str(folder), "diff", "--name-only", "HEAD", "--", "*.py"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+
+
+def clone_command(model: Model, folder: Path) -> str:
+    where = folder / model.folder
+    return f"git clone https://github.com/{model.repository} {where} && git -C {where} checkout -q {model.commit}"
+
+
+def check(model: Model, folder: Path) -> None:
+    """Raise `Missing` unless the model's code is there, at its commit and as it was published."""
+    if model.package:
+        try:
+            metadata.version(model.package)
+        except metadata.PackageNotFoundError:
+            raise Missing(f"{model.name}: expected the package {model.package}, got none. Fix: pip install {model.package}") from None
+        return
+    where = folder / model.folder
+    found = commit_of(where)
+    if found != model.commit:
+        got = f"commit {found}" if found else "no clone"
+        raise Missing(f"{model.name}: expected {where} at {model.commit}, got {got}. Fix: {clone_command(model, folder)}")
+    if files := changed(where):
+        got = f"changes in {files[0]} and {len(files) - 1} others"
+        raise Missing(f"{model.name}: expected {where} as it was published, got {got}. Fix: git -C {where} checkout -q -f HEAD")
+
+
+def missing(models: Iterable[Model], folder: Path) -> list[str]:
+    """What has to be fetched before these models can run."""
+    found = []
+    for model in models:
+        try:
+            check(model, folder)
+        except Missing as error:
+            found.append(str(error))
+    return found
+
+
+def enter(model: Model, folder: Path) -> None:
+    """Put the model's own folders first on `sys.path`, so that a driver can import from them."""
+    if not model.package:
+        sys.path[:0] = [str(folder / model.folder / inner) for inner in model.path]
+
+
+def definitions(path: str, names: Sequence[str] = ()) -> types.ModuleType:
+    """A script as a module of its imports, classes and functions alone: what it would run when imported is left out.
+
+    The lines and the file name are the author's, so that a report names them. `path` is looked for on `sys.path`;
+    `names` are assignments at the top that the definitions need.
+    """
+    file = next((Path(base) / path for base in sys.path if (Path(base) / path).is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"expected {path} in a folder of sys.path")
+    tree = ast.parse(file.read_text(), str(file))
+
+    def wanted(node: ast.stmt) -> bool:
+        if isinstance(node, ast.Assign):
+            return any(isinstance(target, ast.Name) and target.id in names for target in node.targets)
+        return isinstance(node, ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef)
+
+    tree.body = [node for node in tree.body if wanted(node)]
+    module = types.ModuleType(file.stem)
+    module.__file__ = str(file)
+    sys.modules[file.stem] = module
+    exec(compile(tree, str(file), "exec"), module.__dict__)
+    return module
+
+
+def absent(*names: str) -> None:
+    """Stand-ins for packages that a file imports and its model does not use (plots, data sets, loggers)."""
+
+    class Anything(types.ModuleType):
+        __path__: list[str] = []
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return lambda *args, **kwargs: None
+
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception:
+            parts = name.split(".")
+            for depth in range(1, len(parts) + 1):
+                inner = ".".join(parts[:depth])
+                sys.modules[inner] = Anything(inner)
+
+
+def restore_old_names() -> None:
+    """Names that numpy 2 and torch 2 have dropped and old repositories call, with the meaning they had; CUDA calls that wait."""
+    if not hasattr(np, "Inf"):
+        np.Inf = np.inf  # type: ignore[attr-defined]
+    torch.solve = lambda B, A: (torch.linalg.solve(A, B), None)  # type: ignore[attr-defined]
+    if not torch.cuda.is_available():
+        torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
