@@ -90,7 +90,12 @@ class Child:
         assert self.step is not None
         self.save("last", self.step.run())
         regions = [
-            {"status": r.status, "kind": r.kind, "where": self.relative(str(r.location)), "notes": [self.relative(n) for n in r.notes]}
+            {
+                "status": r.status,
+                "kind": r.kind,
+                "where": self.relative(str(r.location)),
+                "notes": [self.relative(n) for n in r.notes],
+            }
             for r in self.report.regions
         ]
         return {**ways.graphs(), "regions": regions}

@@ -35,7 +35,12 @@ class Process:
     def __init__(self, model: Model, kind: str, folder: Path, out: Path, cache: str, limit: float) -> None:
         task = {"model": model.name, "kind": kind, "sources": str(folder), "out": str(out), "warm": WARM}
         command = [sys.executable, "-m", "bench", "reach", "--child", json.dumps(task)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": cache}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
+            "TORCHINDUCTOR_CACHE_DIR": cache,
+        }
         self.log = open(out / f"{kind}.log", "w")  # noqa: SIM115 (it lives as long as the child)
         self.end = time.monotonic() + limit
         self.limit = limit

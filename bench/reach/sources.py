@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import subprocess
 import sys
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,9 @@ def check(model: Model, folder: Path) -> None:
         try:
             metadata.version(model.package)
         except metadata.PackageNotFoundError:
-            raise Missing(f"{model.name}: expected the package {model.package}, got none. Fix: pip install {model.package}") from None
+            raise Missing(
+                f"{model.name}: expected the package {model.package}, got none. Fix: pip install {model.package}"
+            ) from None
         return
     where = folder / model.folder
     found = commit_of(where)
@@ -128,3 +131,14 @@ def restore_old_names() -> None:
     torch.solve = lambda B, A: (torch.linalg.solve(A, B), None)  # type: ignore[attr-defined]
     if not torch.cuda.is_available():
         torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def cuda_named() -> Iterator[None]:
+    """For code that reads `torch.version.cuda` when it is imported, on a torch without CUDA."""
+    before = torch.version.cuda
+    torch.version.cuda = before or "12.0"
+    try:
+        yield
+    finally:
+        torch.version.cuda = before

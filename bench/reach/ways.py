@@ -52,7 +52,7 @@ def in_float64(case: Case) -> Case:
 
 
 class Step:
-    """Forward, a loss of fixed random weights, backward."""
+    """Forward, a loss of fixed random weights, backward; the forward alone where nothing in it has a gradient."""
 
     def __init__(self, case: Case, call: Callable[..., Any]) -> None:
         self.case, self.call = case, call
@@ -72,7 +72,9 @@ class Step:
         if self.weights is None:
             generator = torch.Generator().manual_seed(7)
             self.weights = torch.randn(value.shape, generator=generator, dtype=torch.float32).to(value)
-        ((value * self.weights).sum() / max(1, value.shape[0] if value.dim() else 1)).backward()
+        loss = (value * self.weights).sum() / max(1, value.shape[0] if value.dim() else 1)
+        if loss.requires_grad:
+            loss.backward()
         return value.detach()
 
     def gradients(self) -> dict[str, Tensor]:

@@ -25,7 +25,9 @@ def monotone(splitting: str, alpha: float, tight: bool) -> Case:
         def __init__(self) -> None:
             super().__init__()
             tol, most = (1e-11, 5000) if tight else (1e-4, 300)
-            self.mon = getattr(methods, splitting)(mon.MONSingleFc(64, 96, m=0.2), mon.MONReLU(), alpha=alpha, tol=tol, max_iter=most)
+            self.mon = getattr(methods, splitting)(
+                mon.MONSingleFc(64, 96, m=0.2), mon.MONReLU(), alpha=alpha, tol=tol, max_iter=most
+            )
             self.Wout = nn.Linear(96, 10)
 
         def forward(self, x: Tensor) -> Tensor:
@@ -35,7 +37,7 @@ def monotone(splitting: str, alpha: float, tight: bool) -> Case:
 
 
 def fixed_point_network(tight: bool) -> Case:
-    """howardheaton/fixed_point_networks: the MNIST network, its batch-norm in evaluation, as in its test of Jacobian-free backprop."""
+    """howardheaton/fixed_point_networks: the MNIST network, its batch-norm in evaluation, without dropout."""
     import Networks
 
     model = Networks.MNIST_FPN()
@@ -107,9 +109,14 @@ PLAYGROUND = ("nandometzger/DEQplayground", "a6b4e836deca45b904cc5f1273a1ac644f2
 
 MODELS = (
     Model(
-        "mon-forward-backward", *MON, "loop with a test, meters, a Function", lambda t: monotone("MONForwardBackwardSplitting", 0.3, t)
+        "mon-forward-backward",
+        *MON,
+        "loop with a test, meters, a Function",
+        lambda t: monotone("MONForwardBackwardSplitting", 0.3, t),
     ),
-    Model("mon-peaceman-rachford", *MON, "loop with a test, meters, a Function", lambda t: monotone("MONPeacemanRachford", 1.0, t)),
+    Model(
+        "mon-peaceman-rachford", *MON, "loop with a test, meters, a Function", lambda t: monotone("MONPeacemanRachford", 1.0, t)
+    ),
     Model(
         "fixed-point-network",
         "howardheaton/fixed_point_networks",
