@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 import torch
 
-from deq_compile import Report, explain
+from deq_compile import Region, Report, explain
 
 from . import sources, ways
-from .drivers import MODELS
-from .manifest import Case, Model
+from .manifest import Case, Model, models_of
 from .ways import Row, Step
 
 KINDS = ("truth", *ways.WAYS, "explain")
@@ -89,16 +88,11 @@ class Child:
     def last(self) -> Row:
         assert self.step is not None
         self.save("last", self.step.run())
-        regions = [
-            {
-                "status": r.status,
-                "kind": r.kind,
-                "where": self.relative(str(r.location)),
-                "notes": [self.relative(n) for n in r.notes],
-            }
-            for r in self.report.regions
-        ]
-        return {**ways.graphs(), "regions": regions}
+        return {**ways.graphs(), "regions": [self.told(region) for region in self.report.regions]}
+
+    def told(self, region: Region) -> Row:
+        notes = [self.relative(note) for note in region.notes]
+        return {"status": region.status, "kind": region.kind, "where": self.relative(str(region.location)), "notes": notes}
 
     def explained(self) -> Row:
         """What `explain` says, in training as the step is; the bodies uncompiled, since this is about what is found."""
@@ -126,7 +120,7 @@ def serve(task: Row, requests: TextIO, replies: TextIO) -> None:
 
     with tempfile.TemporaryDirectory(prefix="deq-reach-") as cold:
         try:
-            model = next(model for model in MODELS if model.name == task["model"])
+            model = next(model for model in models_of(task["drivers"]) if model.name == task["model"])
             sources.enter(model, Path(task["sources"]))
             sources.restore_old_names()
             if task["kind"] in ("inductor", "deq"):

@@ -2,8 +2,8 @@
 
 --sources names a folder of clones, one a repository, called owner+name; what is missing from it is printed with the command that
 fetches it, and its models are left out. Each model is run eagerly, through Inductor and through deq in processes of their own, in
-turns, with a time limit; its row is written to --json at once, and --resume goes on after an interruption. The page --page is made
-from that file; --table makes it without running anything.
+turns, with a time limit; its row is written to --json at once, and --resume goes on after an interruption. The page --page is
+made from that file; --table makes it without running anything.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from bench.tables.cli import header
 from bench.tables.runs import ROOT
 
 from . import child, conduct, sources, table
-from .drivers import MODELS
-from .manifest import Model
+from .manifest import Model, models_of
 from .ways import Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sources", type=Path, help="folder of clones")
     parser.add_argument("--models", help="comma-separated names; default: all (their rows replace those in --json)")
+    parser.add_argument("--drivers", default="bench.reach.drivers", help="module that lists the models (default %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the models and what is missing, and run nothing")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --json has")
     parser.add_argument("--limit", type=float, default=600, help="seconds a process may live (default %(default)g)")
@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--child", help=argparse.SUPPRESS)  # a task as JSON: the child's own call
 
 
-def chosen(names: str | None) -> list[Model]:
+def chosen(drivers: str, names: str | None) -> list[Model]:
+    known = {model.name: model for model in models_of(drivers)}
     if names is None:
-        return list(MODELS)
-    known = {model.name: model for model in MODELS}
+        return list(known.values())
     if unknown := [name for name in names.split(",") if name not in known]:
         raise SystemExit(f"--models: expected some of {', '.join(known)}; got {', '.join(unknown)}")
     return [known[name] for name in names.split(",")]
@@ -54,12 +54,12 @@ def runnable(models: list[Model], folder: Path) -> list[Model]:
 
 
 def stored(path: Path) -> Row:
-    return json.loads(path.read_text()) if path.exists() else {"rows": []}  # type: ignore[no-any-return]
+    return json.loads(path.read_text()) if path.exists() else {"rows": []}
 
 
 def write(args: argparse.Namespace, head: Row, rows: dict[str, Row]) -> None:
     """The file and the page, in the order of the manifest."""
-    order = [model.name for model in MODELS]
+    order = [model.name for model in models_of(args.drivers)]
     listed = sorted(rows.values(), key=lambda row: order.index(row["name"]) if row["name"] in order else len(order))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps({**head, "rows": listed}, indent=1) + "\n")
@@ -72,6 +72,7 @@ def collect(args: argparse.Namespace, head: Row, models: list[Model]) -> tuple[d
     keep = args.resume or args.models is not None
     rows: dict[str, Row] = {row["name"]: row for row in stored(args.json)["rows"]} if keep else {}
     with tempfile.TemporaryDirectory(prefix="deq-reach-") as cache:
+        plan = conduct.Plan(args.sources, args.drivers, cache, args.limit)
         try:
             for model in models:
                 if args.resume and model.name in rows and rows[model.name].get("commit_of_ours") == head["commit"]:
@@ -80,7 +81,7 @@ def collect(args: argparse.Namespace, head: Row, models: list[Model]) -> tuple[d
                 with tempfile.TemporaryDirectory(prefix="deq-reach-") as scratch:
                     out = args.logs / model.name if args.logs else Path(scratch)
                     out.mkdir(parents=True, exist_ok=True)
-                    row = conduct.measure(model, args.sources, out, cache, args.limit)
+                    row = conduct.measure(model, plan, out)
                 rows[model.name] = row | {"commit_of_ours": head["commit"]}
                 write(args, head, rows)
                 print("   ", *table.line(row)[2:], sep="  ", file=sys.stderr, flush=True)
@@ -100,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
     if args.sources is None:
         raise SystemExit("--sources: expected a folder of clones, got none. Fix: --sources FOLDER, or --table for the page alone")
     args.sources = args.sources.resolve()
-    models = runnable(chosen(args.models), args.sources)
+    models = runnable(chosen(args.drivers, args.models), args.sources)
     if args.list:
         print("\n".join(f"{model.name}: {model.repository} {model.commit}" for model in models))
         return 0

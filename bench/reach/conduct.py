@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import selectors
@@ -29,54 +31,78 @@ class Failed(Exception):
     """A process ended or took too long; the message is what the table shows."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is the same for all models of a run: the folder of clones, the module of drivers, Inductor's shared cache, seconds."""
+
+    folder: Path
+    drivers: str
+    cache: str
+    limit: float
+
+
 class Process:
     """A child, asked by name. It is ended when its time is up."""
 
-    def __init__(self, model: Model, kind: str, folder: Path, out: Path, cache: str, limit: float) -> None:
-        task = {"model": model.name, "kind": kind, "sources": str(folder), "out": str(out), "warm": WARM}
+    def __init__(self, model: Model, kind: str, plan: Plan, out: Path) -> None:
+        task = {
+            "model": model.name,
+            "kind": kind,
+            "sources": str(plan.folder),
+            "out": str(out),
+            "drivers": plan.drivers,
+            "warm": WARM,
+        }
         command = [sys.executable, "-m", "bench", "reach", "--child", json.dumps(task)]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
-            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "TORCHINDUCTOR_CACHE_DIR": plan.cache,
         }
         self.log = open(out / f"{kind}.log", "w")  # noqa: SIM115 (it lives as long as the child)
-        self.end = time.monotonic() + limit
-        self.limit = limit
+        self.limit = plan.limit
+        self.end = time.monotonic() + plan.limit
         self.child = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )
         self.hello = self.answer()
 
     def ask(self, what: str) -> Row:
+        """The answer to a question. A child that fails is closed, and `Failed` says how it failed."""
         assert self.child.stdin is not None
         try:
             self.child.stdin.write(what + "\n")
             self.child.stdin.flush()
-        except BrokenPipeError:
-            raise Failed(f"the process ended before {what!r}") from None
+        except (OSError, ValueError):
+            self.close()
+            raise Failed(f"the process had ended before {what!r}") from None
         return self.answer()
 
     def answer(self) -> Row:
         assert self.child.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.child.stdout, selectors.EVENT_READ)
-            if not selector.select(max(0.0, self.end - time.monotonic())):
-                self.close()
-                raise Failed(f"longer than {self.limit:.0f} s")
-        line = self.child.stdout.readline()
+            in_time = bool(selector.select(max(0.0, self.end - time.monotonic())))
+        line = self.child.stdout.readline() if in_time else ""
+        row: Row = json.loads(line) if line else {}
         if not line:
-            raise Failed(f"the process died with exit status {self.child.wait()}")
-        row: Row = json.loads(line)
+            row = {"error": f"the process died with exit status {self.child.wait()}"} if in_time else {"error": self.overdue()}
         if "error" in row:
+            self.close()
             raise Failed(row["error"])
         return row
+
+    def overdue(self) -> str:
+        return f"longer than {self.limit:.0f} s"
 
     def close(self) -> None:
         self.child.kill()
         self.child.wait()
-        self.log.close()
+        for end in (self.child.stdin, self.child.stdout, self.log):
+            if end is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    end.close()
 
 
 def relative_error(found: dict[str, Any], truth: dict[str, Any]) -> Row:
@@ -132,7 +158,7 @@ def turns(processes: dict[str, Process], row: Row, fail: Any) -> None:
             row[way]["quartiles_ms"] = list(machine.quartiles(samples[way])) if len(samples[way]) > 1 else []
 
 
-def measure(model: Model, folder: Path, out: Path, cache: str, limit: float) -> Row:
+def measure(model: Model, plan: Plan, out: Path) -> Row:
     """The row of one model."""
     row: Row = {"name": model.name, "repository": model.repository, "commit": model.commit, "licence": model.licence}
     row |= {"iteration": model.iteration, **{kind: {} for kind in KINDS}}
@@ -147,7 +173,7 @@ def measure(model: Model, folder: Path, out: Path, cache: str, limit: float) -> 
                 processes.pop(kind).close()
 
     def start(kind: str, question: str) -> None:
-        processes[kind] = process = Process(model, kind, folder, out, cache, limit)
+        processes[kind] = process = Process(model, kind, plan, out)
         row["version"] = process.hello["version"]
         row[kind].update(process.ask(question))
 

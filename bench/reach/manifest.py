@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -56,3 +57,8 @@ class Model:
     @property
     def folder(self) -> str:
         return self.repository.replace("/", "+")
+
+
+def models_of(module: str) -> tuple[Model, ...]:
+    """The models that a module of drivers lists."""
+    return tuple(importlib.import_module(module).MODELS)

@@ -19,10 +19,6 @@ import torch
 from .manifest import Model
 
 
-class Missing(Exception):
-    """A clone or package is not there, or not at its commit. The message says what was expected, what was found, and the fix."""
-
-
 def commit_of(folder: Path) -> str:
     """The commit of a clone; empty where the folder is none."""
     if not (folder / ".git").exists():
@@ -42,35 +38,28 @@ def clone_command(model: Model, folder: Path) -> str:
     return f"git clone https://github.com/{model.repository} {where} && git -C {where} checkout -q {model.commit}"
 
 
-def check(model: Model, folder: Path) -> None:
-    """Raise `Missing` unless the model's code is there, at its commit and as it was published."""
+def problem(model: Model, folder: Path) -> str:
+    """What keeps a model from running: expected, got, fix. Empty where its code is there, at its commit, as it was published."""
     if model.package:
         try:
             metadata.version(model.package)
         except metadata.PackageNotFoundError:
-            raise Missing(
-                f"{model.name}: expected the package {model.package}, got none. Fix: pip install {model.package}"
-            ) from None
-        return
+            return f"{model.name}: expected the package {model.package}, got none. Fix: pip install {model.package}"
+        return ""
     where = folder / model.folder
     found = commit_of(where)
     if found != model.commit:
         got = f"commit {found}" if found else "no clone"
-        raise Missing(f"{model.name}: expected {where} at {model.commit}, got {got}. Fix: {clone_command(model, folder)}")
+        return f"{model.name}: expected {where} at {model.commit}, got {got}. Fix: {clone_command(model, folder)}"
     if files := changed(where):
         got = f"changes in {files[0]} and {len(files) - 1} others"
-        raise Missing(f"{model.name}: expected {where} as it was published, got {got}. Fix: git -C {where} checkout -q -f HEAD")
+        return f"{model.name}: expected {where} as it was published, got {got}. Fix: git -C {where} checkout -q -f HEAD"
+    return ""
 
 
 def missing(models: Iterable[Model], folder: Path) -> list[str]:
     """What has to be fetched before these models can run."""
-    found = []
-    for model in models:
-        try:
-            check(model, folder)
-        except Missing as error:
-            found.append(str(error))
-    return found
+    return [text for text in (problem(model, folder) for model in models) if text]
 
 
 def enter(model: Model, folder: Path) -> None:
@@ -107,30 +96,28 @@ def absent(*names: str) -> None:
     """Stand-ins for packages that a file imports and its model does not use (plots, data sets, loggers)."""
 
     class Anything(types.ModuleType):
-        __path__: list[str] = []
-
         def __getattr__(self, name: str) -> Any:
             if name.startswith("__"):
                 raise AttributeError(name)
             return lambda *args, **kwargs: None
 
     for name in names:
-        try:
+        with contextlib.suppress(Exception):
             importlib.import_module(name)
-        except Exception:
-            parts = name.split(".")
-            for depth in range(1, len(parts) + 1):
-                inner = ".".join(parts[:depth])
-                sys.modules[inner] = Anything(inner)
+            continue
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            module = Anything(".".join(parts[:depth]))
+            module.__path__ = []  # a package: what is inside of it is asked for by name
+            sys.modules[module.__name__] = module
 
 
 def restore_old_names() -> None:
     """Names that numpy 2 and torch 2 have dropped and old repositories call, with the meaning they had; CUDA calls that wait."""
-    if not hasattr(np, "Inf"):
-        np.Inf = np.inf  # type: ignore[attr-defined]
-    torch.solve = lambda B, A: (torch.linalg.solve(A, B), None)  # type: ignore[attr-defined]
+    vars(np).setdefault("Inf", np.inf)
+    vars(torch)["solve"] = lambda right, matrix: (torch.linalg.solve(matrix, right), None)
     if not torch.cuda.is_available():
-        torch.cuda.synchronize = lambda device=None: None  # type: ignore[assignment]
+        vars(torch.cuda)["synchronize"] = lambda device=None: None
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ def hyper_connections(log_domain: bool) -> Case:
         x = expand(x)
         for layer in layers:  # type: ignore[attr-defined]
             x = layer(x)
-        return reduce(x)  # type: ignore[no-any-return]
+        return reduce(x)
 
     return Case(Called(layers, call), (torch.randn(2, 8, 32),))
 
@@ -53,7 +53,7 @@ def matching(tight: bool) -> Case:
 
     def call(model: Any, a: Tensor, b: Tensor) -> Tensor:
         scores = model["project"](a) @ model["project"](b).transpose(1, 2) / 32**0.5
-        return log_optimal_transport(scores, bin_score.to(scores), iters=100)  # type: ignore[no-any-return]
+        return log_optimal_transport(scores, bin_score.to(scores), iters=100)
 
     return Case(Called(model, call), (torch.randn(2, 40, 32), torch.randn(2, 30, 32)))
 
@@ -66,7 +66,7 @@ def structural_matching(tight: bool) -> Case:
 
     def call(model: nn.Module, anchor: Tensor, bank: Tensor) -> Tensor:
         a, b = (nn.functional.normalize(model(x), dim=-1).transpose(-1, -2) for x in (anchor, bank))
-        return calc_similarity(a, a.mean(1), b, b.mean(2), stage=1, use_uniform=True)  # type: ignore[no-any-return]
+        return calc_similarity(a, a.mean(1), b, b.mean(2), stage=1, use_uniform=True)
 
     return Case(Called(model, call), (torch.randn(16, 32), torch.randn(8, 16, 32)))
 

@@ -42,7 +42,7 @@ def power_iteration(niter: int) -> Case:
             self.fc, self.propagation = nn.Linear(32, 7), PPRPowerIteration(adjacency(), alpha=0.1, niter=niter)
 
         def forward(self, x: Tensor, idx: Tensor) -> Tensor:
-            return self.propagation(self.fc(x), idx)  # type: ignore[no-any-return]
+            return self.propagation(self.fc(x), idx)
 
     return Case(Net(), (torch.randn(NODES, 32), torch.arange(NODES)))
 
@@ -97,7 +97,7 @@ def pyg_appnp(tight: bool) -> Case:
             self.fc, self.propagation = nn.Linear(32, 7), APPNP(K=30, alpha=0.1, normalize=False)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.propagation(self.fc(x), edge_index, weight)  # type: ignore[no-any-return]
+            return self.propagation(self.fc(x), edge_index, weight)
 
     return Case(Net(), (torch.randn(NODES, 32),))
 
@@ -114,7 +114,7 @@ def pyg_label_propagation(tight: bool) -> Case:
     def call(fc: nn.Module, x: Tensor) -> Tensor:
         soft = fc(x).softmax(dim=-1)
         corrected = post.correct(soft, labels, mask, edge_index, weight)
-        return post.smooth(corrected, labels, mask, edge_index, weight)  # type: ignore[no-any-return]
+        return post.smooth(corrected, labels, mask, edge_index, weight)
 
     return Case(Called(nn.Linear(32, 7), call), (torch.randn(NODES, 32),))
 

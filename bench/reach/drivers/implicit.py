@@ -31,7 +31,7 @@ def monotone(splitting: str, alpha: float, tight: bool) -> Case:
             self.Wout = nn.Linear(96, 10)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.Wout(self.mon(x)[-1])  # type: ignore[no-any-return]
+            return self.Wout(self.mon(x)[-1])
 
     return Case(SingleFc(), (torch.randn(32, 64),))
 
@@ -53,7 +53,7 @@ def fixed_point_network(tight: bool) -> Case:
             self.net = model
 
         def forward(self, d: Tensor) -> Tensor:
-            return self.net(d, eps=1e-11, max_depth=2000) if tight else self.net(d, eps=1e-4)  # type: ignore[no-any-return]
+            return self.net(d, eps=1e-11, max_depth=2000) if tight else self.net(d, eps=1e-4)
 
     return Case(Called(), (torch.randn(8, 1, 28, 28),))
 

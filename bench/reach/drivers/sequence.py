@@ -14,7 +14,7 @@ from ..sources import absent, cuda_named
 
 
 def first(output: Any) -> Tensor:
-    return output[0]  # type: ignore[no-any-return]
+    return output[0]
 
 
 class Called(nn.Module):
@@ -114,7 +114,14 @@ def tiny_recursive_model(tight: bool) -> Case:
     absent("coolname", "wandb")
     from models.recursive_reasoning.trm import TinyRecursiveReasoningModel_ACTV1 as Reasoner
 
-    settings = {"batch_size": 4, "seq_len": 16, "num_puzzle_identifiers": 1, "vocab_size": 12, "H_cycles": 3, "L_cycles": 6}
+    settings: dict[str, Any] = {
+        "batch_size": 4,
+        "seq_len": 16,
+        "num_puzzle_identifiers": 1,
+        "vocab_size": 12,
+        "H_cycles": 3,
+        "L_cycles": 6,
+    }
     settings |= {"H_layers": 0, "L_layers": 2, "hidden_size": 64, "expansion": 2.0, "num_heads": 4, "pos_encodings": "rope"}
     settings |= {
         "halt_max_steps": 4,

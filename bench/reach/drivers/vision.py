@@ -137,7 +137,7 @@ def undistortion(tight: bool) -> Case:
     points = (torch.rand(4, 500, 2) * 320).requires_grad_()
 
     def undistort(points: Tensor, camera: Tensor, dist: Tensor) -> Tensor:
-        return undistort_points(points, camera, dist, num_iters=20)  # type: ignore[no-any-return]
+        return undistort_points(points, camera, dist, num_iters=20)
 
     return Case(undistort, (points, camera, dist))
 
