@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..manifest import Case, Model
 from ..sources import absent
 from . import stand_ins
-from .sequence import Called, deq_arguments
+from .sequence import Called, deq_arguments, softly
 
 NODES = 120
 
@@ -55,6 +55,19 @@ def implicit_graph(tight: bool) -> Case:
     from utils import sparse_mx_to_torch_sparse_tensor
 
     model = IGNN(16, 24, 5, NODES, dropout=0.0, kappa=0.9)
+    adj = sparse_mx_to_torch_sparse_tensor(aug_normalized_adjacency(adjacency())).float()
+    return Case(model, (torch.randn(16, NODES), adj))
+
+
+def finite_graph(tight: bool) -> Case:
+    """liu-jc/EIGNN: its unrolled comparison, thirty layers of shared weights over a sparse adjacency."""
+    absent("torch_sparse", "ipdb")
+    from models_chains import IGNN_finite
+    from normalization import aug_normalized_adjacency
+    from utils import sparse_mx_to_torch_sparse_tensor
+
+    model = IGNN_finite(16, 5, 24, K=30, dropout=0.0)
+    softly(model.hid_layer, 0.7)
     adj = sparse_mx_to_torch_sparse_tensor(aug_normalized_adjacency(adjacency())).float()
     return Case(model, (torch.randn(16, NODES), adj))
 
@@ -138,6 +151,14 @@ MODELS = (
         "a Function that solves, both ways, sparse",
         implicit_graph,
         path=("nodeclassification",),
+    ),
+    Model(
+        "ignn-finite",
+        "liu-jc/EIGNN",
+        "6a2c8e73c11bfebc8614d955226dbae600cc8dfc",
+        "MIT",
+        "30 shared layers, sparse",
+        finite_graph,
     ),
     Model(
         "zoo-ignn",

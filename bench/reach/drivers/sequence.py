@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..manifest import Case, Model
 from ..sources import absent, cuda_named
+from . import stand_ins
 
 
 def first(output: Any) -> Tensor:
@@ -137,6 +138,21 @@ def tiny_recursive_model(tight: bool) -> Case:
     return Case(call, (batch,))
 
 
+def hierarchical_reasoning(tight: bool) -> Case:
+    """sapientinc/HRM: two cycles of two, one step of them with gradients."""
+    stand_ins.flash_attn()
+    from models.hrm.hrm_act_v1 import HierarchicalReasoningModel_ACTV1 as Reasoner
+
+    settings: dict[str, Any] = {"batch_size": 4, "seq_len": 16, "num_puzzle_identifiers": 1, "vocab_size": 12, "H_cycles": 2}
+    settings |= {"L_cycles": 2, "H_layers": 2, "L_layers": 2, "hidden_size": 64, "expansion": 2.0, "num_heads": 4}
+    settings |= {"pos_encodings": "rope", "halt_max_steps": 4, "halt_exploration_prob": 0.0, "forward_dtype": "float32"}
+    model = Reasoner(settings)
+    batch = {"inputs": torch.randint(0, 12, (4, 16)), "puzzle_identifiers": torch.zeros(4, dtype=torch.int32)}
+    carry = model.initial_carry(batch)
+    call = Called(model.inner, lambda inner, batch: inner(inner.reset_carry(carry.halted, carry.inner_carry), batch)[1])
+    return Case(call, (batch,))
+
+
 TORCHDEQ = ("locuslab/torchdeq", "4f6bd5fa66dd991cad74fcc847c88061764cf8db", "MIT")
 
 MODELS = (
@@ -167,6 +183,15 @@ MODELS = (
         "MIT",
         "nested short cycles, the last attached",
         tiny_recursive_model,
+        double=False,
+    ),
+    Model(
+        "hierarchical-reasoning-model",
+        "sapientinc/HRM",
+        "42410daaaf6ac8b266536d105a6e2362ffe40929",
+        "Apache-2.0",
+        "nested short cycles, the last attached",
+        hierarchical_reasoning,
         double=False,
     ),
 )

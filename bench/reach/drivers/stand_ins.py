@@ -22,6 +22,19 @@ def torch_scatter() -> None:
     sys.modules.setdefault("torch_scatter", module)
 
 
+def flash_attn() -> None:
+    """It needs a GPU: its one function, [batch, length, heads, width], by PyTorch's own attention."""
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+    for name in ("flash_attn_interface", "flash_attn"):
+        module: Any = types.ModuleType(name)
+        module.flash_attn_func = flash_attn_func
+        sys.modules.setdefault(name, module)
+
+
 def torchvision() -> None:
     """A torchvision without its compiled operators still imports, once those that it registers shapes for have a schema."""
     library = torch.library.Library("torchvision", "FRAGMENT")
