@@ -24,7 +24,7 @@ from .manifest import Model
 from .ways import WAYS, Row
 
 WARM = 10  # steps before the clock: regions are compared at calls 0, 1, 2, 4 and 8, and then not before the 200th
-TURNS, SECONDS_OF_TURNS, FEWEST_TURNS = 15, 30.0, 3
+TURNS, SECONDS_OF_TURNS, FEWEST_TURNS = 11, 20.0, 3
 
 
 class Failed(Exception):
