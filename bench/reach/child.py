@@ -37,6 +37,13 @@ def shown(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
 
 
+def relative(text: str, folder: str) -> str:
+    """A text on one line, its files named as they stand in the repository or in the package."""
+    for base in (folder, *sys.path):
+        text = text.replace(str(base).rstrip("/") + "/", "") if base else text
+    return " ".join(text.split())
+
+
 class Child:
     """What a process can be asked for; every answer is a row of figures."""
 
@@ -47,10 +54,7 @@ class Child:
         self.step: Step | None = None
 
     def relative(self, text: str) -> str:
-        """Names of files as they stand in the repository."""
-        for base in (self.task["sources"], *sys.path):
-            text = text.replace(str(base).rstrip("/") + "/", "") if base else text
-        return " ".join(text.split())
+        return relative(text, self.task["sources"])
 
     def first(self) -> Row:
         """The first step: compilation, value, gradients. What it returned goes to a file."""
@@ -133,7 +137,7 @@ def serve(task: Row, requests: TextIO, replies: TextIO) -> None:
                 reply(answers(child)[line.strip()]())
         except Exception as error:
             traceback.print_exc()
-            reply({"error": shown(error)})
+            reply({"error": relative(shown(error), task["sources"])})
 
 
 def main(text: str) -> int:

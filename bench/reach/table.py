@@ -162,7 +162,8 @@ Each model is made small, seeded, and run as published, with `torch.compile(back
 
 def page(head: Row, rows: list[Row]) -> str:
     main = tabulate([line(row) for row in rows], headers=HEADERS, tablefmt="github", disable_numparse=True)
-    where = f"{machine.one_line(head['machine'])}; {head['date'][:10]}, commit {head['commit'] or 'unknown'}"
+    commits = dict.fromkeys(row.get("commit_of_ours") or "unknown" for row in rows)
+    where = f"{machine.one_line(head['machine'])}; {head['date'][:10]}, commit {', '.join(commits)}"
     return TEXT.format(
         counts=counts(rows),
         value=WRONG_VALUE,
