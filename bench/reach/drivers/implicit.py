@@ -24,7 +24,7 @@ def monotone(splitting: str, alpha: float, tight: bool) -> Case:
 
         def __init__(self) -> None:
             super().__init__()
-            tol, most = (1e-11, 5000) if tight else (1e-4, 300)
+            tol, most = (1e-11, 5000) if tight else (1e-5, 300)
             self.mon = getattr(methods, splitting)(
                 mon.MONSingleFc(64, 96, m=0.2), mon.MONReLU(), alpha=alpha, tol=tol, max_iter=most
             )
@@ -91,8 +91,8 @@ def tutorial_tanh(tight: bool) -> Case:
     absent("jax", "jax.numpy")
     script = definitions("implicitlayer_pytorch.py")
     torch.manual_seed(0)
-    layer = script.TanhFixedPointLayer(64, tol=1e-11 if tight else 1e-4, max_iter=1000 if tight else 50)
-    return Case(nn.Sequential(nn.Linear(64, 64), layer, nn.Linear(64, 10)), (torch.randn(64, 64),))
+    layer = script.TanhFixedPointLayer(100, tol=1e-11 if tight else 1e-4, max_iter=1000 if tight else 50)
+    return Case(nn.Sequential(nn.Linear(784, 100), layer, nn.Linear(100, 10)), (torch.randn(100, 784),))
 
 
 def tutorial_newton(tight: bool) -> Case:
@@ -100,8 +100,8 @@ def tutorial_newton(tight: bool) -> Case:
     absent("torchvision")
     script = definitions("implicitlayer_mnist_newton.py", names=("device",))
     torch.manual_seed(0)
-    layer = script.TanhNewtonImplicitLayer(48, tol=1e-12 if tight else 1e-4, max_iter=40)
-    return Case(nn.Sequential(nn.Linear(64, 48), layer, nn.Linear(48, 10)), (torch.randn(16, 64),))
+    layer = script.TanhNewtonImplicitLayer(100, tol=1e-12 if tight else 1e-4, max_iter=40)
+    return Case(nn.Sequential(nn.Linear(784, 100), layer, nn.Linear(100, 10)), (torch.randn(100, 784),))
 
 
 MON = ("locuslab/monotone_op_net", "6c224c4fb1caadd2362f8d72e8c3bac2f0fd8511", "none stated")
