@@ -101,7 +101,7 @@ def flow(tight: bool) -> Case:
 
     parser = argparse.ArgumentParser()
     add_deq_args(parser)
-    arguments = parser.parse_args(["--ift", "--safe_ift", "--f_stop_mode", "rel", "--b_stop_mode", "rel"])
+    arguments = parser.parse_args(["--ift", "--safe_ift", "--f_eps", "1e-4", "--f_stop_mode", "rel", "--b_stop_mode", "rel"])
     vars(arguments).update(tiny=True, large=False, huge=False, gigantic=False, gma=False, mixed_precision=False)
     vars(arguments).update(all_grad=True, old_version=False, dropout=0.0, vdropout=0.0)
     if tight:
@@ -117,7 +117,7 @@ def zoo_flow(tight: bool) -> Case:
     absent("termcolor", "matplotlib", "matplotlib.pyplot")
     from core.deq_flow import DEQFlow
 
-    arguments = deq_arguments(tight, ift=True, norm_type="none", f_solver="anderson", f_tol=1e-3, f_stop_mode="rel")
+    arguments = deq_arguments(tight, ift=True, norm_type="none", f_solver="anderson", f_tol=1e-4, f_stop_mode="rel")
     if tight:
         vars(arguments).update(f_tol=1e-6, b_tol=1e-6, b_stop_mode="rel")
     vars(arguments).update(tiny=True, large=False, huge=False, gigantic=False, gma=False, mixed_precision=False)
