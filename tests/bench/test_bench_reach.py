@@ -231,6 +231,12 @@ def test_a_crash_a_slow_step_and_a_dear_one_are_marked() -> None:
     dear["deq"] |= {"first_cpu_s": 13.0}
     assert "**1.04×**" in table.line(late)
     assert "**1.30×**" in table.line(dear)
+    scattered = row()
+    scattered["deq"] |= {"step_ms": 10.4, "quartiles_ms": [9.9, 10.6]}
+    scattered["inductor"] |= {"quartiles_ms": [9.8, 10.1]}
+    assert not table.slower(scattered)
+    scattered["deq"]["quartiles_ms"] = [10.2, 10.6]
+    assert table.slower(scattered)
     text = table.counts([fine, crash, late, dear])
     assert "4 models of 1 repositories" in text
     assert "0 wrong, 1 crashed; 1 more than 3 % slower than Inductor, 1 with a first step above" in text
