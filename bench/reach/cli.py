@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -35,6 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--table", action="store_true", help="make the page from --json instead of measuring")
     parser.add_argument("--logs", type=Path, help="keep what the processes print there")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # a task as JSON: the child's own call
+
+
+def product_commit() -> str:
+    """The commit that last changed the compiler itself: what a row was measured with, whatever else has been committed since."""
+    words = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--abbrev=12", "--", "deq_compile", "kernels", "passes"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def chosen(drivers: str, names: str | None) -> list[Model]:
@@ -106,7 +113,7 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join(f"{model.name}: {model.repository} {model.commit}" for model in models))
         return 0
     args.threads, args.repeats = 1, conduct.TURNS
-    head = header(args) | {"seconds": args.limit}
+    head = header(args) | {"seconds": args.limit, "commit": product_commit()}
     rows, interrupted = collect(args, head, models)
     print(table.counts(list(rows.values())), f"\n{machine.one_line(head['machine'])}")
     return 130 if interrupted else int(any(table.wrong(row) or table.crashed(row) for row in rows.values()))
