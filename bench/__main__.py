@@ -10,6 +10,7 @@ from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
 from bench.gradients import cli as gradients
 from bench.multistable import cli as multistable
+from bench.reach import cli as reach
 from bench.roofline import cli as roofline
 from bench.scaling import cli as scaling
 from bench.tables import cli as tables
@@ -25,6 +26,7 @@ COMMANDS = {
     "kernels": kernels,
     "multistable": multistable,
     "overhead": overhead,
+    "reach": reach,
     "roofline": roofline,
     "scaling": scaling,
     "step": step,
