@@ -299,5 +299,6 @@ def test_a_repository_from_end_to_end(folder: Path, tmp_path: Path) -> None:
     assert [region["status"] for region in found["deq"]["regions"]] == ["solve"]
     assert found["deq"]["graphs"] == found["inductor"]["graphs"] == 1
     assert 0 < found["deq"]["error"]["value"] < 1e-3
-    assert all(found[way]["step_ms"] > 0 and found[way]["first_cpu_s"] > 0 for way in ("eager", "inductor", "deq"))
+    assert {way for way in ("eager", "inductor", "deq") if not found[way]["step_ms"] > 0} == set()
+    assert {way for way in ("inductor", "deq") if not found[way]["first_cpu_s"] > 0} == set()
     assert "| tied" in (tmp_path / "r.md").read_text()
