@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from bench.reach import child, cli, conduct, sources, table
 from bench.reach.drivers import MODELS
@@ -172,6 +173,7 @@ def test_a_script_is_imported_without_what_it_runs(folder: Path, tmp_path: Path)
 
 
 def test_a_child_answers_with_figures_or_with_its_error(folder: Path, tmp_path: Path) -> None:
+    counters.clear()  # a child has a process of its own
     ready, first, steps, turn, last = answers(tmp_path, "eager", "tied", "first", "steps", "turn", "last")
     assert ready == {"ready": True, "version": ""}
     assert first["graphs"] == steps["graphs"] == 0

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.gpu.rehearse import rehearsed
+from deq_compile import torch_parts
 from deq_compile.config import Options
 from deq_compile.kernels.broyden.state import new_factors
 from deq_compile.region.graphs.operands import Operands, addresses
@@ -89,7 +90,6 @@ def test_the_tag_outlives_aotautograd() -> None:
 
 def test_bodies_are_no_graphs_of_inductors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the outer mode says: the engines capture."""
-    import torch._inductor.compile_fx as compile_fx
     from torch._inductor import config
 
     seen: list[tuple[bool, bool]] = []
@@ -98,7 +98,7 @@ def test_bodies_are_no_graphs_of_inductors(monkeypatch: pytest.MonkeyPatch) -> N
         seen.append((config.triton.cudagraphs, config.graph_partition))
         return lambda args: gm(*args)
 
-    monkeypatch.setattr(compile_fx, "compile_fx_inner", inner)
+    monkeypatch.setattr(torch_parts, "compile_fx_inner", inner, raising=False)
     options = {"inductor": {"triton.cudagraphs": True, "graph_partition": True}, "verify": "never"}
     gm_model = Loop()
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from bench.gpu.rehearse import RehearsalDevice, rehearsed
 from bench.gpu.rules import STAGES, Fault
 from deq_compile.region import graphs
+from deq_compile.region.graphs import operands
 from tests.region.test_graphs_interpreted import Loop as Wide
 from tests.region.test_graphs_interpreted import compiled
 from tests.region.test_graphs_interpreted import gradients as gradient
@@ -170,7 +171,7 @@ def test_an_error_while_operands_are_brought_in_frees_the_solve(
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(torch, "_foreach_copy_", full)
+        patch.setattr(operands, "foreach_copy_", full)
         with pytest.raises(RuntimeError, match="out of memory"):
             call(x)
     assert not held.busy.locked()
