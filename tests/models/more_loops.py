@@ -402,6 +402,6 @@ MORE: dict[str, Case] = {
     # left alone
     "checkpointed_layers": Case(CheckpointedLayers, 0, Reason.CONTROL_FLOW),
     "checkpointed_dropout": Case(CheckpointedDropout, 0, Reason.RANDOM),
-    "counter": Case(Counter),
+    "counter": Case(Counter, 1),
 }
 KEPT = {"carried_copy"}
