@@ -16,7 +16,6 @@ from deq_compile.torch_parts import find, free_unbacked_symbols
 config = find("torch._dynamo", "config")
 reset_code = find("torch._dynamo", "reset_code")
 graph_break = find("torch._dynamo", "graph_break")
-allow_in_graph = find("torch._dynamo", "allow_in_graph")
 InstructionTranslator = find("torch._dynamo.symbolic_convert", "InstructionTranslator")
 InliningInstructionTranslator = find("torch._dynamo.symbolic_convert", "InliningInstructionTranslator")
 InliningGeneratorInstructionTranslator = find("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
