@@ -40,25 +40,29 @@ class Absent:
 _NOTHING = object()
 
 
-def find(module: str, name: str, otherwise: Any = _NOTHING, test: Callable[[Any], object] | None = None) -> Any:
+Test = Callable[[Any], object]
+
+
+def find(module: str, name: str, otherwise: Any = _NOTHING, test: Test | None = None, key: str = "") -> Any:
     """A name of a module, with dots where it is one of a class. Where there is none, or `test` of it raises, `otherwise`, by
-    default an `Absent`.
+    default an `Absent`; why is then noted under `key`, by default the name.
     """
+    key = key or name
     try:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
     except Exception as error:  # whatever a changed module may raise while it is imported
         more = "" if isinstance(error, AttributeError | ModuleNotFoundError) else f" ({type(error).__name__}: {error})"
-        MISSING[name] = f"torch {torch.__version__} has no {module}.{name}{more}"
+        MISSING[key] = f"torch {torch.__version__} has no {module}.{name}{more}"
     else:
         try:
             if test is not None:
                 test(found)
             return found
         except Exception as error:
-            MISSING[name] = f"{module}.{name} of torch {torch.__version__} is not what it was ({type(error).__name__}: {error})"
-    return Absent(name) if otherwise is _NOTHING else otherwise
+            MISSING[key] = f"{module}.{name} of torch {torch.__version__} is not what it was ({type(error).__name__}: {error})"
+    return Absent(key) if otherwise is _NOTHING else otherwise
 
 
 # What is lost without a part, in words for `explain`.
@@ -82,6 +86,7 @@ COMPILER = "a look for a C++ compiler before Inductor starts"
 FOLDERS = "Inductor's folder as the place of our C++ kernels"
 KERNELS = "C++ kernels (ATen serves)"
 BY_NAME = 'torch.compile(backend="deq") by name, from a plain checkout'
+RANKS = "agreement of ranks (each decides about its regions alone)"
 LIMITS = "more than a few explanations of one model"
 AOT_EAGER = "aot_eager (graphs run as they are)"
 POOLS, CAPTURES = "freeing the memory of a CUDA graph whose capture failed", "CUDA graphs"
@@ -91,14 +96,14 @@ _LOST: dict[str, str] = {}
 PARTS: list[tuple[str, str, str]] = []  # (module, name, feature) of those that were looked up
 
 
-def _part(module: str, name: str, feature: str, otherwise: Any = _NOTHING, test: Callable[[Any], object] | None = None) -> Any:
+def _part(module: str, name: str, feature: str, otherwise: Any = _NOTHING, test: Test | None = None, key: str = "") -> Any:
     """`feature` is what is lost without it; "" where nothing is."""
-    _FEATURE[name] = feature
+    key = key or name
+    _FEATURE[key] = feature
     PARTS.append((module, name, feature))
-    MISSING.pop(name, None)
-    found = find(module, name, otherwise, test)
-    if feature and name in MISSING:
-        _LOST.setdefault(feature, MISSING[name])
+    found = find(module, name, otherwise, test, key)
+    if feature and key in MISSING:
+        _LOST.setdefault(feature, MISSING[key])
     return found
 
 
@@ -242,7 +247,7 @@ def source_of(node: torch.fx.Node) -> Any:
 def copy_source(old: torch.fx.Node, new: torch.fx.Node) -> None:
     """AOTAutograd asks inputs where they come from, which no copy of a node carries over."""
     if hasattr(old, "_dynamo_source"):
-        new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+        new._dynamo_source = old._dynamo_source
 
 
 # ---- the operator's shortcut: the kernel without the dispatcher (region/op.py)
@@ -321,6 +326,7 @@ _LATE: dict[str, tuple[Any, ...]] = {
     "get_cpp_compiler": ("torch._inductor.cpp_builder", "get_cpp_compiler", COMPILER, lambda: ""),
     "InvalidCxxCompiler": ("torch._inductor.exc", "InvalidCxxCompiler", COMPILER, RuntimeError),
     "CppCodeCache": ("torch._inductor.codecache", "CppCodeCache", KERNELS, None),
+    "default_store": ("torch.distributed.distributed_c10d", "_get_default_store", RANKS, lambda: None),
     "inductor_cache_dir": ("torch._inductor.runtime.cache_dir_utils", "cache_dir", FOLDERS, tempfile.gettempdir),
 }
 NEEDED = tuple(name for name, feature in _FEATURE.items() if feature == REGIONS) + ("free_unbacked_symbols",)
@@ -329,7 +335,7 @@ NEEDED = tuple(name for name, feature in _FEATURE.items() if feature == REGIONS)
 def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = globals()[name] = _part(*_LATE[name])
+    found = globals()[name] = functools.partial(_part, key=name)(*_LATE[name])
     return found
 
 

@@ -122,6 +122,11 @@ def constant(tx: Any, variable: Any) -> Any:
     raise LookupError(type(variable).__name__)
 
 
+def unseen(variable: Any) -> Any:
+    """The Python value of a lazy variable that Dynamo has not looked at yet."""
+    return variable._cache.value
+
+
 def removed_handle() -> Any:
     """The variable of a hook's handle after `handle.remove()`."""
     return RemovableHandleVariable(mutation_type=ValueMutationNew(), idx=RemovableHandleVariable.REMOVED)
