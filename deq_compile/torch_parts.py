@@ -32,7 +32,7 @@ class Absent:
         self.__dict__["_name"] = name
 
     def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise Unavailable(MISSING.get(self.__dict__["_name"], f"no {self.__dict__['_name']}"))
+        raise Unavailable(MISSING.get(self.__dict__["_name"], f"torch {torch.__version__} has no {self.__dict__['_name']}"))
 
     __call__ = __getattr__ = __setattr__ = __instancecheck__ = _refuse
 
