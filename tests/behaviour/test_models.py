@@ -9,7 +9,8 @@ import torch
 
 from deq_compile import Reason, record_solves
 from tests.helpers import compiled, largest_error, reference, tensor_of, value_and_grads
-from tests.models.loops import CASES, IMAGE, Block, Case, ConvNorm, Loop
+from tests.models.loops import CASES, IMAGE
+from tests.models.parts import Block, Case, ConvNorm, Loop
 
 SOLVED = [name for name, case in CASES.items() if case.regions]
 LEFT = [name for name, case in CASES.items() if not case.regions]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import compiled, largest_error, reference, tensor_of, value_and_grads
-from tests.models.loops import CASES, Case, D, Linear
+from tests.models.loops import CASES
 from tests.models.more_loops import KEPT, MORE, InPlaceInput
+from tests.models.parts import Case, D, Linear
 
 FOUND = [name for name, case in MORE.items() if case.regions]
 LEFT = [name for name, case in MORE.items() if not case.regions]

@@ -22,7 +22,8 @@ from deq_compile import Reason, deq_compile, explain, record_solves
 from deq_compile.config import Options
 from deq_compile.inner import has_cpp_compiler
 from tests.helpers import TIGHT, largest_error, reference, value_and_grads
-from tests.models.loops import CASES, Linear, Loop, contract
+from tests.models.loops import CASES
+from tests.models.parts import Linear, Loop, contract
 
 ROOT = Path(__file__).resolve().parents[2]
 
