@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_left_alone(name: str) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     (skipped,) = report.skipped
     assert skipped.reason is case.refused
-    assert skipped.location.file.endswith("loops.py")
+    assert Path(skipped.location.file).parent.name == "models"
     assert skipped.location.line > 0
 
 
