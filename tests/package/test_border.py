@@ -159,7 +159,6 @@ import torch._inductor.compile_fx
 from torch._dynamo.backends import debugging, distributed
 
 warnings.simplefilter("ignore")
-torch.set_num_threads(1)
 layer = torch.nn.Linear(4, 4)
 torch.nn.init.orthogonal_(layer.weight, gain=0.3)
 real = importlib.import_module
@@ -234,7 +233,8 @@ for folder, _, files in os.walk(os.path.join(os.environ["PYTHONPATH"], "deq_comp
 Loader = importlib.machinery.SourceFileLoader
 compiled = Loader.source_to_code
 Loader.source_to_code = lambda self, data, path, **more: codes.get(path) or compiled(self, data, path, **more)
-torch.compile(counted, backend="aot_eager")(torch.randn(3, 4))
+with torch.no_grad():  # where autograd has started its threads, no process may fork
+    torch.compile(counted, backend="aot_eager")(torch.randn(3, 4))
 torch._dynamo.reset()
 gc.disable()  # it would copy every page that a child shares with its parent
 failed = []
@@ -288,6 +288,7 @@ def test_the_border_has_a_list() -> None:
 def test_a_missing_name_costs_its_feature(half: int) -> None:
     """The import works, values and gradients are right, and `explain` says what is off."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DEQ_COMPILE_NATIVE": "0", "DEQ_COMPILE_RAISE": "1"}
+    environment["OMP_NUM_THREADS"] = "1"  # a number that is set while it runs would not outlive a fork
     command = [sys.executable, "-c", PROGRAM, json.dumps(cases()[half::2])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
