@@ -82,18 +82,19 @@ def _eager(f: Callable[[S], S], z0: S, return_info: bool, options: dict[str, Any
 
 
 _WHY = "deq_compile.fixed_point: only backend='deq' makes it a part of the graph; elsewhere it is solved outside"
-_disabled: list[Callable[..., Any]] = []  # once Dynamo is there
+_disabled: Callable[..., Any] | None = None  # once Dynamo is there
 
 
 def _outside(*given: Any) -> Any:
     """`_eager`, outside of the graph of whoever traces."""
-    if not _disabled:
-        _disabled.append(torch.compiler.disable(_eager, reason=_WHY))
-    return _disabled[0](*given)
+    global _disabled
+    if _disabled is None:  # Dynamo traces this: torch 2.11 warns of a list's `append`
+        _disabled = torch.compiler.disable(_eager, reason=_WHY)
+    return _disabled(*given)
 
 
 if "torch._dynamo" in sys.modules:
-    _disabled.append(torch.compiler.disable(_eager, reason=_WHY))
+    _disabled = torch.compiler.disable(_eager, reason=_WHY)
 
 
 def check_flag(return_info: Any) -> None:
