@@ -17,7 +17,7 @@ from .capture import OFF
 from .config import Options
 from .onlooker import Onlooker, original_of
 from .report import Report
-from .torch_parts import annotate, counters, dynamo_config, lost
+from .torch_parts import COMPILED_CALL, annotate, call_of, counters, dynamo_config, lost
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -51,7 +51,7 @@ def deq_compile(target: Any = None, /, **options: Any) -> Any:
 def _decorate(target: Any, options: Options) -> Any:
     if isinstance(target, type) and issubclass(target, nn.Module):
         setattr(target, scope.CLASS_ATTRIBUTE, options)
-        target._compiled_call_impl = _CompiledCall(options)  # type: ignore[assignment]
+        setattr(target, COMPILED_CALL, _CompiledCall(options))
         return target
     _refuse_script(target, "deq_compile")
     if isinstance(target, nn.Module):
@@ -84,8 +84,8 @@ class _CompiledCall:
     def __get__(self, module: nn.Module | None, owner: type) -> Any:
         if module is None or torch.compiler.is_compiling():
             return None
-        compiled = torch.compile(module._call_impl, backend=Backend(self.options))
-        module.__dict__["_compiled_call_impl"] = compiled
+        compiled = torch.compile(call_of(module), backend=Backend(self.options))
+        module.__dict__[COMPILED_CALL] = compiled
         return compiled
 
 
@@ -139,7 +139,7 @@ def explain(model: Callable[..., Any], /, **options: Any) -> Callable[..., Repor
             inherited = getattr(type(original), scope.CLASS_ATTRIBUTE, inherited)
         backend = Backend(inherited.merge(Options.from_options(said)).merge(chosen), report, votes=False)
         # a decorated module would run its own compiled call: explain what it calls
-        call = original._call_impl if isinstance(original, nn.Module) else original
+        call = call_of(original) if isinstance(original, nn.Module) else original
         # each explanation is one more compilation of the same code, which is no sign of a model that recompiles
         before = Counter(counters["graph_break"])
         compiled = torch.compile(call, backend=backend)

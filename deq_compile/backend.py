@@ -15,7 +15,7 @@ from .inner import CompiledFn, compile_rest
 from .region.site import own
 from .report import Report
 from .rewrite import rewrite_if_possible
-from .torch_parts import dynamo_backends
+from .torch_parts import known_backends, register_backend
 
 
 class Backend:
@@ -85,9 +85,8 @@ deq.reset = reset  # type: ignore[attr-defined]
 
 def _register_backend() -> None:
     """Make `backend="deq"` known from a plain checkout; an installed package is found through its entry point."""
-    known = getattr(dynamo_backends, "_COMPILER_FNS", {})
-    if dynamo_backends is not None and "deq" not in entry_points(group="torch_dynamo_backends").names and "deq" not in known:
-        dynamo_backends.register_backend(deq, name="deq")
+    if "deq" not in entry_points(group="torch_dynamo_backends").names and "deq" not in known_backends:
+        register_backend(deq, name="deq")
 
 
 _register_backend()

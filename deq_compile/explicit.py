@@ -9,13 +9,13 @@ from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .config import Options
 from .region.eager import solve_eagerly
 from .region.surroundings import NO_TANGENT, NotHere, any_tangent, plain, values_are_known
 from .solve_info import COLUMNS, SolveInfo
 from .structure import Structure, flatten, unflatten
+from .torch_parts import forward_mode
 
 S = TypeVar("S")
 
@@ -74,7 +74,7 @@ def _eager(f: Callable[[S], S], z0: S, return_info: bool, options: dict[str, Any
     if not known:
         once = unflatten(body([leaf.detach() for leaf in leaves]), structure)
         return (once, SolveInfo.of(leaves[0].new_zeros((rows, COLUMNS), dtype=torch.float32))) if return_info else once
-    if forward_ad._current_level >= 0 and any_tangent([*leaves, *body([leaf.detach() for leaf in leaves])]):
+    if forward_mode() and any_tangent([*leaves, *body([leaf.detach() for leaf in leaves])]):
         raise NotHere(NO_TANGENT)
     found = solve_eagerly(body, leaves, config, key=getattr(f, "__code__", type(f)), where=_caller())
     solved = unflatten(found.states, structure)
@@ -82,18 +82,19 @@ def _eager(f: Callable[[S], S], z0: S, return_info: bool, options: dict[str, Any
 
 
 _WHY = "deq_compile.fixed_point: only backend='deq' makes it a part of the graph; elsewhere it is solved outside"
-_disabled: list[Callable[..., Any]] = []  # once Dynamo is there
+_disabled: Callable[..., Any] | None = None  # once Dynamo is there
 
 
 def _outside(*given: Any) -> Any:
     """`_eager`, outside of the graph of whoever traces."""
-    if not _disabled:
-        _disabled.append(torch.compiler.disable(_eager, reason=_WHY))
-    return _disabled[0](*given)
+    global _disabled
+    if _disabled is None:  # Dynamo traces this: torch 2.11 warns of a list's `append`
+        _disabled = torch.compiler.disable(_eager, reason=_WHY)
+    return _disabled(*given)
 
 
 if "torch._dynamo" in sys.modules:
-    _disabled.append(torch.compiler.disable(_eager, reason=_WHY))
+    _disabled = torch.compiler.disable(_eager, reason=_WHY)
 
 
 def check_flag(return_info: Any) -> None:

@@ -25,7 +25,7 @@ from .region.site import RegionSpec, Site, register
 from .region.stop import GraphTest, NormTest, StopTest
 from .report import Region
 from .scope import scoped_options
-from .torch_parts import FakeTensorMode
+from .torch_parts import FakeTensorMode, qualified_name
 
 log = logging.getLogger("deq_compile.lower")
 
@@ -81,7 +81,7 @@ def _place(loop: Loop, spec: RegionSpec, before: int) -> str:
     assert loop.body is not None
     where, line = os.path.basename(loop.location.file), loop.location.line
     operations = [
-        fx.node._get_qualified_name(node.target) if callable(node.target) else str(node.target)
+        qualified_name(node.target) if callable(node.target) else str(node.target)
         for node in loop.body.graph.nodes
         if node.op in ("call_function", "call_method") and is_tensor(node)
     ]

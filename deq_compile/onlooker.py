@@ -20,7 +20,7 @@ from torch import nn
 
 from .markers import NOT_THE_USERS, PACKAGE
 from .report import Location, Reason, Skipped
-from .torch_parts import counters
+from .torch_parts import backend_below, counters, model_below
 
 MOST = 5  # functions that are named
 _SOLVER = (os.path.join(PACKAGE, "region"), os.path.join(PACKAGE, "kernels"))
@@ -144,7 +144,7 @@ def original_of(model: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str
     """What a compiled model or function was made of, and the options it was compiled with for this backend."""
     options: dict[str, Any] = {}
     while True:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "_torchdynamo_orig_callable", None)
+        inner = model_below(model)
         if inner is None or inner is model:
             return model, options
         backend: Any = getattr(_context_of(model), "callback", None)
@@ -152,7 +152,7 @@ def original_of(model: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str
             given = getattr(backend, "kwargs", None)
             if isinstance(given, dict) and isinstance(given.get("options"), dict):
                 options = {**given["options"], **options}
-            backend = getattr(backend, "_torchdynamo_orig_backend", None) or getattr(backend, "compiler_fn", None)
+            backend = backend_below(backend)
         model = inner
 
 

@@ -26,7 +26,7 @@ from .region.modes import Ambient
 from .region.site import Site, own
 from .report import Region, Report
 from .scope import scoped_options
-from .torch_parts import trace_structured
+from .torch_parts import copy_source, trace_structured
 from .unexpected import survive
 
 
@@ -137,6 +137,5 @@ def _copy_of(graph: fx.Graph) -> fx.Graph:
     """A copy that AOTAutograd accepts: it asks inputs where they come from, which no copy of a node carries over."""
     new = copy.deepcopy(graph)
     for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
-        if hasattr(old_node, "_dynamo_source"):
-            new_node._dynamo_source = old_node._dynamo_source
+        copy_source(old_node, new_node)
     return new

@@ -11,6 +11,7 @@ from torch import fx
 
 from deq_compile.markers import enter, leave, untold
 from deq_compile.report import Reason, Skipped
+from deq_compile.torch_parts import assert_scalar, check_size
 
 from .ambient import AUTOCAST_TARGETS, GRAD_TARGETS
 from .base import Loop, Pass, PassContext, describe, foreign_among, inside_transforms, location_of, value_of
@@ -82,7 +83,7 @@ class Declared(Loop):
         return location_of(self.entry) if self.entry is not None else super().location
 
 
-_ASSERTS = (torch.ops.aten._assert_scalar.default, torch._check, torch.ops.aten.sym_constrain_range_for_size.default)
+_ASSERTS = (assert_scalar, check_size, torch.ops.aten.sym_constrain_range_for_size.default)
 _COMPARISONS = (operator.ge, operator.le, operator.gt, operator.lt, operator.eq, operator.ne)
 
 

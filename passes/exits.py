@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from deq_compile.markers import GUARD, HIDDEN, may_exit
 from deq_compile.report import Reason, Skipped
+from deq_compile.torch_parts import assert_scalar, is_erased
 
 from .base import ExitTest, Loop, Pass, PassContext, describe, hint, location_of, value_of
 from .functionalise import written_argument
@@ -311,7 +312,7 @@ def drop_assertions(graph: fx.Graph) -> None:
         if node.target is may_exit and isinstance(node.args[0], fx.Node):
             tested |= _ancestors(node.args[0], list(graph.nodes))
     for node in reversed(list(graph.nodes)):
-        if node.target is torch.ops.aten._assert_scalar.default:
+        if node.target is assert_scalar:
             sources = [a for a in _ancestors(node, list(graph.nodes)) if a.op == "call_method" and a.target == "item"]
             if sources and all(source in tested for source in sources):
                 condition = node.args[0]
@@ -335,7 +336,7 @@ def drop_consumed(graph: fx.Graph, passages: set[tuple[Any, ...]]) -> None:
 
 def erase_unused(graph: fx.Graph, node: Any) -> None:
     """Erase a node that nothing reads, and then what only it has read."""
-    if not isinstance(node, fx.Node) or node._erased or node.users or node.op in ("placeholder", "get_attr", "output"):
+    if not isinstance(node, fx.Node) or is_erased(node) or node.users or node.op in ("placeholder", "get_attr", "output"):
         return
     if written_argument(node) is not None or node.is_impure():
         return

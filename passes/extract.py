@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from deq_compile.torch_parts import qualified_name
+
 from .ambient import AUTOCAST_TARGETS
 from .base import Loop, Pass, PassContext, hint, value_of
 
@@ -86,7 +88,7 @@ def body_hash(body: fx.GraphModule, roles: bool = True) -> str:
 
 
 def target_name(target: str | Callable[..., Any]) -> str:
-    name = fx.node._get_qualified_name(target) if callable(target) else str(target)
+    name = qualified_name(target) if callable(target) else str(target)
     # two local functions may share a name and differ in what they do
     return f"{name}#{id(target)}" if "<locals>" in name or "<lambda>" in name else name
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from deq_compile.torch_parts import storage_id
+
 from .base import Pass, PassContext, is_tensor, value_of
 
 _OPERATORS: dict[Any, Callable[..., Any]] = {
@@ -44,7 +46,7 @@ def storage_of(node: fx.Node) -> int | None:
     value = value_of(node)
     if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
-    return int(value.untyped_storage()._cdata)
+    return storage_id(value)
 
 
 def written_argument(node: fx.Node) -> fx.Node | None:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import fx, nn
 
+from deq_compile.torch_parts import source_of
+
 from .base import is_tensor, value_of
 
 
@@ -37,7 +39,7 @@ def _is_input(node: fx.Node) -> bool:
     Where Dynamo does not say, it counts as one."""
     if isinstance(value_of(node), nn.Parameter):
         return False
-    source: Any = getattr(node, "_dynamo_source", None)
+    source: Any = source_of(node)
     while hasattr(source, "base"):
         if hasattr(source, "member"):  # an attribute
             return False

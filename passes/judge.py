@@ -14,7 +14,7 @@ from torch import fx
 
 from deq_compile.region.modes import Ambient
 from deq_compile.report import Reason, Skipped
-from deq_compile.torch_parts import FakeTensorMode, HigherOrderOperator, TorchDispatchMode, pytree
+from deq_compile.torch_parts import FakeTensorMode, HigherOrderOperator, TorchDispatchMode, pytree, schema_of, storage_id
 
 from .ambient import GRAD_TARGETS, ambient_at
 from .base import Loop, Pass, PassContext, describe, hint, location_of, value_of
@@ -116,7 +116,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata) if tensor.layout is torch.strided else id(tensor)
+    return storage_id(tensor) if tensor.layout is torch.strided else id(tensor)
 
 
 class _Watch(TorchDispatchMode):
@@ -129,7 +129,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        arguments = func._schema.arguments  # the dispatcher drops arguments that equal their defaults
+        arguments = schema_of(func).arguments  # the dispatcher drops arguments that equal their defaults
         named = {a.name: a.default_value for a in arguments if a.has_default_value()}
         named |= {a.name: v for a, v in zip(arguments, args, strict=False)} | kwargs
         if torch.Tag.nondeterministic_seeded in func.tags and not _no_randomness(named):
@@ -137,7 +137,7 @@ class _Watch(TorchDispatchMode):
         training = named.get("training", named.get("train"))
         if "batch_norm" in func.name() and training is True and named.get("running_mean") is not None:
             self.refusal = Reason.BATCH_NORM
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             for argument in arguments:
                 value = named.get(argument.name)
                 if argument.is_write and isinstance(value, torch.Tensor) and _storage(value) in self.inputs:

@@ -10,11 +10,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from deq_compile.torch_parts import backend_below
+
 
 def innermost(backend: Any) -> Any:
     """The backend itself, below what torch has wrapped around it."""
     for _ in range(8):
-        inner = getattr(backend, "compiler_fn", None) or getattr(backend, "_torchdynamo_orig_backend", None)
+        inner = backend_below(backend)
         inner = inner or getattr(getattr(backend, "__self__", None), "backend_compile_fn", None)  # DDPOptimizer.compile_fn
         if inner is None or getattr(backend, "takes_whole_graphs", False):
             break

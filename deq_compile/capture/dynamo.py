@@ -16,7 +16,6 @@ from deq_compile.torch_parts import find, free_unbacked_symbols
 config = find("torch._dynamo", "config")
 reset_code = find("torch._dynamo", "reset_code")
 graph_break = find("torch._dynamo", "graph_break")
-allow_in_graph = find("torch._dynamo", "allow_in_graph")
 InstructionTranslator = find("torch._dynamo.symbolic_convert", "InstructionTranslator")
 InliningInstructionTranslator = find("torch._dynamo.symbolic_convert", "InliningInstructionTranslator")
 InliningGeneratorInstructionTranslator = find("torch._dynamo.symbolic_convert", "InliningGeneratorInstructionTranslator")
@@ -121,6 +120,11 @@ def constant(tx: Any, variable: Any) -> Any:
     if variable.is_python_constant():
         return variable.as_python_constant()
     raise LookupError(type(variable).__name__)
+
+
+def unseen(variable: Any) -> Any:
+    """The Python value of a lazy variable that Dynamo has not looked at yet."""
+    return variable._cache.value
 
 
 def removed_handle() -> Any:

@@ -154,5 +154,5 @@ def _mark(tx: Any, value: Any, tensors: bool) -> Any:
     if tensors:
         return id(value)
     if isinstance(value, dynamo.LazyVariableTracker) and not value.is_realized():
-        return "data" if isinstance(value._cache.value, torch.Tensor) else id(value)
+        return "data" if isinstance(dynamo.unseen(value), torch.Tensor) else id(value)
     return "data" if is_data(tx, value) else id(value)

@@ -10,21 +10,21 @@ import copy
 import dataclasses
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deq_compile import markers
-from deq_compile.torch_parts import MISSING, NEEDED, counters
+from deq_compile.torch_parts import MISSING, NEEDED, REGIONS, counters
 
 from . import allclose, calls, ddp, declared_calls, dynamo, functions, growing, hooks, loop_exit, solver_calls, torchdeq
 
 log = logging.getLogger("deq_compile.capture")
 
 OFF: dict[str, str] = {}  # feature -> why it is off
-EVERYTHING = "regions"  # the feature without which no graph is rewritten
+EVERYTHING = REGIONS  # the feature without which no graph is rewritten
 _installed = False
 
 
@@ -35,18 +35,23 @@ def install() -> None:
         return
     _installed = True
     for call in markers.CALLS:
-        dynamo.allow_in_graph(call)
-    declared_calls.install()
-    absent = [MISSING[name] for name in NEEDED if name in MISSING]
-    if absent:
-        OFF[EVERYTHING] = absent[0]
+        torch.compiler.allow_in_graph(call)
+    nothing = _absent(NEEDED)
+    if nothing:
+        OFF[EVERYTHING] = nothing
+    else:
+        declared_calls.install()
     for feature in _FEATURES:
-        absent += [MISSING[name] for name in feature.needs if name in MISSING]
+        absent = nothing or _absent((*_TESTED, *feature.needs))
         if absent:
-            OFF[feature.name] = absent[0]
+            OFF[feature.name] = absent
         else:
             _try(feature.name, feature.switch_on, feature.test)
-        absent = [MISSING[name] for name in NEEDED if name in MISSING]
+
+
+def _absent(names: Iterable[str]) -> str:
+    """Why the first of some names that is missing is; "" where all are there."""
+    return next((MISSING[name] for name in names if name in MISSING), "")
 
 
 def _try(feature: str, switch_on: Callable[[], Callable[[], None]], test: Callable[[], None]) -> None:
@@ -253,6 +258,8 @@ class _Feature:
     needs: tuple[str, ...] = ()
 
 
+# Without it no feature could be tested.
+_TESTED = ("reset_code",)
 # To mark a region, to see what its body changes, and to have a frame traced again where a mark was in vain.
 _MARKS = (
     "InstructionTranslator", "TorchDynamoException", "TensorifyScalarRestartAnalysis", "VariableTracker", "TensorVariable",

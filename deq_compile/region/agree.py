@@ -130,11 +130,9 @@ def _store() -> Any:
     """The key-value store of a process group of at least two ranks, or None."""
     if _silent or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() < 2:
         return None
-    try:
-        from torch.distributed.distributed_c10d import _get_default_store
-    except ImportError:
-        return None
-    return _get_default_store()
+    from deq_compile.torch_parts import default_store
+
+    return default_store()
 
 
 def clear() -> None:

@@ -25,6 +25,8 @@ from deq_compile.torch_parts import (
     make_fx,
     partition,
     pytree,
+    rename_node,
+    schema_of,
     tracing,
 )
 
@@ -208,7 +210,7 @@ def _fake_mode(graph: fx.GraphModule) -> FakeTensorMode:
 def _writes(graph: fx.GraphModule) -> bool:
     """Whether an operation of an ATen graph changes a tensor in place."""
     targets = (node.target for node in graph.graph.nodes if node.op == "call_function")
-    return any(isinstance(target, OpOverload) and target._schema.is_mutable for target in targets)
+    return any(isinstance(target, OpOverload) and schema_of(target).is_mutable for target in targets)
 
 
 def _name_placeholders(graph: fx.GraphModule, primals: int) -> None:
@@ -216,7 +218,7 @@ def _name_placeholders(graph: fx.GraphModule, primals: int) -> None:
     for i, node in enumerate(n for n in graph.graph.nodes if n.op == "placeholder"):
         name = f"primals_{i + 1}" if i < primals else f"tangents_{i - primals + 1}"
         node.target = name
-        node._rename(name)
+        rename_node(node, name)
     graph.recompile()
 
 

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from deq_compile.torch_parts import DispatchKey, excluded_keys, force_dispatch_keys, included_keys
+from deq_compile.torch_parts import RECORDING, DispatchKey, excluded_keys, force_dispatch_keys, included_keys
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,7 +45,7 @@ class Ambient:
 def autograd_recording() -> Iterator[None]:
     """Autograd records inside, also within an operator's kernel: there the dispatcher leaves autograd's keys out, and
     `torch.autograd.grad` would find no graph."""
-    with _dispatching("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor"), torch.enable_grad():
+    with _dispatching(*RECORDING), torch.enable_grad():
         yield
 
 

@@ -24,16 +24,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from deq_compile.solve_info import COLUMNS
 from deq_compile.torch_parts import (
-    MISSING,
-    DispatchKey,
-    DispatchKeySet,
     after_autograd_keyset,
     after_inplace_keyset,
     below_autograd,
+    dense_keys,
+    forward_mode,
+    is_view,
     pytree,
     saved_tensors_hooks,
 )
@@ -57,12 +56,6 @@ _library.define(
     tags=_TAGS,
 )
 
-# Where one of these is what comes after autograd, the kernel can be called without the dispatcher; empty where torch cannot say.
-_DENSE = (
-    {DispatchKeySet(DispatchKey.__members__[key]).raw_repr() for key in ("CPU", "CUDA")}
-    if DispatchKeySet is not None and "DispatchKey" not in MISSING and after_inplace_keyset is not None
-    else set()
-)
 Call = Callable[..., Sequence[Tensor]]
 
 
@@ -126,7 +119,7 @@ def _fresh(grads: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tenso
             out.append(torch.zeros_like(tensor))
             continue
         storage = grad.untyped_storage().data_ptr()
-        own = grad._base is None and storage not in seen and grad.dtype == tensor.dtype
+        own = not is_view(grad) and storage not in seen and grad.dtype == tensor.dtype
         out.append(grad if own and _strides_of_empty_like(grad, tensor) else torch.empty_like(tensor).copy_(grad))
         seen.add(storage)
     return out
@@ -176,7 +169,7 @@ class _Solve(torch.autograd.Function):
 
 def _below_autograd(keyset: Any, op: Any, kernel: Call) -> Call:
     """What runs when autograd has done its part: the kernel itself, where no mode or wrapper tensor comes before it."""
-    if _DENSE and (keyset & after_inplace_keyset).raw_repr() in _DENSE:
+    if dense_keys and (keyset & after_inplace_keyset).raw_repr() in dense_keys:
         return kernel
     return functools.partial(op.redispatch, keyset & after_autograd_keyset)
 
@@ -184,7 +177,7 @@ def _below_autograd(keyset: Any, op: Any, kernel: Call) -> Call:
 def _solve_autograd(keyset: Any, state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> Sequence[Tensor]:
     """By hand: torch.library's own takes lists apart with pytree and always goes through the dispatcher once more."""
     call = _below_autograd(keyset, torch.ops.deq.solve.default, _solve)
-    if forward_ad._current_level >= 0 and any_tangent((*state0, *operands)):
+    if forward_mode() and any_tangent((*state0, *operands)):
         return _loop_itself(region, state0, operands, sizes)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (*state0, *operands)):
         return list(_Solve.apply(call, len(state0), sizes, region, *state0, *operands))

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from deq_compile.config import Config
 from deq_compile.report import Standing
+from deq_compile.torch_parts import callable_below
 
 from .backward import BACKWARDS
 from .body import BodySpec
@@ -342,7 +343,7 @@ def own(owner: Callable[..., Any], sites: Sequence[Site]) -> Callable[..., Any]:
             _owned[key] = tuple(dict.fromkeys((*_owned.get(key, ()), *sites)))
         except TypeError:  # it takes no weak references
             return _holding(owner, tuple(sites))
-        inner = getattr(inner, "_torchdynamo_orig_callable", None)
+        inner = callable_below(inner)
     return owner
 
 

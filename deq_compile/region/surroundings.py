@@ -15,27 +15,21 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from deq_compile import torch_parts
 from deq_compile.torch_parts import (
+    BATCHED,
     FakeTensor,
-    add_batch_dim,
     dispatch_mode,
     dispatch_mode_key,
-    find,
-    functorch,
+    forward_mode,
     is_functorch_wrapped,
+    is_jit_tracing,
     is_wrapper_subclass,
+    lost,
+    proxy_mode,
     pytree,
-    remove_batch_dim,
-    vmapmode_decrement,
-    vmapmode_increment,
+    transform,
 )
-
-_is_jit_tracing = find("torch.jit", "is_tracing", lambda: False)
-_is_batched = find("torch._C._functorch", "is_batchedtensor", lambda tensor: False)
-_is_batched_by_autograd = find("torch._C._functorch", "is_legacy_batchedtensor", lambda tensor: False)
-_get_proxy_mode = find("torch.fx.experimental.proxy_tensor", "get_proxy_mode", lambda: None)
-_transform = find("torch._C._functorch", "peek_interpreter_stack", lambda: None)
-_transforms_put_aside = find("torch._functorch.pyfunctorch", "temporarily_clear_interpreter_stack", None)
 
 NO_TANGENT = (
     "a fixed point has no forward-mode derivative: the tangent that f's inputs carry would be lost. Fix: reverse mode "
@@ -58,19 +52,19 @@ def values_are_known(states: Sequence[Tensor]) -> bool:
     Raises:
         NotHere: inside of a tracer or of a torch.func transform.
     """
-    if _is_jit_tracing():
+    if is_jit_tracing():
         raise NotHere(
             "fixed_point cannot be traced by torch.jit.trace: the number of its iterations depends on data, and the trace would "
             f"hold that of one example. {_COMPILE}"
         )
-    if _get_proxy_mode() is not None:
+    if proxy_mode() is not None:
         raise NotHere(
             "fixed_point cannot be traced by torch.export or make_fx: the number of its iterations depends on data. "
             f"{_COMPILE}; for an export, write the loop out"
         )
-    transform = _transform()
-    if transform is not None:
-        name = str(transform.key()).rpartition(".")[2].lower()
+    outer = transform()
+    if outer is not None:
+        name = str(outer.key()).rpartition(".")[2].lower()
         raise NotHere(
             f"fixed_point cannot run inside of a torch.func transform ({name}): the transform would go through the solver's own "
             "steps. Fix: torch.autograd.grad or torch.autograd.functional.jacobian around it in place of torch.func; in place "
@@ -81,9 +75,7 @@ def values_are_known(states: Sequence[Tensor]) -> bool:
 
 def any_tangent(tensors: Sequence[Any]) -> bool:
     """Whether forward-mode AD is at work on one of the tensors."""
-    return forward_ad._current_level >= 0 and any(
-        isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    )
+    return forward_mode() and any(isinstance(t, Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def for_each_of_batch(function: Callable[..., list[Tensor]], *given: Any) -> list[Tensor]:
@@ -92,17 +84,20 @@ def for_each_of_batch(function: Callable[..., list[Tensor]], *given: Any) -> lis
     There are two kinds of such tensors: those of torch.func.vmap, and those of `torch.autograd.grad(is_grads_batched=True)`.
 
     Raises:
-        NotHere: vmap inside of vmap.
+        NotHere: vmap inside of vmap; a torch without the parts for it.
     """
+    if BATCHED in lost():
+        raise NotHere(f"fixed point: gradients cannot be batched, {lost()[BATCHED]}. Fix: one torch.autograd.grad for each")
     batched = [t for t in pytree.tree_leaves(given) if isinstance(t, Tensor) and is_batched((t,))]
     wrap: Callable[[Tensor, int, int], Tensor]
-    if _is_batched_by_autograd(batched[0]):
-        level, outside, wrap = vmapmode_increment() - 1, contextlib.nullcontext, add_batch_dim
-        vmapmode_decrement()
-        whole = {id(t): remove_batch_dim(t, level, 1, 0) for t in batched}
+    if torch_parts.is_batched_by_autograd(batched[0]):
+        level, outside, wrap = torch_parts.vmapmode_increment() - 1, contextlib.nullcontext, torch_parts.add_batch_dim
+        torch_parts.vmapmode_decrement()
+        whole = {id(t): torch_parts.remove_batch_dim(t, level, 1, 0) for t in batched}
     else:
-        level, outside, wrap = functorch.maybe_get_level(batched[0]), _transforms_put_aside, functorch._add_batch_dim
-        whole = {id(t): functorch.get_unwrapped(t).movedim(functorch.maybe_get_bdim(t), 0) for t in batched}
+        level, outside = torch_parts.batch_level(batched[0]), torch_parts.transforms_put_aside
+        wrap = torch_parts.batch_again
+        whole = {id(t): torch_parts.unbatched(t).movedim(torch_parts.batch_dim(t), 0) for t in batched}
     if is_batched(list(whole.values())):
         raise NotHere("fixed point: gradients that are batched twice are not implemented. Fix: one torch.autograd.grad for each")
     with outside():
@@ -116,7 +111,7 @@ def for_each_of_batch(function: Callable[..., list[Tensor]], *given: Any) -> lis
 
 def is_batched(tensors: Sequence[Any]) -> bool:
     """Whether vmap is at work on one of the tensors."""
-    return any(isinstance(t, Tensor) and (_is_batched(t) or _is_batched_by_autograd(t)) for t in tensors)
+    return any(isinstance(t, Tensor) and (torch_parts.is_batched(t) or torch_parts.is_batched_by_autograd(t)) for t in tensors)
 
 
 def plain(tensor: Tensor) -> bool:

@@ -18,7 +18,8 @@ from deq_compile.region.layout import Layout
 from deq_compile.region.modes import Ambient
 from tests.conftest import InductorCounter
 from tests.helpers import TIGHT, compiled, largest_error, reference, value_and_grads
-from tests.models.loops import CASES, Case, Linear, Loop
+from tests.models.loops import CASES
+from tests.models.parts import Case, Linear, Loop
 
 
 @pytest.fixture(autouse=True)

@@ -210,7 +210,7 @@ def test_a_store_that_fails_is_said_once_and_not_asked_again(ranks: Ranks, caplo
     ranks.patch.setattr(agree, "_silent", False)
     ranks.patch.setattr(dist, "is_initialized", lambda: True)
     ranks.patch.setattr(dist, "get_world_size", lambda: 2)
-    ranks.patch.setattr("torch.distributed.distributed_c10d._get_default_store", lambda: gone)
+    ranks.patch.setattr("deq_compile.torch_parts.default_store", lambda: gone)
     with caplog.at_level(logging.WARNING):
         assert ranks.say(0, "solve") == "solve"
         assert ranks.say(0, "kept") == "kept"

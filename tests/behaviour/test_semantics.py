@@ -14,7 +14,8 @@ from deq_compile import RegionWarning, record_solves
 from deq_compile.region import site as sites
 from deq_compile.region.kept import iterates_backwards
 from tests.helpers import compiled, largest_error, reference, value_and_grads
-from tests.models.loops import CASES, Case, Linear, Loop, Parts
+from tests.models.loops import CASES
+from tests.models.parts import Case, Linear, Loop, Parts
 
 
 def contracting(norm: float, n: int) -> tuple[nn.Module, Tensor]:

@@ -12,7 +12,8 @@ from bench.fuzz.grammar import Recipe, source
 from bench.fuzz.oracle import judge
 from deq_compile.passes.find_loops import clip
 from tests.helpers import compiled, largest_error, reference, value_and_grads
-from tests.models.loops import CASES, D, Linear
+from tests.models.loops import CASES
+from tests.models.parts import D, Linear
 
 BODY = Recipe(form="plain", first=("linear_tanh",), second=("linear_tanh",))
 

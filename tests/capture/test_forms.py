@@ -12,8 +12,8 @@ from torch import Tensor
 from deq_compile import Reason, RegionWarning, explain, fixed_point, record_solves
 from tests.forms import DOCUMENT, MODELS, document, forms, measure
 from tests.helpers import compiled, largest_error, reference, value_and_grads
+from tests.models.exit_tests import FrozenSamples
 from tests.models.exits import FORMS as EXITS
-from tests.models.exits import FrozenSamples
 from tests.models.form import Form
 
 # torch's own: where it resumes a frame after a graph break, and where it meets an autograd function

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .form import CAP, TOL, Cell, iterate
-from .loops import Linear
+from .parts import Linear
 
 
 class CounterReturned(Cell):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deq_compile import fixed_point
 
 from .form import Form
-from .loops import Linear
+from .parts import Linear
 
 EXACT = {"tol": 1e-6, "backward_tol": 1e-5}
 

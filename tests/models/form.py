@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deq_compile import Reason
 
-from .loops import D, Linear, contract
+from .parts import D, Linear, contract
 
 TOL = 1e-6
 CAP = 300

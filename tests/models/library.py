@@ -11,7 +11,7 @@ from torchdeq import apply_norm, get_deq, reset_deq
 
 from deq_compile import Reason
 
-from .loops import ConvNorm, D, Linear, contract
+from .parts import ConvNorm, D, Linear, contract
 
 
 class One(nn.Module):

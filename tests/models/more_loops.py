@@ -8,10 +8,10 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from deq_compile import Reason
-from tests.models.loops import Case, D, Linear, N, Parts
+from tests.models.checkpoints import Checkpointed, CheckpointedDropout, CheckpointedLayers
+from tests.models.parts import Case, D, Linear, N, Parts
 
 
 class FirstFromNetwork(Parts):
@@ -273,39 +273,6 @@ class InPlaceInput(Parts):
         z = x
         for _ in range(10):
             z += 0.5 * (self.f(z.clone(), x.sin()) - z)
-        return z
-
-
-class Checkpointed(Parts):
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for _ in range(N):
-            z = checkpoint(self.f, z, x, use_reentrant=False)  # type: ignore[assignment]
-        return z
-
-
-class CheckpointedLayers(nn.Module):
-    """One checkpoint a layer, each with its own weights: no loop."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Linear() for _ in range(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for layer in self.layers:
-            z = checkpoint(layer, z, x, use_reentrant=False)  # type: ignore[assignment]
-        return z
-
-
-class CheckpointedDropout(Parts):
-    def noisy(self, z: Tensor, x: Tensor) -> Tensor:
-        return F.dropout(self.f(z, x), 0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for _ in range(10):
-            z = checkpoint(self.noisy, z, x, use_reentrant=False)  # type: ignore[assignment]
         return z
 
 

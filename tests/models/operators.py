@@ -11,7 +11,7 @@ from torch import Tensor, autograd, nn
 from deq_compile import Reason
 
 from .form import CAP, TOL, Cell, Form
-from .loops import Linear
+from .parts import Linear
 from .solvers import forward_iteration
 
 

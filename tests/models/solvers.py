@@ -11,7 +11,7 @@ from torch import Tensor, autograd, nn
 from deq_compile import Reason, register_solver
 
 from .form import Form
-from .loops import Linear
+from .parts import Linear
 
 Map = Callable[[Tensor], Tensor]
 TOL, CAP = 1e-6, 120

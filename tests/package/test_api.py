@@ -22,7 +22,8 @@ from deq_compile import Reason, deq_compile, explain, record_solves
 from deq_compile.config import Options
 from deq_compile.inner import has_cpp_compiler
 from tests.helpers import TIGHT, largest_error, reference, value_and_grads
-from tests.models.loops import CASES, Linear, Loop, contract
+from tests.models.loops import CASES
+from tests.models.parts import Linear, Loop, contract
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -183,7 +184,7 @@ def test_explain() -> None:
     report = explain(Two(), inner="eager")(torch.randn(3, 16))
     (region,) = report.regions
     assert (region.status, region.iterations, region.kind, region.hoisted) == ("solve", 40, "loop of 40", ("linear",))
-    assert region.location.file == __file__ or region.location.file.endswith("loops.py")
+    assert region.location.file == __file__ or region.location.file.endswith("parts.py")
     assert region.distance is not None
     (skipped,) = report.skipped
     assert skipped.reason is Reason.RANDOM

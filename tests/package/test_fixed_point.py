@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deq_compile import RegionWarning, explain, fixed_point, record_solves
 from tests.helpers import compiled, largest_error, reference, value_and_grads
 from tests.models.explicit import AModule, Autocast, Closure, Coupled, Dict, Model, Named, PassedThrough, Tuple
-from tests.models.loops import contract
+from tests.models.parts import contract
 
 FORMS = [Closure, Tuple, Dict, Named, PassedThrough, Autocast, Coupled, AModule]
 

@@ -21,9 +21,7 @@ from bench.gpu import rehearse
 from deq_compile.kernels.broyden import gpu as broyden_gpu
 from deq_compile.kernels.gcr import gpu as gcr_gpu
 from deq_compile.region import graphs, op, verdict
-from tests.region.test_graphs_interpreted import Loop, device
-
-__all__ = ["device"]
+from tests.region.rehearsed_loops import Loop
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py, interpreted")
 

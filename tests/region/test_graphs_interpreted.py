@@ -8,20 +8,19 @@ from __future__ import annotations
 import gc
 import os
 import threading
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.gpu.rehearse import RehearsalDevice, rehearsed
+from bench.gpu.rehearse import RehearsalDevice
 from deq_compile import explain, record_solves
 from deq_compile.backend import Backend
 from deq_compile.region import graphs
 from deq_compile.region.compiled import CompiledLinearised, CompiledRunner
 from deq_compile.region.graphs import captures
+from tests.region.rehearsed_loops import Loop
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py, interpreted")
 
@@ -30,28 +29,6 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 def _only_once(implementation: str) -> None:
     if implementation != "aten":
         pytest.skip("no matter of the CPU implementation")
-
-
-@pytest.fixture
-def device() -> Iterator[type[RehearsalDevice]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy on the inf and NaN that are masked away
-        warnings.simplefilter("ignore", DeprecationWarning)  # triton 3.6's interpreter turns arrays of one number into numbers
-        with rehearsed() as found:
-            yield found
-
-
-class Loop(nn.Module):
-    def __init__(self, width: int = 17) -> None:
-        super().__init__()
-        self.W, self.U = nn.Linear(width, width), nn.Linear(width, width)
-        nn.init.orthogonal_(self.W.weight, gain=0.25)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for _ in range(12):
-            z = torch.tanh(self.W(z) + self.U(x))
-        return z
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:

@@ -6,21 +6,20 @@ Needs TRITON_INTERPRET=1 from the start: tests/kernels/test_triton.py runs it in
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.gpu.rehearse import RehearsalDevice, rehearsed
+from bench.gpu.rehearse import RehearsalDevice
 from deq_compile import explain, fixed_point
 from deq_compile.kernels.broyden import gpu as broyden_gpu
 from deq_compile.kernels.gcr import gpu as gcr_gpu
 from deq_compile.region import graphs
 from deq_compile.region.graphs import engines
 from deq_compile.region.site import Site
+from tests.region.rehearsed_loops import ScaledLoop as Loop
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py, interpreted")
 OPTIONS = {"inner": "aot_eager", "tol": 1e-3, "max_iter": 8}
@@ -30,29 +29,6 @@ OPTIONS = {"inner": "aot_eager", "tol": 1e-3, "max_iter": 8}
 def _only_once(implementation: str) -> None:
     if implementation != "aten":
         pytest.skip("no matter of the CPU implementation")
-
-
-@pytest.fixture
-def device() -> Iterator[type[RehearsalDevice]]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # numpy on the inf and NaN that are masked away
-        warnings.simplefilter("ignore", DeprecationWarning)  # triton 3.6's interpreter turns arrays of one number into numbers
-        torch._dynamo.reset()
-        with rehearsed() as found:
-            yield found
-
-
-class Loop(nn.Module):
-    def __init__(self, width: int = 5) -> None:
-        super().__init__()
-        self.W, self.U = nn.Linear(width, width), nn.Linear(width, width)
-        nn.init.orthogonal_(self.W.weight, gain=0.25)
-
-    def forward(self, x: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-        z = torch.zeros_like(x)
-        for _ in range(12):
-            z = torch.tanh(scale * self.W(z) + self.U(x))
-        return z
 
 
 def train(call: Any, x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from deq_compile.region.layout import Layout
 from deq_compile.region.modes import Ambient
 from deq_compile.region.op import solve_op
 from deq_compile.region.site import RegionSpec, register, site
-from tests.models.loops import Loop
+from tests.models.parts import Loop
 
 
 @pytest.fixture(autouse=True)
