@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drivers", default="bench.reach.drivers", help="module that lists the models (default %(default)s)")
     parser.add_argument("--list", action="store_true", help="print the models and what is missing, and run nothing")
     parser.add_argument("--resume", action="store_true", help="keep the rows that --json has")
-    parser.add_argument("--limit", type=float, default=600, help="seconds a process may live (default %(default)g)")
+    parser.add_argument("--limit", type=float, default=600, help="seconds an answer of a process may take (default %(default)g)")
     parser.add_argument("--json", type=Path, default=ROOT / "bench" / "results" / "reach.json", help="rows (default %(default)s)")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "reach.md", help="the page (default %(default)s)")
     parser.add_argument("--table", action="store_true", help="make the page from --json instead of measuring")

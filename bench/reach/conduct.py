@@ -33,7 +33,7 @@ class Failed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is the same for all models of a run: the folder of clones, the module of drivers, Inductor's shared cache, seconds."""
+    """The same for all models of a run: folder of clones, module of drivers, Inductor's shared cache, seconds an answer may take."""
 
     folder: Path
     drivers: str
@@ -71,6 +71,7 @@ class Process:
     def ask(self, what: str) -> Row:
         """The answer to a question. A child that fails is closed, and `Failed` says how it failed."""
         assert self.child.stdin is not None
+        self.end = time.monotonic() + self.limit  # it may have waited for the others before
         try:
             self.child.stdin.write(what + "\n")
             self.child.stdin.flush()
