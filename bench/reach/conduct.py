@@ -33,7 +33,7 @@ class Failed(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The same for all models of a run: folder of clones, module of drivers, Inductor's shared cache, seconds an answer may take."""
+    """The same for all models of a run: folder of clones, module of drivers, Inductor's shared cache, seconds for one answer."""
 
     folder: Path
     drivers: str
