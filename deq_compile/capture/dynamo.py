@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import dis
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from deq_compile.torch_parts import find, free_unbacked_symbols
@@ -91,6 +92,39 @@ def translators() -> list[Any]:
     """The classes that trace frames, those that share a table of handlers once."""
     classes = [InstructionTranslator, InliningInstructionTranslator, InliningGeneratorInstructionTranslator]
     return list({id(cls.dispatch_table): cls for cls in classes}.values())
+
+
+Handler = Callable[..., Any]
+
+
+def patch_instructions(made: Mapping[str, Callable[[Handler], Handler]]) -> Callable[[], None]:
+    """Put other handlers of instructions in the place of the translators' own, where they have any; returns what brings those
+    back."""
+    undo = []
+    for cls in translators():
+        for name, wrap in made.items():
+            opcode = dis.opmap.get(name)
+            if opcode is not None and cls.dispatch_table[opcode] is not None:
+                undo.append((cls, opcode, cls.dispatch_table[opcode]))
+                cls.dispatch_table[opcode] = wrap(cls.dispatch_table[opcode])
+
+    def restore() -> None:
+        for cls, opcode, handler in undo:
+            cls.dispatch_table[opcode] = handler
+
+    return restore
+
+
+def patch_calls(made: Callable[[Handler], Handler]) -> Callable[[], None]:
+    """Put another method in the place of the one by which translators call functions; returns what brings it back."""
+    owner = next(cls for cls in InstructionTranslator.__mro__ if "call_function" in vars(cls))
+    original = owner.call_function
+    owner.call_function = made(original)
+
+    def restore() -> None:
+        owner.call_function = original
+
+    return restore
 
 
 @contextlib.contextmanager

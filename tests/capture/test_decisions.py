@@ -1,0 +1,37 @@
+"""What Python chooses in later iterations is known, or the loop is left alone: values never tell another iteration's story."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.helpers import compiled
+from tests.models.decisions import ALIKE, OTHERS_LATER, Loop
+
+# Dynamo asks a tensor that it takes over behind a graph break for its gradient
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@pytest.mark.parametrize("name", OTHERS_LATER)
+def test_what_comes_later_is_not_lost(name: str) -> None:
+    torch.manual_seed(0)
+    model = Loop(*OTHERS_LATER[name])
+    twin = copy.deepcopy(model)
+    run, report = compiled(model, tol=None, fullgraph=False)
+    x = torch.randn(4, 8)
+    with torch._dynamo.config.patch(recompile_limit=1):  # for speed: the loop is left to Dynamo
+        torch.testing.assert_close(run(x), twin(x))
+    assert not report.regions
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_stays_the_same_is_solved(name: str) -> None:
+    torch.manual_seed(0)
+    model = Loop(*ALIKE[name])
+    twin = copy.deepcopy(model)
+    run, report = compiled(model, tol=1e-6)
+    x = torch.randn(4, 8)
+    torch.testing.assert_close(run(x), twin(x), rtol=1e-4, atol=1e-5)
+    assert [region.status for region in report.regions] == ["solve"], str(report)
