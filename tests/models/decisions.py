@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attached import picard
+
 CAP, LATE = 60, 25
 RATES = [1.0] * LATE + [0.5] * CAP
 
@@ -72,7 +74,7 @@ def _closure(_: Loop) -> Callable[[], float]:
     return tick
 
 
-def _generator(_: Loop) -> Iterator[float]:
+def _generator(_: Any) -> Iterator[float]:
     for i in range(CAP + 1):
         yield 1.0 if i < LATE else 0.5
 
@@ -180,3 +182,52 @@ ALIKE: dict[str, tuple[Any, Any]] = {
 
 def _alike(z: Tensor, n: int) -> Tensor:
     return z if n > 2 else 0.5 * z
+
+
+class Called(Loop):
+    """A solver is called with a function that holds a state of its own; `start` makes it."""
+
+    def __init__(self, start: Callable[[Loop], Any]) -> None:
+        super().__init__(start, lambda m, z, k, _: z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.x = x
+        z, _ = picard(self.start(self), torch.zeros_like(x), max_iter=CAP, tol=1e-12)
+        return z
+
+
+def _nonlocal(m: Loop) -> Callable[[Tensor], Tensor]:
+    n = 0
+
+    def f(z: Tensor) -> Tensor:
+        nonlocal n
+        n += 1
+        return m.f(z) * (1.0 if n < LATE else 0.5)
+
+    return f
+
+
+def _holding(make: Callable[[], Any], take: Callable[[Any], float]) -> Callable[[Loop], Callable[[Tensor], Tensor]]:
+    def start(m: Loop) -> Callable[[Tensor], Tensor]:
+        held = make()
+        return lambda z: take(held) * m.f(z)
+
+    return start
+
+
+def _left(left: set[int]) -> float:
+    if left:
+        left.pop()
+    return 1.0 if left else 0.5
+
+
+HELD: dict[str, Callable[[Loop], Callable[[Tensor], Tensor]]] = {
+    "nonlocal": _nonlocal,
+    "iterator": _holding(lambda: iter(RATES), next),
+    "list": _holding(lambda: list(RATES), lambda rates: rates.pop(0)),
+    "deque": _holding(lambda: collections.deque(RATES), lambda rates: rates.popleft()),
+    "generator": _holding(lambda: _generator(None), next),
+    "set": _holding(lambda: set(range(LATE)), _left),
+    "count": _holding(itertools.count, lambda n: 1.0 if next(n) < LATE else 0.5),
+    "object": _holding(_Ticker, lambda ticker: ticker()),
+}
