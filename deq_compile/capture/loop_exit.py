@@ -29,7 +29,7 @@ from typing import Any
 from deq_compile import markers
 from deq_compile.report import Reason, Skipped
 
-from . import counters, decisions, dynamo, effects, known, observations, sites
+from . import breaks, counters, decisions, dynamo, effects, known, observations, sites
 from .bytecode import Code, Exit
 
 _JUMPS = (
@@ -64,7 +64,7 @@ def install() -> Callable[[], None]:
     made: dict[str, Any] = dict.fromkeys(decisions.OPCODES, decisions.handler)
     made |= {name: functools.partial(_handler, jumps_if_true="TRUE" in name) for name in _JUMPS}
     made["COMPARE_OP"] = lambda original: counters.handler(decisions.handler(original))
-    undo = [dynamo.patch_instructions(made), dynamo.patch_calls(decisions.call_handler)]
+    undo = [dynamo.patch_instructions(made), dynamo.patch_calls(_call_handler)]
     method_item = dynamo.tensor_method("item")
 
     @functools.wraps(method_item)
@@ -103,12 +103,18 @@ def _handler(original: Callable[..., Any], jumps_if_true: bool) -> Callable[...,
                 found = _exit(self, inst)
                 if found is not None and _pass_by(self, inst, found, jumps_if_true):
                     return None
+                if found is None and any(_loops_around(self)):
+                    breaks.branch(self)
         elif sites.ours(self):
             with sites.guarded(self, "taking note of a branch"):
                 decisions.truth(self, inst)
         return original(self, inst)
 
     return handle
+
+
+def _call_handler(original: Callable[..., Any]) -> Callable[..., Any]:
+    return breaks.call_handler(decisions.call_handler(original), lambda tx: any(_loops_around(tx)))
 
 
 def _constant(tx: Any, inst: Any, value: Any) -> Any:
@@ -136,11 +142,16 @@ def _exit(tx: Any, inst: Any) -> Exit | None:
 
 def _in_loop(tx: Any) -> bool:
     """Whether the instruction at work in this frame, or in one that called it, stands in a loop that is not blocked."""
+    inner = next(_loops_around(tx), None)
+    return inner is not None and not any(sites.blocked(inner, _site(inner, test)) for test in _tests(inner))
+
+
+def _loops_around(tx: Any) -> Iterator[Any]:
+    """This frame and those that called it, as far as the instruction at work stands in a loop."""
     while tx is not None:
         if tx.current_instruction is not None and _code(tx).in_loop(tx.current_instruction):
-            return not any(sites.blocked(tx, _site(tx, test)) for test in _tests(tx))
+            yield tx
         tx = tx.parent
-    return False
 
 
 def _tests(tx: Any) -> Iterator[Any]:
