@@ -20,7 +20,7 @@ from typing import Any
 
 from deq_compile.torch_parts import free_unbacked_symbols
 
-from . import dynamo, effects, sites
+from . import dynamo, effects, held, sites
 from .bytecode import Code, Exit
 from .counters import turns
 
@@ -29,7 +29,7 @@ _TRUTHS = ("UNARY_NOT", "TO_BOOL", "JUMP_IF_TRUE_OR_POP", "JUMP_IF_FALSE_OR_POP"
 _LINEAR = ("ADD", "SUBTRACT", "MULTIPLY", "TRUE_DIVIDE")
 _LINEAR_SIGNS = {"+", "-", "*", "/", "+=", "-=", "*=", "/="}
 _BINARY = tuple(n for n in dis.opmap if n.startswith(("BINARY_", "INPLACE_")) and n.partition("_")[2] not in _LINEAR)
-OPCODES = ("COMPARE_OP", "CONTAINS_OP", *_TRUTHS, *_BINARY)
+OPCODES = ("COMPARE_OP", "CONTAINS_OP", "FOR_ITER", *_TRUTHS, *_BINARY)
 _NAMES = [sign for _, sign in getattr(dis, "_nb_ops", ())]  # of BINARY_OP's argument, from Python 3.11 on
 _ENOUGH = 3  # iterations alike, to tell a step from another
 
@@ -60,12 +60,12 @@ def handler(original: Callable[..., Any]) -> Callable[..., Any]:
     def handle(self: Any, inst: Any) -> Any:
         if (inst.opname == "BINARY_OP" and _NAMES[inst.arg] in _LINEAR_SIGNS) or not sites.ours(self):
             return original(self, inst)
-        count = 1 if inst.opname in _TRUTHS else 3 if inst.opname == "BINARY_SLICE" else 2
+        count = 1 if inst.opname in (*_TRUTHS, "FOR_ITER") else 3 if inst.opname == "BINARY_SLICE" else 2
         variables = self.stack[-count:]
-        held = _held(self, variables)
+        before = _held(self, variables)
         result = original(self, inst)
         with sites.guarded(self, "taking note of a decision"):
-            note(self, inst, _settled(self, held), inst.argval if inst.opname == "COMPARE_OP" else None)
+            note(self, inst, _settled(self, before), inst.argval if inst.opname == "COMPARE_OP" else None)
         return result
 
     return handle
@@ -94,13 +94,13 @@ def call_handler(original: Callable[..., Any]) -> Callable[..., Any]:
         if not sites.ours(self):
             return original(self, fn, args, kwargs)
         with sites.guarded(self, "looking at a call"):
-            held = [*_receiver(self, fn), *_held(self, [*args, *kwargs.values()])]
+            operands = [*_receiver(self, fn), *_held(self, [*args, *kwargs.values()])]
         outcome = original(self, fn, args, kwargs)
         with sites.guarded(self, "taking note of a call"):
             if not _is_traced(fn):
-                operands = _settled(self, held)
-                if not _is_harmless(fn, operands, self.stack[-1]):
-                    note(self, self.current_instruction, (*operands, "call"), None)
+                found = _settled(self, operands)
+                if not _is_harmless(fn, found, self.stack[-1]):
+                    note(self, self.current_instruction, (*found, "call"), None)
         return outcome
 
     return call_function
@@ -148,6 +148,8 @@ def _leaves(tx: Any, code: Code, exit: Exit, decision: Decision) -> bool:
     i = code.index[id(decision.inst)]
     if i not in exit.loop:
         return False
+    if decision.inst.opname == "FOR_ITER":
+        return any(k not in exit.loop for k in code.successors[i])
     for j in range(i, min(i + 3, len(code.instructions))):
         if "POP_JUMP" in code.instructions[j].opname:
             return any(k not in exit.loop for k in code.successors[j])
@@ -159,8 +161,8 @@ def _held(tx: Any, variables: Sequence[Any]) -> list[Any]:
     return [(v,) if _unseen(v) else ((), _described(tx, v)) for v in variables]
 
 
-def _settled(tx: Any, held: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(h[1] if len(h) == 2 else _described(tx, h[0]) for h in held)
+def _settled(tx: Any, operands: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(o[1] if len(o) == 2 else _described(tx, o[0]) for o in operands)
 
 
 def _unseen(variable: Any) -> bool:
@@ -177,7 +179,7 @@ def _described(tx: Any, variable: Any, depth: int = 2) -> Any:
     if isinstance(variable, dynamo.TensorVariable):
         return None
     kind = type(variable).__name__
-    if kind.endswith(("IteratorVariable", "GeneratorObjectVariable")):
+    if held.is_iterator(variable):
         return None if kind == "CountIteratorVariable" else (kind, _taken(tx, variable))
     if kind in ("ConstantVariable", "EnumVariable"):
         value = variable.as_python_constant()

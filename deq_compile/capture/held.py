@@ -42,7 +42,7 @@ def _state(tx: Any, variable: Any, mark: Callable[[Any], Any]) -> Any:
     tracer = variable.__dict__.get("inline_tracer")
     if tracer is not None:
         return kind, tracer.instruction_pointer, tuple(mark(v) for v in tracer.symbolic_locals.values())
-    if "Iterator" in kind or kind in ("ZipVariable", "MapVariable", "FilterVariable"):
+    if is_iterator(variable):
         numbers = {n: v for n, v in vars(variable).items() if type(v) is int}
         return kind, tuple(sorted(numbers.items())), tuple(mark(v) for v in _variables(vars(variable).values()))
     if kind.startswith("UserDefinedObject"):
@@ -53,6 +53,11 @@ def _state(tx: Any, variable: Any, mark: Callable[[Any], Any]) -> Any:
         keys = tuple(str(getattr(key, "vt", key)) for key in items) if isinstance(items, dict) else ()
         return kind, len(items), keys
     return None
+
+
+def is_iterator(variable: Any) -> bool:
+    """Whether each `next` of a variable takes something away."""
+    return "inline_tracer" in variable.__dict__ or any(c.__name__ == "IteratorVariable" for c in type(variable).__mro__)
 
 
 def _inside(tx: Any, name: str, variable: Any) -> Iterator[tuple[str, Any]]:
