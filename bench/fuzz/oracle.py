@@ -109,6 +109,8 @@ def _in_eager_mode(module: types.ModuleType) -> _Program | Verdict:
             warnings.simplefilter("ignore")
             for xs in inputs:
                 expected.append(run(double, double, [x.double() for x in xs]))
+                if not getattr(double, "info", {"success": True})["success"]:
+                    return Verdict("eager-fails", detail="its own solver has found no fixed point")
                 nudged = run(double, double, [x.double() * (1 + NUDGE) for x in xs])
                 sensitivity = max((sensitivity, *(e for _, e in differences(nudged, expected[-1]))))
     except Exception as error:
