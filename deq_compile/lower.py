@@ -37,11 +37,11 @@ def lowered(
 ) -> tuple[Callable[..., object], tuple[Any, ...]]:
     """Register the region of a loop; the node that stands in for it."""
     chosen = scoped_options(loop.segment(0), options).merge(Options.from_options(loop.options))
-    whole_batch = loop.hints.pop("whole_batch_tol", None)
+    whole_batch, attached = loop.hints.pop("whole_batch_tol", None), bool(loop.hints.pop("attached", False))
     config = usable(chosen.resolve(**loop.hints), [value_of(n) for n in loop.outputs])
     tests: list[StopTest] = [_stop_test(test) for test in loop.tests]
     tests += [NormTest(whole_batch, relative=False)] if whole_batch is not None else []
-    spec = region_spec(loop, ambient, config, tuple(tests))
+    spec = region_spec(loop, ambient, config, tuple(tests), attached)
     site = register(spec, _place(loop, spec, sum(known.location == loop.location for known, _ in rows)))
     states = tuple((tuple(str(s) for s in value_of(n).shape), str(value_of(n).dtype)[6:]) for n in loop.outputs)
     row = Region(
@@ -89,7 +89,9 @@ def _place(loop: Loop, spec: RegionSpec, before: int) -> str:
     return f"{where}:{line}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
 
 
-def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTest, ...] = ()) -> RegionSpec:
+def region_spec(
+    loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTest, ...] = (), attached: bool = False
+) -> RegionSpec:
     assert loop.body is not None
     outputs = [value_of(n) for n in loop.outputs]
     tensors = [value_of(n) for n in (*loop.initial, *loop.operands) if is_tensor(n)]
@@ -113,6 +115,7 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
         own_tests=stop,
         own_cap=int(loop.hints.get("max_iter", OWN_CAP)) if loop.tests and loop.count > 1 else None,
         needs=needs,
+        attached=attached,
         solver_call=loop.declared and loop.count == 1 and loop.form != "fixed_point" and config.semantics == "loop",
         start_grad=any(value_of(n).requires_grad for n in loop.initial if is_tensor(n)),
         start_trained=trained_alone(loop.initial, loop.operands),

@@ -69,6 +69,8 @@ class RegionSpec:
     own_cap     the most iterations that the user's own loop makes, where a test ends it; None where there is no such loop
     start_grad  whether the initial state needs a gradient
     start_trained  whether something that needs a gradient goes into the initial state alone
+    attached    whether the user's code applies the body once more to what the solver gives, and goes on with that: its result is
+                f(z) then
     solver_call  whether the user calls a solver, or a library's, that has an iteration of its own
     suspect     whether the model's input reaches the loop through its initial state alone: the fixed point then depends on that,
                 so there are several
@@ -88,6 +90,7 @@ class RegionSpec:
     channels_last: bool = False
     start_grad: bool = False
     start_trained: bool = False
+    attached: bool = False
     solver_call: bool = False
     suspect: bool = False
 
@@ -138,7 +141,7 @@ class RegionSpec:
         tests = [test.key for test in self.stop], [test.key for test in self.own_tests], self.own_cap
         facts = (
             OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key(), tests,
-            self.channels_last, self.start_grad, self.start_trained, self.solver_call, self.suspect,
+            self.channels_last, self.start_grad, self.start_trained, self.solver_call, self.suspect, self.attached,
         )  # fmt: skip
         return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
