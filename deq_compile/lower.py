@@ -23,12 +23,14 @@ from .region.modes import Ambient
 from .region.op import solve_op
 from .region.site import RegionSpec, Site, register
 from .region.stop import GraphTest, NormTest, StopTest
-from .report import Region
+from .report import Region, Standing
 from .scope import scoped_options
 from .torch_parts import FakeTensorMode, qualified_name
 
 log = logging.getLogger("deq_compile.lower")
 
+# Operations beyond which the iterations of a loop are not compiled one by one: that takes Inductor some 20 ms each.
+MOST_NODES = 2500
 OWN_CAP = 10**6  # iterations of a loop of the user's own that its test alone ends: as good as without end
 
 
@@ -36,32 +38,48 @@ def lowered(
     loop: Loop, ambient: Ambient, options: Options, rows: list[tuple[Region, Site]]
 ) -> tuple[Callable[..., object], tuple[Any, ...]]:
     """Register the region of a loop; the node that stands in for it."""
+    spec = _spec_of(loop, ambient, options)
+    site = register(spec, _place(loop, spec, sum(known.location == loop.location for known, _ in rows)))
+    rows.append((_row(loop, spec, site.key, site.standing), site))
+    count = f"{spec.iterations} iterations" if spec.iterations is not None else "until its tolerance"
+    log.info("region %s at %s: %s, %s, %d operands", site.key, spec.where, loop.kind, count, len(loop.operands))
+    return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
+
+
+def stays(loop: Loop, ambient: Ambient, options: Options) -> Region | None:
+    """The report's row of a loop that is kept whatever its calls may show, and so may stay in the graph, for Inductor to see its
+    iterations; None of any other."""
+    if loop.declared or loop.passages or loop.count * loop.period > MOST_NODES:
+        return None
+    spec = _spec_of(loop, ambient, options)
+    return _row(loop, spec, "", Standing("kept")) if spec.keeps and spec.written_out else None
+
+
+def _spec_of(loop: Loop, ambient: Ambient, options: Options) -> RegionSpec:
     chosen = scoped_options(loop.segment(0), options).merge(Options.from_options(loop.options))
-    whole_batch, attached = loop.hints.pop("whole_batch_tol", None), bool(loop.hints.pop("attached", False))
-    config = usable(chosen.resolve(**loop.hints), [value_of(n) for n in loop.outputs])
+    hints = dict(loop.hints)
+    whole_batch, attached = hints.pop("whole_batch_tol", None), bool(hints.pop("attached", False))
+    config = usable(chosen.resolve(**hints), [value_of(n) for n in loop.outputs])
     tests: list[StopTest] = [_stop_test(test) for test in loop.tests]
     tests += [NormTest(whole_batch, relative=False)] if whole_batch is not None else []
-    spec = region_spec(loop, ambient, config, tuple(tests), attached)
-    site = register(spec, _place(loop, spec, sum(known.location == loop.location for known, _ in rows)))
+    return region_spec(loop, ambient, config, tuple(tests), attached)
+
+
+def _row(loop: Loop, spec: RegionSpec, key: str, standing: Standing) -> Region:
     states = tuple((tuple(str(s) for s in value_of(n).shape), str(value_of(n).dtype)[6:]) for n in loop.outputs)
-    row = Region(
-        key=site.key,
+    return Region(
+        key=key,
         kind=loop.kind,
         location=loop.location,
         states=states,
         iterations=spec.iterations,
         operands=len(loop.operands),
         hoisted=tuple(describe(n) for n in loop.kept_nodes),
-        solver=config.solver,
-        backward=config.backward if spec.grad else "-",
+        solver=spec.config.solver,
+        backward=spec.config.backward if spec.grad else "-",
         notes=(*loop.notes, *dict.fromkeys(str(node.args[2]) for node in loop.told), *_notes(spec)),
-        standing=site.standing,
+        standing=standing,
     )
-    rows.append((row, site))
-    count = f"{spec.iterations} iterations" if spec.iterations is not None else "until its tolerance"
-    log.info("region %s at %s: %s, %s, %d operands", site.key, spec.where, loop.kind, count, len(loop.operands))
-
-    return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
 
 
 def _notes(spec: RegionSpec) -> list[str]:

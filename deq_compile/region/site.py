@@ -120,6 +120,16 @@ class RegionSpec:
         start says which one it is, with a gradient that grows without bound between two of them."""
         return self.grad and self.start_grad and self.own_loop_cap is not None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the loop is kept whatever its calls may show."""
+        return self.only_start_differs or (self.suspect and self.start_decides)
+
+    @property
+    def written_out(self) -> bool:
+        """Whether the user's iterations stand in the graph, and may be compiled one by one."""
+        return self.iterations is not None and not self.own_tests and self.config.loop_memory is None
+
     @functools.cached_property
     def compute_dtype(self) -> torch.dtype:
         return flat_dtype(self.dtypes)
@@ -187,9 +197,8 @@ class Site:
         config = spec.config
         self.rows: bool | None = {"rows": True, "whole": False}.get(config.batch)
         self.follows = spec.suspect and spec.own_loop_cap is not None
-        keeps = spec.only_start_differs or (self.follows and spec.start_decides)
-        self.compares = spec.own_loop_cap is not None and config.verify != "never" and not keeps
-        self.verdict = "kept" if keeps else "pending" if self.compares else self.solving
+        self.compares = spec.own_loop_cap is not None and config.verify != "never" and not spec.keeps
+        self.verdict = "kept" if spec.keeps else "pending" if self.compares else self.solving
         self.distance: float | None = None
         self.longest = self.compared_at = self.blank = 0
         self.checked, self.loose = 0, self.allowed_distance
