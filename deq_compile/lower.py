@@ -12,18 +12,21 @@ from typing import Any
 import torch
 from torch import fx
 
+from .capture import sites
 from .config import Config, Options
 from .inner import usable
 from .passes.base import ExitTest, Loop, describe, is_tensor, value_of
 from .passes.extract import body_hash, dim_order, target_name
 from .passes.inputs import reads_inputs, trained_alone
+from .passes.work import work_of
 from .region.body import BodySpec
 from .region.layout import CHANNELS_LAST
 from .region.modes import Ambient
 from .region.op import solve_op
 from .region.site import RegionSpec, Site, register
 from .region.stop import GraphTest, NormTest, StopTest
-from .report import Region, Standing
+from .region.worth import WayOut
+from .report import Reason, Region, Skipped, Standing
 from .scope import scoped_options
 from .torch_parts import FakeTensorMode, qualified_name
 
@@ -40,10 +43,20 @@ def lowered(
     """Register the region of a loop; the node that stands in for it."""
     spec = _spec_of(loop, ambient, options)
     site = register(spec, _place(loop, spec, sum(known.location == loop.location for known, _ in rows)))
+    site.way_out = _way_out(loop, spec)
     rows.append((_row(loop, spec, site.key, site.standing), site))
     count = f"{spec.iterations} iterations" if spec.iterations is not None else "until its tolerance"
     log.info("region %s at %s: %s, %s, %d operands", site.key, spec.where, loop.kind, count, len(loop.operands))
     return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
+
+
+def _way_out(loop: Loop, spec: RegionSpec) -> WayOut | None:
+    """How a loop that capture has followed can be given back, where its own iterations may stand in for it."""
+    if not loop.passages or not spec.own_tests or spec.own_loop_cap is None or spec.config.verify != "periodic":
+        return None
+    assert loop.body is not None
+    leave = sites.way_out([str(site) for site, _ in loop.passages], Skipped(Reason.TOO_CHEAP, loop.location))
+    return None if leave is None else WayOut(work_of(loop.body, loop.tests), leave)
 
 
 def stays(loop: Loop, ambient: Ambient, options: Options) -> Region | None:

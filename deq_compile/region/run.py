@@ -27,6 +27,7 @@ from .solvers import SOLVERS
 from .stop import any_of
 from .stopwatch import Stopwatch, TimedLinearised
 from .verdict import count_misses, gradient_is_the_loops, warn_of_gradient
+from .worth import weigh
 
 __all__ = ["BackwardInputs", "Forward", "Result", "SavedForBackward", "Ticket", "adjoint", "backwards", "run", "run_backward",
            "run_forward"]  # fmt: skip
@@ -101,6 +102,7 @@ def run_forward(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor]
     """Solve a region, or run its loop."""
     call = Call(site, state0, operands, sizes)
     found, grad = run(call), site.spec.grad
+    weigh(site, found)
     states = call.layout.outputs(found.given, fresh=grad)
     ticket = Ticket(found.kept, call.rows, found.serial)
     done = Forward(states, ticket, found.solve_info(), found.saved, found.z.reshape(-1) if grad else None)

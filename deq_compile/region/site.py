@@ -33,6 +33,7 @@ from .forward import Solution
 from .layout import Layout, channels_last, flat_dtype, layout_of
 from .solvers import SOLVERS
 from .stop import StopTest
+from .worth import WayOut
 
 log = logging.getLogger("deq_compile.region")
 
@@ -69,8 +70,7 @@ class RegionSpec:
     own_cap     the most iterations that the user's own loop makes, where a test ends it; None where there is no such loop
     start_grad  whether the initial state needs a gradient
     start_trained  whether something that needs a gradient goes into the initial state alone
-    attached    whether the user's code applies the body once more to what the solver gives, and goes on with that: its result is
-                f(z) then
+    attached    whether the user's code applies the body once more to what the solver gives: the result is f(z) then
     solver_call  whether the user calls a solver, or a library's, that has an iteration of its own
     suspect     whether the model's input reaches the loop through its initial state alone: the fixed point then depends on that,
                 so there are several
@@ -188,7 +188,8 @@ class Site:
     place     the loop as all ranks of a distributed run name it (agree.py)
     finding   what this site has said to the other ranks; None where it has said nothing
     votes     whether what it finds counts for the other ranks
-    has_captures  whether captured solves are held for it (engine/captures.py)
+    has_captures  whether captured solves are held for it
+    way_out   how the loop can be given back to stock Dynamo, where solving it cannot pay
     standing  what a report may ask for, for as long as somebody has it, the site gone or not
     """
 
@@ -220,6 +221,7 @@ class Site:
         self.place, self.votes = "", True
         self.finding: str | None = None
         self.standing = Standing()
+        self.way_out: WayOut | None = None
         self.stand()
 
     def restart(self) -> None:
@@ -323,7 +325,7 @@ class Site:
             self.stand()
 
 
-_STAYS = ("place", "votes", "has_captures", "standing")  # when a site begins again
+_STAYS = ("place", "votes", "way_out", "has_captures", "standing")  # when a site begins again
 _sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 _owned: weakref.WeakKeyDictionary[Any, tuple[Site, ...]] = weakref.WeakKeyDictionary()  # by graph module or function
 _awaited: OrderedDict[int, Site] = OrderedDict()
