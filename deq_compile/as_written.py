@@ -22,6 +22,7 @@ from .markers import is_marker
 from .region import agree, records
 from .region.graphs import capturing
 from .region.site import Site
+from .region.worth import small
 from .torch_parts import FakeTensor, FakeTensorMode, TracingContext, tracing
 from .unexpected import survive
 
@@ -40,12 +41,13 @@ class Written:
         ]
 
     def usable(self, sites: Sequence[Site]) -> bool:
-        """Whether the graph may stand in for the rewritten one, should all of its loops be kept: they have a fixed count, so that
-        their iterations stand in it, and its inputs have fixed sizes."""
+        """Whether the graph is to stand in for the rewritten one, should all of its loops be kept: they have a fixed count, so
+        that their iterations stand in it, and small bodies, and its inputs have fixed sizes."""
         if not all(site.spec.written_out for site in sites) or len(self.graph.nodes) > MOST_NODES:
             return False
-        if any(module.graph is not graph for module, graph in self.inner):
-            return False  # the body of a checkpoint was rewritten
+        gains = any(site.way_out is not None and small(site.way_out.work, site.spec.grad) for site in sites)
+        if not gains or any(module.graph is not graph for module, graph in self.inner):  # the body of a checkpoint was rewritten
+            return False
         values = [node.meta.get("example_value") for node in self.graph.nodes if node.op == "placeholder"]
         if not all(isinstance(v, FakeTensor) and all(isinstance(s, int) for s in v.shape) for v in values):
             return False

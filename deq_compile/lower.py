@@ -25,15 +25,15 @@ from .region.modes import Ambient
 from .region.op import solve_op
 from .region.site import RegionSpec, Site, register
 from .region.stop import GraphTest, NormTest, StopTest
-from .region.worth import WayOut
+from .region.worth import WayOut, small
 from .report import Reason, Region, Skipped, Standing
 from .scope import scoped_options
 from .torch_parts import FakeTensorMode, qualified_name
 
 log = logging.getLogger("deq_compile.lower")
 
-# Operations beyond which the iterations of a loop are not compiled one by one: that takes Inductor some 20 ms each.
-MOST_NODES = 2500
+# Operations beyond which the iterations of a loop are not compiled one by one: that takes Inductor up to 80 ms each.
+MOST_NODES = 1500
 OWN_CAP = 10**6  # iterations of a loop of the user's own that its test alone ends: as good as without end
 
 
@@ -50,22 +50,24 @@ def lowered(
     return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
 
 
-def _way_out(loop: Loop, spec: RegionSpec) -> WayOut | None:
-    """How a loop that capture has followed can be given back, where its own iterations may stand in for it."""
-    if not loop.passages or not spec.own_tests or spec.own_loop_cap is None or spec.config.verify != "periodic":
-        return None
+def _way_out(loop: Loop, spec: RegionSpec) -> WayOut:
+    """With `leave` for a loop that capture has followed, where its own iterations may stand in for it."""
     assert loop.body is not None
-    leave = sites.way_out([str(site) for site, _ in loop.passages], Skipped(Reason.TOO_CHEAP, loop.location))
-    return None if leave is None else WayOut(work_of(loop.body, loop.tests), leave)
+    out = WayOut(work_of(loop.body, loop.tests))
+    if loop.passages and spec.own_tests and spec.own_loop_cap is not None and spec.config.verify == "periodic":
+        out.leave = sites.way_out([str(site) for site, _ in loop.passages], Skipped(Reason.TOO_CHEAP, loop.location))
+    return out
 
 
 def stays(loop: Loop, ambient: Ambient, options: Options) -> Region | None:
     """The report's row of a loop that is kept whatever its calls may show, and so may stay in the graph, for Inductor to see its
-    iterations; None of any other."""
+    iterations; None of any other, and of one whose body is so large that this would only take longer to compile."""
     if loop.declared or loop.passages or loop.count * loop.period > MOST_NODES:
         return None
     spec = _spec_of(loop, ambient, options)
-    return _row(loop, spec, "", Standing("kept")) if spec.keeps and spec.written_out else None
+    if not (spec.keeps and spec.written_out) or not small(_way_out(loop, spec).work, spec.grad):
+        return None
+    return _row(loop, spec, "", Standing("kept"))
 
 
 def _spec_of(loop: Loop, ambient: Ambient, options: Options) -> RegionSpec:

@@ -26,6 +26,8 @@ WEIGHED_AFTER = 3  # calls, of which the first three compare
 REGION, REGION_BACKWARD = 300.0, 400.0
 STEP, MOVE = 40.0, 80.0
 OPERATION, OPERATION_BACKWARD = 1.5, 3.0
+# What surrounds an iteration of a loop that is kept, and its product; and the share of a step that may be lost to it.
+KEPT, SHARE = 25.0, 0.03
 # A microsecond's work.
 FLOPS, ELEMENTS = 1e5, 8e3
 
@@ -46,17 +48,18 @@ class Work:
 
 @dataclass
 class WayOut:
-    """How a region can be given back: `leave` has the frame traced again, with the loop left to stock Dynamo."""
+    """What decides whether a region is given up for the loop as the user wrote it. `leave` has its frame traced again, with the
+    loop left to stock Dynamo; None where that is out of the question."""
 
     work: Work
-    leave: Callable[[], None]
+    leave: Callable[[], None] | None = None
     weighed: bool = False
 
 
 def weigh(site: Site, found: Result) -> None:
     """After a call that was solved: give the loop back where solving it cannot pay."""
     out = site.way_out
-    if out is None or out.weighed or site.calls <= WEIGHED_AFTER or records.recording():
+    if out is None or out.leave is None or out.weighed or site.calls <= WEIGHED_AFTER or records.recording():
         return
     if found.solution is None or site.verdict == "kept" or found.z.device.type != "cpu":
         return
@@ -71,6 +74,11 @@ def weigh(site: Site, found: Result) -> None:
     if ours > own:
         out.leave()
         site.decide("kept", None)
+
+
+def small(work: Work, grad: bool) -> bool:
+    """Whether what surrounds an iteration of a kept loop is felt beside the body's work."""
+    return SHARE * work.microseconds * (3 if grad else 1) < KEPT
 
 
 def cost_of_loop(work: Work, iterations: int, grad: bool) -> float:
