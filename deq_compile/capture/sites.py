@@ -94,6 +94,8 @@ def blocked(tx: Any, site: str) -> bool:
 def watch(tx: Any, site: str, caller: Any, *more: Any) -> None:
     """Guard the frame on a loop that is followed: :func:`way_out` has it traced again. The site is that of `caller` and `more`;
     once it is given back, its graph ends there, and Dynamo comes to it again without some of the frames that called it."""
+    if isinstance(dynamo.UserFunctionVariable, Absent):
+        return
     key, frames = _key(tx), frames_of(caller)
     _reached.setdefault(key, {})[site] = [_name(frames[:depth], more) for depth in range(len(frames) + 1)]
     name = _mark(key, site)
@@ -117,7 +119,7 @@ def way_out(places: Sequence[str], skipped: Skipped) -> Callable[[], None] | Non
     """What gives loops back to stock Dynamo once their graph is compiled: their frame is traced again when it is called next.
     None where nobody could: Dynamo is not at work, or the user wants one graph. `skipped` is for the report."""
     tx = dynamo.current()
-    if tx is None or dynamo.must_be_whole(tx):
+    if tx is None or dynamo.must_be_whole(tx) or not _reached.get(_key(tx), {}).keys() >= set(places):
         return None
     key, teller = weakref.ref(_key(tx)), weakref.ref(_teller(tx))
 
@@ -125,8 +127,7 @@ def way_out(places: Sequence[str], skipped: Skipped) -> Callable[[], None] | Non
         owner, told = key(), teller()
         if owner is None:
             return
-        names = (_reached.get(owner, {}).get(site, [site]) for site in places)
-        _blocked.setdefault(owner, set()).update(*names)
+        _blocked.setdefault(owner, set()).update(*(_reached.get(owner, {}).get(site, [site]) for site in places))
         if told is not None:
             _refusals.setdefault(told, []).append(skipped)
         for site in places:
@@ -157,6 +158,7 @@ def clear() -> None:
     """Forget what was refused, and which places are left to stock Dynamo."""
     _blocked.clear()
     _refusals.clear()
+    _reached.clear()
 
 
 def retrace(sites: Sequence[str]) -> None:
