@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from .as_written import Written, turning
 from .caches import reset
 from .capture import install, sites
 from .config import Options
@@ -44,13 +45,16 @@ class Backend:
     ) -> CompiledFn:
         outer = self.options.merge(Options.from_options(options))
         report = self.report if self.report is not None else Report()
+        written = Written(gm)
         try:
             made = rewrite_if_possible(gm, outer, report)
         finally:
             self.tell(report)
         for site in made:
             site.votes = self.votes
-        return own(compile_rest(gm, example_inputs, outer.resolve(), mode), made)
+        config = outer.resolve()
+        compiled = compile_rest(gm, example_inputs, config, mode)
+        return own(turning(compiled, made, written, lambda graph, inputs: compile_rest(graph, inputs, config, mode)), made)
 
     def reset(self) -> None:
         """What `torch._dynamo.reset()` calls of every backend that it has seen."""

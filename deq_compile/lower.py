@@ -12,23 +12,28 @@ from typing import Any
 import torch
 from torch import fx
 
+from .capture import sites
 from .config import Config, Options
 from .inner import usable
 from .passes.base import ExitTest, Loop, describe, is_tensor, value_of
 from .passes.extract import body_hash, dim_order, target_name
 from .passes.inputs import reads_inputs, trained_alone
+from .passes.work import work_of
 from .region.body import BodySpec
 from .region.layout import CHANNELS_LAST
 from .region.modes import Ambient
 from .region.op import solve_op
 from .region.site import RegionSpec, Site, register
 from .region.stop import GraphTest, NormTest, StopTest
-from .report import Region
+from .region.worth import WayOut, small
+from .report import Reason, Region, Skipped, Standing
 from .scope import scoped_options
 from .torch_parts import FakeTensorMode, qualified_name
 
 log = logging.getLogger("deq_compile.lower")
 
+# Operations beyond which the iterations of a loop are not compiled one by one: that takes Inductor up to 80 ms each.
+MOST_NODES = 1500
 OWN_CAP = 10**6  # iterations of a loop of the user's own that its test alone ends: as good as without end
 
 
@@ -36,32 +41,60 @@ def lowered(
     loop: Loop, ambient: Ambient, options: Options, rows: list[tuple[Region, Site]]
 ) -> tuple[Callable[..., object], tuple[Any, ...]]:
     """Register the region of a loop; the node that stands in for it."""
+    spec = _spec_of(loop, ambient, options)
+    site = register(spec, _place(loop, spec, sum(known.location == loop.location for known, _ in rows)))
+    site.way_out = _way_out(loop, spec)
+    rows.append((_row(loop, spec, site.key, site.standing), site))
+    count = f"{spec.iterations} iterations" if spec.iterations is not None else "until its tolerance"
+    log.info("region %s at %s: %s, %s, %d operands", site.key, spec.where, loop.kind, count, len(loop.operands))
+    return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
+
+
+def _way_out(loop: Loop, spec: RegionSpec) -> WayOut:
+    """With `leave` for a loop that capture has followed, where its own iterations may stand in for it."""
+    assert loop.body is not None
+    out = WayOut(work_of(loop.body, loop.tests))
+    if loop.passages and spec.own_tests and spec.own_loop_cap is not None and spec.config.verify == "periodic":
+        out.leave = sites.way_out([str(site) for site, _ in loop.passages], Skipped(Reason.TOO_CHEAP, loop.location))
+    return out
+
+
+def stays(loop: Loop, ambient: Ambient, options: Options) -> Region | None:
+    """The report's row of a loop that is kept whatever its calls may show, and so may stay in the graph, for Inductor to see its
+    iterations; None of any other, and of one whose body is so large that this would only take longer to compile."""
+    if loop.declared or loop.passages or loop.count * loop.period > MOST_NODES:
+        return None
+    spec = _spec_of(loop, ambient, options)
+    if not (spec.keeps and spec.written_out) or not small(_way_out(loop, spec).work, spec.grad):
+        return None
+    return _row(loop, spec, "", Standing("kept"))
+
+
+def _spec_of(loop: Loop, ambient: Ambient, options: Options) -> RegionSpec:
     chosen = scoped_options(loop.segment(0), options).merge(Options.from_options(loop.options))
-    whole_batch = loop.hints.pop("whole_batch_tol", None)
-    config = usable(chosen.resolve(**loop.hints), [value_of(n) for n in loop.outputs])
+    hints = dict(loop.hints)
+    whole_batch, attached = hints.pop("whole_batch_tol", None), bool(hints.pop("attached", False))
+    config = usable(chosen.resolve(**hints), [value_of(n) for n in loop.outputs])
     tests: list[StopTest] = [_stop_test(test) for test in loop.tests]
     tests += [NormTest(whole_batch, relative=False)] if whole_batch is not None else []
-    spec = region_spec(loop, ambient, config, tuple(tests))
-    site = register(spec, _place(loop, spec, sum(known.location == loop.location for known, _ in rows)))
+    return region_spec(loop, ambient, config, tuple(tests), attached)
+
+
+def _row(loop: Loop, spec: RegionSpec, key: str, standing: Standing) -> Region:
     states = tuple((tuple(str(s) for s in value_of(n).shape), str(value_of(n).dtype)[6:]) for n in loop.outputs)
-    row = Region(
-        key=site.key,
+    return Region(
+        key=key,
         kind=loop.kind,
         location=loop.location,
         states=states,
         iterations=spec.iterations,
         operands=len(loop.operands),
         hoisted=tuple(describe(n) for n in loop.kept_nodes),
-        solver=config.solver,
-        backward=config.backward if spec.grad else "-",
+        solver=spec.config.solver,
+        backward=spec.config.backward if spec.grad else "-",
         notes=(*loop.notes, *dict.fromkeys(str(node.args[2]) for node in loop.told), *_notes(spec)),
-        standing=site.standing,
+        standing=standing,
     )
-    rows.append((row, site))
-    count = f"{spec.iterations} iterations" if spec.iterations is not None else "until its tolerance"
-    log.info("region %s at %s: %s, %s, %d operands", site.key, spec.where, loop.kind, count, len(loop.operands))
-
-    return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
 
 
 def _notes(spec: RegionSpec) -> list[str]:
@@ -89,7 +122,9 @@ def _place(loop: Loop, spec: RegionSpec, before: int) -> str:
     return f"{where}:{line}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
 
 
-def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTest, ...] = ()) -> RegionSpec:
+def region_spec(
+    loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTest, ...] = (), attached: bool = False
+) -> RegionSpec:
     assert loop.body is not None
     outputs = [value_of(n) for n in loop.outputs]
     tensors = [value_of(n) for n in (*loop.initial, *loop.operands) if is_tensor(n)]
@@ -113,6 +148,7 @@ def region_spec(loop: Loop, ambient: Ambient, config: Config, stop: tuple[StopTe
         own_tests=stop,
         own_cap=int(loop.hints.get("max_iter", OWN_CAP)) if loop.tests and loop.count > 1 else None,
         needs=needs,
+        attached=attached,
         solver_call=loop.declared and loop.count == 1 and loop.form != "fixed_point" and config.semantics == "loop",
         start_grad=any(value_of(n).requires_grad for n in loop.initial if is_tensor(n)),
         start_trained=trained_alone(loop.initial, loop.operands),

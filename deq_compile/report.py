@@ -41,6 +41,7 @@ class Reason(enum.Enum):
     TRAJECTORY = "states before the fixed point are asked for as well (a trajectory)"
     LIBRARY = "the library is asked for something that only its own solver can do"
     SOLVER = "a solver is called whose result cannot be built from a solve of ours"
+    TOO_CHEAP = "a solve took longer than so few iterations of so small a body"
     HOOK = "a backward hook stays as it is"
     AUTOGRAD_FUNCTION = "an implicit gradient in a torch.autograd.Function stays outside of the graph, and as it is"
     NOT_TRACED = "Python ran this function, outside of every graph, so that no compiler saw its loop"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import fx
 from .capture import OFF, sites
 from .capture.install import EVERYTHING
 from .config import OptionError, Options
-from .lower import lowered
+from .lower import lowered, stays
 from .markers import is_marker
 from .passes.ambient import ambient_at
 from .passes.base import PassContext, marked
@@ -64,14 +65,13 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
         Retrace: capture marked a region that no pass could take; Dynamo traces the frame again without it.
     """
     report.graphs += 1
-    rows: list[tuple[Region, Site]] = []
-    left: list[str] = []
-    _rewrite(gm, Ambient.now(), options, report, rows, left)
-    if left:
-        sites.retrace(left)
-    report.regions += [row for row, _ in rows]
-    made = [site for _, site in rows]
-    if rows:
+    whole = _Found()
+    _rewrite(gm, Ambient.now(), options, report, whole)
+    if whole.left:
+        sites.retrace(whole.left)
+    report.regions += [*(row for row, _ in whole.rows), *whole.stays]
+    made = [site for _, site in whole.rows]
+    if made:
         trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": "deq_rewritten_graph", "encoding": "string"},
@@ -81,32 +81,38 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
     return made
 
 
-def _rewrite(
-    gm: fx.GraphModule, start: Ambient, options: Options, report: Report, rows: list[tuple[Region, Site]], left: list[str]
-) -> None:
-    """One graph, and the bodies of its checkpoints. `left` collects the sites of markers that nothing consumed."""
+@dataclasses.dataclass
+class _Found:
+    """What is found in a graph: the regions, the loops that stay in it, and the sites of markers that nothing consumed."""
+
+    rows: list[tuple[Region, Site]] = dataclasses.field(default_factory=list)
+    stays: list[Region] = dataclasses.field(default_factory=list)
+    left: list[str] = dataclasses.field(default_factory=list)
+
+
+def _rewrite(gm: fx.GraphModule, start: Ambient, options: Options, report: Report, whole: _Found) -> None:
+    """One graph, and the bodies of its checkpoints; `whole` collects what is found."""
     skip: set[str] = set()
     while True:
-        graph, found, unconsumed = _attempt(gm, start, options, report, skip)
-        loops = {site for site in unconsumed if site.startswith(SITE)}
+        graph, found = _attempt(gm, start, options, report, skip)
+        loops = {site for site in found.left if site.startswith(SITE)}
         if not loops:
             break
         skip |= loops  # operators that were written out for nothing
-    rows += found
-    left += unconsumed
-    if found:
+    whole.rows += found.rows
+    whole.stays += found.stays
+    whole.left += found.left
+    if found.rows:
         gm.graph = graph
         gm.recompile()
     for node in gm.graph.nodes:
         body = checkpoint_body(gm, node)
         if body is not None:
-            _rewrite(body, ambient_at(gm.graph, node, start), options, report, rows, left)
+            _rewrite(body, ambient_at(gm.graph, node, start), options, report, whole)
 
 
-def _attempt(
-    gm: fx.GraphModule, start: Ambient, options: Options, report: Report, skip: set[str]
-) -> tuple[fx.Graph, list[tuple[Region, Site]], list[str]]:
-    """A rewritten copy of a graph, the regions in it, and the sites of markers that nothing consumed."""
+def _attempt(gm: fx.GraphModule, start: Ambient, options: Options, report: Report, skip: set[str]) -> tuple[fx.Graph, _Found]:
+    """A rewritten copy of a graph, and what was found in it."""
     graph = _copy_of(gm.graph)
     deduplicate_constants(graph)
     drop_assertions(graph)
@@ -119,7 +125,7 @@ def _attempt(
 
     context = PassContext(min_repeats, keep_hooks, report)
     work = Work(gm, start, skip)
-    rows: list[tuple[Region, Site]] = []
+    found = _Found()
     consumed: set[tuple[Any, ...]] = set()
     for steps in ROUNDS:
         context.loops = []
@@ -127,10 +133,14 @@ def _attempt(
             step.make(work)(graph, context)
         consumed = consumed.union(*(loop.passages for loop in context.loops))
         modes = {id(loop): ambient_at(graph, loop.first, start) for loop in context.loops}
-        Replace(lambda loop: lowered(loop, modes[id(loop)], options, rows))(graph, context)  # noqa: B023 (called at once)
+        staying = {id(loop): stays(loop, modes[id(loop)], options) for loop in context.loops}
+        context.loops = [loop for loop in context.loops if staying[id(loop)] is None]
+        found.stays += [row for row in staying.values() if row is not None]
+        Replace(lambda loop: lowered(loop, modes[id(loop)], options, found.rows))(graph, context)  # noqa: B023 (called at once)
     drop_consumed(graph, consumed)
     drop_untold(graph, context)
-    return graph, rows, [marked(node) for node in graph.nodes if is_marker(node.target)]
+    found.left = [marked(node) for node in graph.nodes if is_marker(node.target)]
+    return graph, found
 
 
 def _copy_of(graph: fx.Graph) -> fx.Graph:

@@ -227,7 +227,7 @@ def _merge(
     solved, exit = solve.solved, solve.exit
     first = next(node for node in graph.nodes if node in attached)
     with graph.inserting_before(first):
-        begin = graph.call_function(enter, (states, site, form, (*hints, *more), options, note))
+        begin = graph.call_function(enter, (states, site, form, (*hints, *more, ("attached", True)), options, note))
         begin.meta = {k: v for k, v in (exit or solved).meta.items() if k != "example_value"}
         state = _item(graph, begin, 0, solved)
     for node in attached:

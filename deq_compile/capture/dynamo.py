@@ -166,6 +166,11 @@ def removed_handle() -> Any:
     return RemovableHandleVariable(mutation_type=ValueMutationNew(), idx=RemovableHandleVariable.REMOVED)
 
 
+def must_be_whole(tx: Any) -> bool:
+    """Whether the user has asked for an error in place of a graph break."""
+    return bool(tx.one_graph or getattr(tx, "error_on_graph_break", False))
+
+
 def current() -> Any:
     """The outermost translator at work in this thread; None outside of Dynamo."""
     try:

@@ -176,9 +176,7 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     iterator = _iterator(tx) if exit.counted else None
     visits = table.get(site)
     if visits is None or exit.guard or visits.iterator is not iterator:
-        entry = visits.entry + 1 if visits is not None else 0
-        visits = table[site] = _Visits(entry, _range_left(iterator), iterator)
-        visits.range = _range_left(iterator) or (0 if exit.counted and _never_ends(tx) else None)
+        visits = table[site] = _entered(tx, site, exit, iterator, visits)
     if not exit.guard:
         why = _visit(tx, inst, exit, visits)
         if why is not None:
@@ -203,6 +201,15 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     if leaves == exit.jumps:
         tx.jump(inst)
     return True
+
+
+def _entered(tx: Any, site: str, exit: Exit, iterator: Any, before: _Visits | None) -> _Visits:
+    """A passage through a loop begins."""
+    if before is None:
+        sites.watch(tx, site, tx.parent, tx.f_code.co_filename, exit.position)
+    visits = _Visits(before.entry + 1 if before is not None else 0, _range_left(iterator), iterator)
+    visits.range = _range_left(iterator) or (0 if exit.counted and _never_ends(tx) else None)
+    return visits
 
 
 def _visit(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str] | None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from deq_compile.markers import NOT_THE_USERS, PACKAGE
@@ -21,6 +22,14 @@ _blocked: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 _refusals: weakref.WeakKeyDictionary[Any, list[Skipped]] = weakref.WeakKeyDictionary()
 
 
+class _Marks:
+    """One attribute for each loop that was followed: whether it has been given back. Frames are guarded on theirs."""
+
+
+_MARKS = _Marks()
+_serials: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_next_serial = itertools.count()
+_reached: weakref.WeakKeyDictionary[Any, dict[str, list[str]]] = weakref.WeakKeyDictionary()  # a site, and it from fewer frames
 _EVERYWHERE = "*"  # among the blocked sites: nothing is captured any more for that torch.compile
 _Restart: Any = RuntimeError if isinstance(dynamo.RestartFromBackend, Absent) else dynamo.RestartFromBackend
 
@@ -71,11 +80,60 @@ def location(tx: Any) -> Location:
 
 def site_of(tx: Any, *more: Any) -> str:
     """A name for this place in the user's code and how it was reached; equal in every process."""
-    return hashlib.sha256(repr((frames_of(tx), more)).encode()).hexdigest()[:16]
+    return _name(frames_of(tx), more)
+
+
+def _name(frames: Sequence[tuple[str, int]], more: tuple[Any, ...]) -> str:
+    return hashlib.sha256(repr((list(frames), more)).encode()).hexdigest()[:16]
 
 
 def blocked(tx: Any, site: str) -> bool:
     return site in _blocked.get(_key(tx), ())
+
+
+def watch(tx: Any, site: str, caller: Any, *more: Any) -> None:
+    """Guard the frame on a loop that is followed: :func:`way_out` has it traced again. The site is that of `caller` and `more`;
+    once it is given back, its graph ends there, and Dynamo comes to it again without some of the frames that called it."""
+    if isinstance(dynamo.UserFunctionVariable, Absent):
+        return
+    key, frames = _key(tx), frames_of(caller)
+    _reached.setdefault(key, {})[site] = [_name(frames[:depth], more) for depth in range(len(frames) + 1)]
+    name = _mark(key, site)
+    if not hasattr(_MARKS, name):
+        setattr(_MARKS, name, False)
+    dynamo.constant(tx, dynamo.UserFunctionVariable(_traced_mark).call_function(tx, [dynamo.build(tx, name)], {}))
+
+
+def _traced_mark(name: str) -> Any:
+    return getattr(_MARKS, name)
+
+
+def _mark(key: Any, site: str) -> str:
+    serial = _serials.get(key)
+    if serial is None:
+        serial = _serials[key] = next(_next_serial)
+    return f"given_back_{serial}_{site}"
+
+
+def way_out(places: Sequence[str], skipped: Skipped) -> Callable[[], None] | None:
+    """What gives loops back to stock Dynamo once their graph is compiled: their frame is traced again when it is called next.
+    None where nobody could: Dynamo is not at work, or the user wants one graph. `skipped` is for the report."""
+    tx = dynamo.current()
+    if tx is None or dynamo.must_be_whole(tx) or not _reached.get(_key(tx), {}).keys() >= set(places):
+        return None
+    key, teller = weakref.ref(_key(tx)), weakref.ref(_teller(tx))
+
+    def leave() -> None:
+        owner, told = key(), teller()
+        if owner is None:
+            return
+        _blocked.setdefault(owner, set()).update(*(_reached.get(owner, {}).get(site, [site]) for site in places))
+        if told is not None:
+            _refusals.setdefault(told, []).append(skipped)
+        for site in places:
+            setattr(_MARKS, _mark(owner, site), True)
+
+    return leave
 
 
 def refuse(tx: Any, site: str, skipped: Skipped) -> None:
@@ -100,6 +158,7 @@ def clear() -> None:
     """Forget what was refused, and which places are left to stock Dynamo."""
     _blocked.clear()
     _refusals.clear()
+    _reached.clear()
 
 
 def retrace(sites: Sequence[str]) -> None:

@@ -105,7 +105,7 @@ def _implicit(site: Any, self: Any, func: Any, z: Any, asked: Any, *settings: An
     f_tol, f_cap, eval_cap, b_tol, b_cap = settings
     if self.training:
         note = "implicit gradient, solved with the forward's factors in place of " + self.b_solver.__name__
-        backward: Any = (("backward_tol", b_tol), ("backward_max_iter", b_cap))
+        backward: Any = (("backward_tol", b_tol), ("backward_max_iter", b_cap), ("attached", True))
         states, about = _solve(site, self, func, z, asked, (f_tol, f_cap), backward, note)
     else:  # the library solves without gradients then
         with torch.no_grad():

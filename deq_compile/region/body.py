@@ -112,6 +112,10 @@ class Evaluations:
         does not change."""
         return None
 
+    def value(self) -> Tensor | None:
+        """f where it was evaluated last, if that is known."""
+        return None
+
 
 class Runner(abc.ABC):
     """A body for one set of shapes, bound to nothing else: operands come with each call."""

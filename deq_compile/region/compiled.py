@@ -175,6 +175,9 @@ class LinearisingEvaluations(Evaluations):
             return None
         return CompiledLinearised((self.runner, self.operands), self.last[1:], self.calls[1], self.calls[2])
 
+    def value(self) -> Tensor | None:
+        return self.last[0] if self.last else None
+
 
 class CompiledLinearised(Linearised):
     def __init__(self, source: tuple[Runner, Sequence[Tensor]], saved: Sequence[Any], state: Call, full: Call) -> None:

@@ -33,6 +33,7 @@ from .forward import Solution
 from .layout import Layout, channels_last, flat_dtype, layout_of
 from .solvers import SOLVERS
 from .stop import StopTest
+from .worth import WayOut
 
 log = logging.getLogger("deq_compile.region")
 
@@ -69,6 +70,7 @@ class RegionSpec:
     own_cap     the most iterations that the user's own loop makes, where a test ends it; None where there is no such loop
     start_grad  whether the initial state needs a gradient
     start_trained  whether something that needs a gradient goes into the initial state alone
+    attached    whether the user's code applies the body once more to what the solver gives: the result is f(z) then
     solver_call  whether the user calls a solver, or a library's, that has an iteration of its own
     suspect     whether the model's input reaches the loop through its initial state alone: the fixed point then depends on that,
                 so there are several
@@ -88,6 +90,7 @@ class RegionSpec:
     channels_last: bool = False
     start_grad: bool = False
     start_trained: bool = False
+    attached: bool = False
     solver_call: bool = False
     suspect: bool = False
 
@@ -117,6 +120,16 @@ class RegionSpec:
         start says which one it is, with a gradient that grows without bound between two of them."""
         return self.grad and self.start_grad and self.own_loop_cap is not None
 
+    @property
+    def keeps(self) -> bool:
+        """Whether the loop is kept whatever its calls may show."""
+        return self.only_start_differs or (self.suspect and self.start_decides)
+
+    @property
+    def written_out(self) -> bool:
+        """Whether the user's iterations stand in the graph, and may be compiled one by one."""
+        return self.iterations is not None and not self.own_tests and self.config.loop_memory is None
+
     @functools.cached_property
     def compute_dtype(self) -> torch.dtype:
         return flat_dtype(self.dtypes)
@@ -138,7 +151,7 @@ class RegionSpec:
         tests = [test.key for test in self.stop], [test.key for test in self.own_tests], self.own_cap
         facts = (
             OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key(), tests,
-            self.channels_last, self.start_grad, self.start_trained, self.solver_call, self.suspect,
+            self.channels_last, self.start_grad, self.start_trained, self.solver_call, self.suspect, self.attached,
         )  # fmt: skip
         return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
 
@@ -175,7 +188,8 @@ class Site:
     place     the loop as all ranks of a distributed run name it (agree.py)
     finding   what this site has said to the other ranks; None where it has said nothing
     votes     whether what it finds counts for the other ranks
-    has_captures  whether captured solves are held for it (engine/captures.py)
+    has_captures  whether captured solves are held for it
+    way_out   how the loop can be given back to stock Dynamo, where solving it cannot pay
     standing  what a report may ask for, for as long as somebody has it, the site gone or not
     """
 
@@ -184,9 +198,8 @@ class Site:
         config = spec.config
         self.rows: bool | None = {"rows": True, "whole": False}.get(config.batch)
         self.follows = spec.suspect and spec.own_loop_cap is not None
-        keeps = spec.only_start_differs or (self.follows and spec.start_decides)
-        self.compares = spec.own_loop_cap is not None and config.verify != "never" and not keeps
-        self.verdict = "kept" if keeps else "pending" if self.compares else self.solving
+        self.compares = spec.own_loop_cap is not None and config.verify != "never" and not spec.keeps
+        self.verdict = "kept" if spec.keeps else "pending" if self.compares else self.solving
         self.distance: float | None = None
         self.longest = self.compared_at = self.blank = 0
         self.checked, self.loose = 0, self.allowed_distance
@@ -208,6 +221,7 @@ class Site:
         self.place, self.votes = "", True
         self.finding: str | None = None
         self.standing = Standing()
+        self.way_out: WayOut | None = None
         self.stand()
 
     def restart(self) -> None:
@@ -311,7 +325,7 @@ class Site:
             self.stand()
 
 
-_STAYS = ("place", "votes", "has_captures", "standing")  # when a site begins again
+_STAYS = ("place", "votes", "way_out", "has_captures", "standing")  # when a site begins again
 _sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 _owned: weakref.WeakKeyDictionary[Any, tuple[Site, ...]] = weakref.WeakKeyDictionary()  # by graph module or function
 _awaited: OrderedDict[int, Site] = OrderedDict()

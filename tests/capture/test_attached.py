@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deq_compile import Reason
+from deq_compile import Reason, record_solves
 from deq_compile.families.adjoints import Adjoint, Toy, kind_of
-from tests.helpers import compiled, value_and_grads
+from tests.helpers import compiled, largest_error, value_and_grads
 from tests.models.attached import IMPLICIT, LEFT_ALONE, NO_FIXED_POINTS, SERIES, TalkativeHook
 
 
@@ -44,6 +44,22 @@ def test_one_graph_with_the_gradient_that_the_user_means(kind: type[nn.Module], 
     assert report.graphs == 1
     for a, b in zip(found, with_gradient(model, x, terms), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_the_attached_step_is_taken(inner: str) -> None:
+    """At a coarse tolerance the user's result is f(z*), one contraction nearer to the fixed point than z* is."""
+    torch.manual_seed(0)
+    model, x = IMPLICIT[1](), torch.randn(4, 16)
+    run, _ = compiled(model, tol=3e-2, backward_tol=1e-6, inner=inner)
+    with record_solves(tensors=True) as solves:
+        found = value_and_grads(run, model, x)
+    (solve,) = solves
+    assert solve.z is not None
+    torch.testing.assert_close(found[0], model.f(solve.z, x).double(), rtol=1e-5, atol=1e-6)
+    right = with_gradient(model, x, None)
+    assert (found[0] - right[0]).norm() < 0.8 * (solve.z.double() - right[0]).norm()
+    assert largest_error(found, right) < 3e-2
 
 
 @pytest.mark.parametrize(("kind", "why"), LEFT_ALONE.items(), ids=str)

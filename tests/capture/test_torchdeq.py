@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deq_compile import explain
+from deq_compile import explain, record_solves
 from tests.helpers import compiled, largest_error, reference, value_and_grads
 from tests.models.library import HOOK, IFT, Library, One, Two
 
@@ -13,7 +13,7 @@ from tests.models.library import HOOK, IFT, Library, One, Two
 @pytest.mark.parametrize("mode", ["abs", "rel"])
 @pytest.mark.parametrize("train", [True, False])
 def test_statistics(mode: str, train: bool) -> None:
-    """All keys, and numbers that are true of the state that is returned."""
+    """All keys, and numbers that are true of the state that the solve ended at: in training the library returns its image."""
 
     class Told(One):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # type: ignore[override]
@@ -23,8 +23,12 @@ def test_statistics(mode: str, train: bool) -> None:
     library = Library(Told, {**IFT, "f_stop_mode": mode, "f_tol": 1e-3}, train=train)
     model, x = library.make()
     run, _ = compiled(model, tol=None, backward_tol=None)
-    z, info = run(x)
+    with record_solves(tensors=True) as solves:
+        returned, info = run(x)
     _, theirs = model(x)
+    z = solves[0].z
+    assert z is not None
+    torch.testing.assert_close(returned, model.f(z, x) if train else z)
     assert type(info) is type(theirs)
     assert info.keys() == theirs.keys()
     image = model.f(z, x)
