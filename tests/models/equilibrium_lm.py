@@ -1,7 +1,7 @@
-"""A language model with an equilibrium block, as it is trained: a prelude, one looped block, gates, a head.
+"""A language model with an equilibrium block, as it is trained: a prelude, one looped block with a gate, a head.
 
-The block is solved by Anderson's method to 3e-4 without gradients; a `torch.autograd.Function` attaches the implicit gradient, or that of
-one step of its Neumann series; what the solver tells lies on the module.
+The block is solved by Anderson's method to 3e-4 without gradients; a `torch.autograd.Function` attaches the implicit gradient, solved
+by plain iteration or by Anderson's method again, or one step of its Neumann series. What the solver tells lies on the module.
 """
 
 from __future__ import annotations
@@ -45,8 +45,20 @@ def anderson(
     return z, {"iters": k + 1, "rel_residual": rel, "converged": converged, "trajectory": None}
 
 
+def picard(f: Map, z0: Tensor, tol: float = 3e-4, max_iter: int = 50) -> tuple[Tensor, dict[str, Any]]:
+    """The same by plain iterations."""
+    z, k, rel = z0, 0, float("inf")
+    for k in range(max_iter):  # noqa: B007
+        new = f(z)
+        rel = ((new - z).norm() / (1e-5 + new.norm())).item()
+        z = new
+        if rel < tol:
+            break
+    return z, {"iters": k + 1, "rel_residual": rel, "converged": rel < tol, "trajectory": None}
+
+
 class Implicit(torch.autograd.Function):
-    """z as it is; backwards w = q + J^T w, solved as the forward was ("ift"), or w = q + J^T q ("onestep")."""
+    """z as it is; backwards w = q + J^T w, iterated ("ift") or solved as the forward was ("anderson"), or q + J^T q ("onestep")."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, graph: dict[str, Any], x: Tensor, *parameters: Tensor) -> Tensor:
@@ -60,11 +72,11 @@ class Implicit(torch.autograd.Function):
         def step(w: Tensor) -> Tensor:
             return q + torch.autograd.grad(image, start, w, retain_graph=True)[0]
 
-        w = step(q)
-        for _ in range(ctx.graph["max_iter"] if ctx.graph["gradient"] == "ift" else 0):
-            w, before = step(w), w
-            if (w - before).norm().item() < ctx.graph["tol"] * w.norm().item():
-                break
+        settings = {"tol": ctx.graph["tol"], "max_iter": ctx.graph["max_iter"]}
+        if ctx.graph["gradient"] == "onestep":
+            w = step(q)
+        else:
+            w, _ = (picard if ctx.graph["gradient"] == "ift" else anderson)(step, torch.zeros_like(q), **settings)
         wanted = [t for t in ctx.inputs if t.requires_grad]
         grads = iter(torch.autograd.grad(image, wanted, w))
         return (None, None, *(next(grads) if t.requires_grad else None for t in ctx.inputs))
@@ -153,7 +165,7 @@ def converged(model: EquilibriumLM, tokens: Tensor, targets: Tensor) -> list[Ten
 
     def solve(q: Tensor) -> Tensor:
         w = q
-        for _ in range(300 if model.gradient == "ift" else 1):
+        for _ in range(1 if model.gradient == "onestep" else 300):
             w = q + torch.autograd.grad(image, start, w, retain_graph=True)[0]
         return w
 
