@@ -37,10 +37,9 @@ def lowered(
 ) -> tuple[Callable[..., object], tuple[Any, ...]]:
     """Register the region of a loop; the node that stands in for it."""
     chosen = scoped_options(loop.segment(0), options).merge(Options.from_options(loop.options))
-    whole_batch = loop.hints.pop("whole_batch_tol", None)
+    own_norm = _own_norm(loop.hints)
     config = usable(chosen.resolve(**loop.hints), [value_of(n) for n in loop.outputs])
-    tests: list[StopTest] = [_stop_test(test) for test in loop.tests]
-    tests += [NormTest(whole_batch, relative=False)] if whole_batch is not None else []
+    tests: list[StopTest] = [*(_stop_test(test) for test in loop.tests), *own_norm]
     spec = region_spec(loop, ambient, config, tuple(tests))
     site = register(spec, _place(loop, spec, sum(known.location == loop.location for known, _ in rows)))
     states = tuple((tuple(str(s) for s in value_of(n).shape), str(value_of(n).dtype)[6:]) for n in loop.outputs)
@@ -62,6 +61,12 @@ def lowered(
     log.info("region %s at %s: %s, %s, %d operands", site.key, spec.where, loop.kind, count, len(loop.operands))
 
     return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
+
+
+def _own_norm(hints: dict[str, Any]) -> list[NormTest]:
+    """The test of a solver that looks at the whole batch; takes the hint of it."""
+    said = [(hints.pop("whole_batch_tol", None), False), (hints.pop("whole_batch_relative_tol", None), True)]
+    return [NormTest(tol, relative) for tol, relative in said if tol is not None]
 
 
 def _notes(spec: RegionSpec) -> list[str]:

@@ -1,7 +1,7 @@
 """A language model with an equilibrium block, as it is trained: a prelude, one looped block with a gate, a head.
 
-The block is solved by Anderson's method to 3e-4 without gradients; a `torch.autograd.Function` attaches the implicit gradient, solved
-by plain iteration or by Anderson's method again, or one step of its Neumann series. What the solver tells lies on the module.
+The block is solved by Anderson's method to 3e-4 without gradients; a `torch.autograd.Function` attaches the implicit gradient,
+solved by plain iteration or by Anderson's method again, or one step of its Neumann series. Its numbers lie on the module.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def picard(f: Map, z0: Tensor, tol: float = 3e-4, max_iter: int = 50) -> tuple[T
 
 
 class Implicit(torch.autograd.Function):
-    """z as it is; backwards w = q + J^T w, iterated ("ift") or solved as the forward was ("anderson"), or q + J^T q ("onestep")."""
+    """z as it is; backwards w = q + J^T w, by plain iteration ("ift") or "anderson", or q + J^T q ("onestep")."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, graph: dict[str, Any], x: Tensor, *parameters: Tensor) -> Tensor:
