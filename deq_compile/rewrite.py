@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
-from .capture import OFF, sites
+from .capture import OFF, bars, said, sites
 from .capture.install import EVERYTHING
 from .config import OptionError, Options
 from .lower import lowered
 from .markers import is_marker
 from .passes.ambient import ambient_at
-from .passes.base import PassContext, marked
+from .passes.base import Loop, PassContext, marked
 from .passes.declared import drop_untold
 from .passes.exits import drop_assertions, drop_consumed
 from .passes.find_loops import deduplicate_constants
@@ -67,6 +67,7 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
     rows: list[tuple[Region, Site]] = []
     left: list[str] = []
     _rewrite(gm, Ambient.now(), options, report, rows, left)
+    left += said.unheard() + bars.unshown()
     if left:
         sites.retrace(left)
     report.regions += [row for row, _ in rows]
@@ -127,7 +128,13 @@ def _attempt(
             step.make(work)(graph, context)
         consumed = consumed.union(*(loop.passages for loop in context.loops))
         modes = {id(loop): ambient_at(graph, loop.first, start) for loop in context.loops}
-        Replace(lambda loop: lowered(loop, modes[id(loop)], options, rows))(graph, context)  # noqa: B023 (called at once)
+
+        def lower(loop: Loop) -> tuple[Callable[..., object], tuple[Any, ...]]:
+            node = lowered(loop, modes[id(loop)], options, rows)  # noqa: B023 (called at once)
+            bars.solved(rows[-1][0], loop.segment(0))
+            return node
+
+        Replace(lower)(graph, context)
     drop_consumed(graph, consumed)
     drop_untold(graph, context)
     return graph, rows, [marked(node) for node in graph.nodes if is_marker(node.target)]

@@ -33,6 +33,9 @@ RemovableHandleVariable = find("torch._dynamo.variables", "RemovableHandleVariab
 ValueMutationNew = find("torch._dynamo.variables.base", "ValueMutationNew")
 wrap_fx_proxy = find("torch._dynamo.variables.builder", "wrap_fx_proxy")
 AttributeMutationExisting = find("torch._dynamo.variables.base", "AttributeMutationExisting")
+DebuggingVariable = find("torch._dynamo.variables.misc", "DebuggingVariable")
+StringFormatVariable = find("torch._dynamo.variables.misc", "StringFormatVariable")
+GlobalSource = find("torch._dynamo.source", "GlobalSource")
 DDPOptimizer = find("torch._dynamo.backends.distributed", "DDPOptimizer")
 DynamoException = find("torch._dynamo.exc", "TorchDynamoException")
 # the one exception by which a backend can have a frame traced again
@@ -93,6 +96,18 @@ def translators() -> list[Any]:
     return list({id(cls.dispatch_table): cls for cls in classes}.values())
 
 
+def patch_calls(made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """Put another method in the place of the one by which translators call functions; returns what brings it back."""
+    owner = next(cls for cls in InstructionTranslator.__mro__ if "call_function" in vars(cls))
+    original = owner.call_function
+    owner.call_function = made(original)
+
+    def restore() -> None:
+        owner.call_function = original
+
+    return restore
+
+
 @contextlib.contextmanager
 def numbers_of_tensors(tx: Any) -> Iterator[None]:
     """Trace `tensor.item()` as a number of the graph, where Dynamo by default would end the graph."""
@@ -125,6 +140,17 @@ def constant(tx: Any, variable: Any) -> Any:
 def unseen(variable: Any) -> Any:
     """The Python value of a lazy variable that Dynamo has not looked at yet."""
     return variable._cache.value
+
+
+def is_text(variable: Any) -> bool:
+    """Whether a variable is a text made of what the graph computes."""
+    return isinstance(variable, StringFormatVariable)
+
+
+def say_behind_graph(root: Any, said: Callable[..., None], numbers: list[Any]) -> None:
+    """Have `said(*numbers)` called where the graph of the outermost translator ends."""
+    name = root.output.install_global_by_id("__deq_compile_said", said)
+    root.debug_locals.append((DebuggingVariable(said, source=GlobalSource(name)), numbers))
 
 
 def removed_handle() -> Any:
