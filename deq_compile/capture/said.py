@@ -23,7 +23,7 @@ from typing import Any
 from deq_compile import markers
 from deq_compile.report import Location, Reason, Skipped
 
-from . import dynamo, observations, say_only, sites, wording
+from . import dynamo, formats, observations, say_only, sites, wording
 from .bytecode import Code, Exit
 
 LEVELS = ("debug", "info", "warning", "error", "critical", "log")
@@ -45,7 +45,7 @@ class _Line:
 
 def install() -> Callable[[], None]:
     """Patch the translators; returns what takes the patch out again."""
-    undo = [dynamo.patch_calls(_handler), say_only.install(code_of)]
+    undo = [formats.install(), dynamo.patch_calls(_handler), say_only.install(code_of)]
 
     def remove() -> None:
         for one in reversed(undo):
@@ -76,8 +76,9 @@ def _speaker(fn: Any) -> Callable[..., Any] | None:
     if function is print or any(function is one for one in _OF_LOGGING):
         return function
     owner = getattr(known.get("obj"), "value", None)
-    if isinstance(owner, logging.Logger) and known.get("name") in LEVELS:
-        return getattr(owner, known["name"])
+    name = known.get("name", known.get("method_name"))  # by version of Dynamo
+    if isinstance(owner, logging.Logger) and name in LEVELS:
+        return getattr(owner, name)
     return None
 
 

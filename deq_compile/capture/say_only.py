@@ -114,7 +114,7 @@ def install(code_of: Callable[[Any], Code]) -> Callable[[], None]:
 
 def _stock(handler: Callable[..., Any]) -> Callable[..., Any]:
     """Dynamo's own handler below those of this package."""
-    while handler.__code__.co_filename.startswith(PACKAGE):
+    while getattr(getattr(handler, "__code__", None), "co_filename", "").startswith(PACKAGE):
         handler = handler.__wrapped__  # type: ignore[attr-defined]
     return handler
 
