@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from .capture import OFF, bars, said, sites
+from .capture import OFF, bars, said, sites, sparse
 from .capture.install import EVERYTHING
 from .config import OptionError, Options
 from .lower import lowered
@@ -67,7 +67,7 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
     rows: list[tuple[Region, Site]] = []
     left: list[str] = []
     _rewrite(gm, Ambient.now(), options, report, rows, left)
-    left += said.unheard() + bars.unshown()
+    left += said.unheard() + bars.unshown() + sparse.unused(len(rows))
     if left:
         sites.retrace(left)
     report.regions += [row for row, _ in rows]

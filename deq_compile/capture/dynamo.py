@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import dis
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from deq_compile.torch_parts import find, free_unbacked_symbols
@@ -36,6 +37,9 @@ AttributeMutationExisting = find("torch._dynamo.variables.base", "AttributeMutat
 DebuggingVariable = find("torch._dynamo.variables.misc", "DebuggingVariable")
 StringFormatVariable = find("torch._dynamo.variables.misc", "StringFormatVariable")
 GlobalSource = find("torch._dynamo.source", "GlobalSource")
+AttrSource = find("torch._dynamo.source", "AttrSource")
+WeakTensorKeyDictionary = find("torch.utils.weak", "WeakTensorKeyDictionary")
+VariableBuilder = find("torch._dynamo.variables.builder", "VariableBuilder")
 DDPOptimizer = find("torch._dynamo.backends.distributed", "DDPOptimizer")
 DynamoException = find("torch._dynamo.exc", "TorchDynamoException")
 # the one exception by which a backend can have a frame traced again
@@ -108,6 +112,33 @@ def patch_calls(made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Cal
     return restore
 
 
+def patch_opcodes(names: Iterable[str], made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """Put other handlers of some instructions in the place of the translators' own; returns what brings those back."""
+    before = []
+    for cls in translators():
+        for opcode in (dis.opmap[name] for name in names if name in dis.opmap):
+            if cls.dispatch_table[opcode] is not None:
+                before.append((cls, opcode, cls.dispatch_table[opcode]))
+                cls.dispatch_table[opcode] = made(cls.dispatch_table[opcode])
+
+    def restore() -> None:
+        for cls, opcode, handler in before:
+            cls.dispatch_table[opcode] = handler
+
+    return restore
+
+
+def patch_builder(made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """The same of the method by which values from outside become variables."""
+    original = VariableBuilder._wrap
+    VariableBuilder._wrap = made(original)
+
+    def restore() -> None:
+        VariableBuilder._wrap = original
+
+    return restore
+
+
 @contextlib.contextmanager
 def numbers_of_tensors(tx: Any) -> Iterator[None]:
     """Trace `tensor.item()` as a number of the graph, where Dynamo by default would end the graph."""
@@ -121,6 +152,34 @@ def numbers_of_tensors(tx: Any) -> Iterator[None]:
 def build(tx: Any, value: Any) -> Any:
     """Dynamo's variable for a Python value."""
     return VariableTracker.build(tx, value)
+
+
+def attribute_source(source: Any, name: str) -> Any:
+    return AttrSource(source, name)
+
+
+def name_of(source: Any) -> str:
+    """How a source is spelled. Torch 2.11 has a method for it."""
+    return str(source.name() if callable(source.name) else source.name)
+
+
+def build_from(tx: Any, value: Any, source: Any, name: str) -> Any:
+    """The variable for an attribute, guarded, of what has a source."""
+    return VariableTracker.build(tx, value, source=AttrSource(source, name))
+
+
+def method_of(fn: Any) -> tuple[Any, str]:
+    """The variable that a bound method belongs to, and its name; (None, "") for all else."""
+    known = fn.__dict__
+    # by version of Dynamo, and by what the method is bound to
+    name = known.get("name") or known.get("method_name") or getattr(known.get("descriptor"), "__name__", "")
+    return (known.get("obj"), str(name)) if "obj" in known else (None, "")
+
+
+def items_of(tx: Any, variable: Any) -> list[Any]:
+    """The variables in a tuple."""
+    variable = variable.realize() if hasattr(variable, "realize") else variable
+    return list(variable.items)
 
 
 def constant(tx: Any, variable: Any) -> Any:

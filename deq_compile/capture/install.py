@@ -32,6 +32,7 @@ from . import (
     loop_exit,
     said,
     solver_calls,
+    sparse,
     torchdeq,
 )
 
@@ -280,6 +281,14 @@ def _test_said() -> None:
     _expect(found.count(markers.may_exit) + found.count(markers.told), markers.UNROLLED + 1, "markers")
 
 
+def _gathered(z: Tensor, matrix: Tensor) -> Tensor:
+    return matrix @ z
+
+
+def _test_sparse() -> None:
+    _expect(_targets(_gathered, torch.eye(2).to_sparse()).count("index_add"), 1, "sums")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Feature:
     """switch_on patches and returns what undoes that; `test` fails where the patch does not do its work; `needs` are the names
@@ -308,6 +317,8 @@ _FUNCTIONS = (*_HOOKS, "AutogradFunctionVariable")
 
 _SAID = (*_LOOPS, "UserFunctionVariable", "DebuggingVariable", "StringFormatVariable", "GlobalSource")
 
+_SPARSE = ("VariableTracker", "VariableBuilder", "AttrSource", "LazyVariableTracker", "TensorVariable")
+
 _FEATURES = [
     _Feature("loops whose exit depends on data", loop_exit.install, _test_loop_exit, _LOOPS),
     _Feature("calls of solvers", calls.install, _test_calls, _CALLS),
@@ -321,5 +332,6 @@ _FEATURES = [
     _Feature("numbers that grow from call to call", growing.install, _test_growing, (*_LOOPS, "graph_break")),
     _Feature("what a loop prints", said.install, _test_said, _SAID),
     _Feature("progress bars", bars.install, lambda: None, _LOOPS),
+    _Feature("sparse matrices", sparse.install, _test_sparse, _SPARSE),
     _Feature("whole graphs under DistributedDataParallel", ddp.install, lambda: None, ("DDPOptimizer",)),
 ]

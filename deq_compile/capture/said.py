@@ -75,8 +75,8 @@ def _speaker(fn: Any) -> Callable[..., Any] | None:
     function = known.get("fn", known.get("value"))
     if function is print or any(function is one for one in _OF_LOGGING):
         return function
-    owner = getattr(known.get("obj"), "value", None)
-    name = known.get("name", known.get("method_name"))  # by version of Dynamo
+    bound_to, name = dynamo.method_of(fn)
+    owner = getattr(bound_to, "value", None)
     if isinstance(owner, logging.Logger) and name in LEVELS:
         return getattr(owner, name)
     return None
