@@ -9,6 +9,7 @@ from bench import demo, kernels, overhead, step
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
 from bench.gradients import cli as gradients
+from bench.language import cli as language
 from bench.multistable import cli as multistable
 from bench.reach import cli as reach
 from bench.roofline import cli as roofline
@@ -24,6 +25,7 @@ COMMANDS = {
     "gpu": gpu,
     "gradients": gradients,
     "kernels": kernels,
+    "language": language,
     "multistable": multistable,
     "overhead": overhead,
     "reach": reach,

@@ -73,10 +73,9 @@ def stays(loop: Loop, ambient: Ambient, options: Options) -> Region | None:
 def _spec_of(loop: Loop, ambient: Ambient, options: Options) -> RegionSpec:
     chosen = scoped_options(loop.segment(0), options).merge(Options.from_options(loop.options))
     hints = dict(loop.hints)
-    whole_batch, attached = hints.pop("whole_batch_tol", None), bool(hints.pop("attached", False))
+    own_norm, attached = _own_norm(hints), bool(hints.pop("attached", False))
     config = usable(chosen.resolve(**hints), [value_of(n) for n in loop.outputs])
-    tests: list[StopTest] = [_stop_test(test) for test in loop.tests]
-    tests += [NormTest(whole_batch, relative=False)] if whole_batch is not None else []
+    tests: list[StopTest] = [*(_stop_test(test) for test in loop.tests), *own_norm]
     return region_spec(loop, ambient, config, tuple(tests), attached)
 
 
@@ -95,6 +94,12 @@ def _row(loop: Loop, spec: RegionSpec, key: str, standing: Standing) -> Region:
         notes=(*loop.notes, *dict.fromkeys(str(node.args[2]) for node in loop.told), *_notes(spec)),
         standing=standing,
     )
+
+
+def _own_norm(hints: dict[str, Any]) -> list[NormTest]:
+    """The test of a solver that looks at the whole batch; takes the hint of it."""
+    said = [(hints.pop("whole_batch_tol", None), False), (hints.pop("whole_batch_relative_tol", None), True)]
+    return [NormTest(tol, relative) for tol, relative in said if tol is not None]
 
 
 def _notes(spec: RegionSpec) -> list[str]:

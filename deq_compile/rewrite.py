@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import fx
 
-from .capture import OFF, sites
+from .capture import OFF, bars, said, sites, sparse
 from .capture.install import EVERYTHING
 from .config import OptionError, Options
 from .lower import lowered, stays
 from .markers import is_marker
 from .passes.ambient import ambient_at
-from .passes.base import PassContext, marked
+from .passes.base import Loop, PassContext, marked
 from .passes.declared import drop_untold
 from .passes.exits import drop_assertions, drop_consumed
 from .passes.find_loops import deduplicate_constants
@@ -67,8 +67,9 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
     report.graphs += 1
     whole = _Found()
     _rewrite(gm, Ambient.now(), options, report, whole)
-    if whole.left:
-        sites.retrace(whole.left)
+    left = [*whole.left, *said.unheard(), *bars.unshown(), *sparse.unused(len(whole.rows) + len(whole.stays))]
+    if left:
+        sites.retrace(left)
     report.regions += [*(row for row, _ in whole.rows), *whole.stays]
     made = [site for _, site in whole.rows]
     if made:
@@ -136,7 +137,13 @@ def _attempt(gm: fx.GraphModule, start: Ambient, options: Options, report: Repor
         staying = {id(loop): stays(loop, modes[id(loop)], options) for loop in context.loops}
         context.loops = [loop for loop in context.loops if staying[id(loop)] is None]
         found.stays += [row for row in staying.values() if row is not None]
-        Replace(lambda loop: lowered(loop, modes[id(loop)], options, found.rows))(graph, context)  # noqa: B023 (called at once)
+
+        def lower(loop: Loop) -> tuple[Callable[..., object], tuple[Any, ...]]:
+            node = lowered(loop, modes[id(loop)], options, found.rows)  # noqa: B023 (called at once)
+            bars.solved(found.rows[-1][0], loop.segment(0))
+            return node
+
+        Replace(lower)(graph, context)
     drop_consumed(graph, consumed)
     drop_untold(graph, context)
     found.left = [marked(node) for node in graph.nodes if is_marker(node.target)]

@@ -34,6 +34,12 @@ RemovableHandleVariable = find("torch._dynamo.variables", "RemovableHandleVariab
 ValueMutationNew = find("torch._dynamo.variables.base", "ValueMutationNew")
 wrap_fx_proxy = find("torch._dynamo.variables.builder", "wrap_fx_proxy")
 AttributeMutationExisting = find("torch._dynamo.variables.base", "AttributeMutationExisting")
+DebuggingVariable = find("torch._dynamo.variables.misc", "DebuggingVariable")
+StringFormatVariable = find("torch._dynamo.variables.misc", "StringFormatVariable")
+GlobalSource = find("torch._dynamo.source", "GlobalSource")
+AttrSource = find("torch._dynamo.source", "AttrSource")
+WeakTensorKeyDictionary = find("torch.utils.weak", "WeakTensorKeyDictionary")
+VariableBuilder = find("torch._dynamo.variables.builder", "VariableBuilder")
 DDPOptimizer = find("torch._dynamo.backends.distributed", "DDPOptimizer")
 DynamoException = find("torch._dynamo.exc", "TorchDynamoException")
 # the one exception by which a backend can have a frame traced again
@@ -127,6 +133,17 @@ def patch_calls(made: Callable[[Handler], Handler]) -> Callable[[], None]:
     return restore
 
 
+def patch_builder(made: Callable[[Handler], Handler]) -> Callable[[], None]:
+    """The same of the method by which values from outside become variables."""
+    original = VariableBuilder._wrap
+    VariableBuilder._wrap = made(original)
+
+    def restore() -> None:
+        VariableBuilder._wrap = original
+
+    return restore
+
+
 @contextlib.contextmanager
 def numbers_of_tensors(tx: Any) -> Iterator[None]:
     """Trace `tensor.item()` as a number of the graph, where Dynamo by default would end the graph."""
@@ -140,6 +157,34 @@ def numbers_of_tensors(tx: Any) -> Iterator[None]:
 def build(tx: Any, value: Any) -> Any:
     """Dynamo's variable for a Python value."""
     return VariableTracker.build(tx, value)
+
+
+def attribute_source(source: Any, name: str) -> Any:
+    return AttrSource(source, name)
+
+
+def name_of(source: Any) -> str:
+    """How a source is spelled. Torch 2.11 has a method for it."""
+    return str(source.name() if callable(source.name) else source.name)
+
+
+def build_from(tx: Any, value: Any, source: Any, name: str) -> Any:
+    """The variable for an attribute, guarded, of what has a source."""
+    return VariableTracker.build(tx, value, source=AttrSource(source, name))
+
+
+def method_of(fn: Any) -> tuple[Any, str]:
+    """The variable that a bound method belongs to, and its name; (None, "") for all else."""
+    known = fn.__dict__
+    # by version of Dynamo, and by what the method is bound to
+    name = known.get("name") or known.get("method_name") or getattr(known.get("descriptor"), "__name__", "")
+    return (known.get("obj"), str(name)) if "obj" in known else (None, "")
+
+
+def items_of(tx: Any, variable: Any) -> list[Any]:
+    """The variables in a tuple."""
+    variable = variable.realize() if hasattr(variable, "realize") else variable
+    return list(variable.items)
 
 
 def constant(tx: Any, variable: Any) -> Any:
@@ -159,6 +204,17 @@ def constant(tx: Any, variable: Any) -> Any:
 def unseen(variable: Any) -> Any:
     """The Python value of a lazy variable that Dynamo has not looked at yet."""
     return variable._cache.value
+
+
+def is_text(variable: Any) -> bool:
+    """Whether a variable is a text made of what the graph computes."""
+    return isinstance(variable, StringFormatVariable)
+
+
+def say_behind_graph(root: Any, said: Callable[..., None], numbers: list[Any]) -> None:
+    """Have `said(*numbers)` called where the graph of the outermost translator ends."""
+    name = root.output.install_global_by_id("__deq_compile_said", said)
+    root.debug_locals.append((DebuggingVariable(said, source=GlobalSource(name)), numbers))
 
 
 def removed_handle() -> Any:

@@ -19,7 +19,22 @@ from torch import Tensor
 from deq_compile import markers
 from deq_compile.torch_parts import MISSING, NEEDED, REGIONS, counters
 
-from . import allclose, calls, ddp, declared_calls, dynamo, functions, growing, hooks, loop_exit, solver_calls, torchdeq
+from . import (
+    allclose,
+    bars,
+    calls,
+    ddp,
+    declared_calls,
+    dynamo,
+    functions,
+    growing,
+    hooks,
+    loop_exit,
+    said,
+    solver_calls,
+    sparse,
+    torchdeq,
+)
 
 log = logging.getLogger("deq_compile.capture")
 
@@ -247,6 +262,33 @@ def _test_allclose() -> None:
     _expect(_targets(_halved_until_close).count(markers.may_exit), markers.UNROLLED + 1, "markers")
 
 
+_NOBODY = logging.Logger("deq_compile.self_test", logging.CRITICAL)
+
+
+def _saying(z: Tensor) -> Tensor:
+    for _ in range(50):
+        new = 0.5 * z
+        gap = (new - z).norm().item()
+        _NOBODY.debug(f"{gap:.1e}")
+        z = new
+        if gap < 1e-3:
+            break
+    return z
+
+
+def _test_said() -> None:
+    found = _targets(_saying)
+    _expect(found.count(markers.may_exit) + found.count(markers.told), markers.UNROLLED + 1, "markers")
+
+
+def _gathered(z: Tensor, matrix: Tensor) -> Tensor:
+    return matrix @ z
+
+
+def _test_sparse() -> None:
+    _expect(_targets(_gathered, torch.eye(2).to_sparse()).count("index_add"), 1, "sums")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Feature:
     """switch_on patches and returns what undoes that; `test` fails where the patch does not do its work; `needs` are the names
@@ -273,6 +315,10 @@ _LOOPS = (
 _HOOKS = (*_CALLS, "RemovableHandleVariable", "ValueMutationNew", "wrap_fx_proxy")
 _FUNCTIONS = (*_HOOKS, "AutogradFunctionVariable")
 
+_SAID = (*_LOOPS, "UserFunctionVariable", "DebuggingVariable", "StringFormatVariable", "GlobalSource")
+
+_SPARSE = ("VariableTracker", "VariableBuilder", "AttrSource", "LazyVariableTracker", "TensorVariable")
+
 _FEATURES = [
     _Feature("loops whose exit depends on data", loop_exit.install, _test_loop_exit, _LOOPS),
     _Feature("calls of solvers", calls.install, _test_calls, _CALLS),
@@ -282,5 +328,8 @@ _FEATURES = [
     _Feature("implicit gradients in autograd functions", functions.install, _test_functions, _FUNCTIONS),
     _Feature("torch.allclose as a loop's test", allclose.install, _test_allclose, (*_LOOPS, "TorchInGraphFunctionVariable")),
     _Feature("numbers that grow from call to call", growing.install, _test_growing, (*_LOOPS, "graph_break")),
+    _Feature("what a loop prints", said.install, _test_said, _SAID),
+    _Feature("progress bars", bars.install, lambda: None, _LOOPS),
+    _Feature("sparse matrices", sparse.install, _test_sparse, _SPARSE),
     _Feature("whole graphs under DistributedDataParallel", ddp.install, lambda: None, ("DDPOptimizer",)),
 ]

@@ -29,7 +29,7 @@ from typing import Any
 from deq_compile import markers
 from deq_compile.report import Reason, Skipped
 
-from . import breaks, counters, decisions, dynamo, effects, known, observations, sites
+from . import breaks, counters, decisions, dynamo, effects, known, observations, said, sites
 from .bytecode import Code, Exit
 
 _JUMPS = (
@@ -196,6 +196,7 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
         if visits.before is not None:
             live = _live(tx, inst, exit) & _code(tx).stores(exit.loop)
             observations.serve(tx, (site, visits.entry), sorted(live), visits.before, visits.world, visits.history)
+        said.told(tx, inst, exit, (site, visits.entry))
         visits.iterator = object()  # whoever comes again enters anew
         counters.forget(tx)
     if leaves == exit.jumps:

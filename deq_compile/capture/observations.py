@@ -103,23 +103,23 @@ def serve(tx: Any, place: tuple[str, int], live: Iterable[str], before: Snapshot
         moved = step(history, (LOCAL, 0, name))
         if moved:
             first = history[0][LOCAL, 0, name]
-            tx.symbolic_locals[name] = _count(tx, place, first, moved, repr(name))
+            tx.symbolic_locals[name] = count(tx, place, first, moved, repr(name))
     for key in effects.changes(before, now):
         if key[0] in effects.ATTRIBUTES:
             moved = step(history, key)
             if moved:
                 owner = effects.owner_of(tx, key)
-                served = _count(tx, place, history[0][key], moved, f"attribute {key[-1]!r}")
+                served = count(tx, place, history[0][key], moved, f"attribute {key[-1]!r}")
                 tx.output.side_effects.store_attr(owner, key[-1], served)
         else:
             added = _grown(tx, key, before, now)
             if added is not None and len(now[key][1].items) > added:
                 kept = now[key][1].items[-added:]
                 what = f"the list at {key[-1]!r} holds the last iteration's numbers; its length"
-                _shorten(now[key][1], kept, _count(tx, place, added, added, what, kept))
+                _shorten(now[key][1], kept, count(tx, place, added, added, what, kept))
 
 
-def _count(tx: Any, place: tuple[str, int], first: float, moved: float, what: str, kept: Sequence[Any] = ()) -> Any:
+def count(tx: Any, place: tuple[str, int], first: float, moved: float, what: str, kept: Sequence[Any] = ()) -> Any:
     given = [dynamo.build(tx, v) for v in (*place, f"{what} is the solve's count", first, moved)]
     with dynamo.numbers_of_tensors(tx):
         return dynamo.UserFunctionVariable(_traced_count).call_function(tx, [*given, *kept], {})

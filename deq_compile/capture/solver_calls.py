@@ -48,8 +48,9 @@ def recognise(tx: Any, function: Any, arguments: Sequence[Any], kwargs: Mapping[
     if (tol is None and family.tol is not None) or mode not in (None, "rel", "abs"):
         return None  # a tolerance that is computed
     absolute = mode == "abs" if mode is not None else family.absolute
+    rule = "absolute" if absolute else "whole" if family.whole and mode is None else "samples"
     form = f"call of {function.__name__}"
-    facts = (form, tol, cap, absolute, family.detached, family.shape)
+    facts = (form, tol, cap, rule, family.detached, family.shape)
     own = [given[family.f], given[family.z0], *(dynamo.build(tx, v) for v in facts)]
     if family.build is None:
         return _adapter, own
@@ -103,13 +104,15 @@ def _start(f: Any, z0: Any, detached: Any) -> Any:
     return z0 if first.dtype == z0.dtype else first
 
 
-def _solve(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: Any, detached: Any) -> Any:
+def _solve(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, rule: Any, detached: Any) -> Any:
     z0 = _start(f, z0, detached)
-    if absolute:
+    if rule == "absolute":
         # of the whole batch: a tolerance for each sample would have to know how many there are
         hints: Any = (("whole_batch_tol", tol), ("max_iter", cap))
     else:
         hints = (("tol", tol), ("stop_mode", "rel"), ("max_iter", cap))
+        if rule == "whole" and z0.device.type == "cpu":  # a device would have to be asked in every iteration
+            hints = (*hints, ("whole_batch_relative_tol", tol))
     if detached:  # the function works without gradients, and so does what stands in for it
         with torch.no_grad():
             (z,), about = markers.region(lambda states: (f(states[0]),), (z0,), site, form, hints)
@@ -119,10 +122,10 @@ def _solve(site: Any, f: Any, z0: Any, form: Any, tol: Any, cap: Any, absolute: 
 
 
 def _adapter(site: Any, f: Any, z0: Any, *said: Any) -> Any:
-    """`said`: form, tol, cap, absolute, detached, and the shape of what is returned."""
-    _, tol, cap, absolute, _, shape = said
+    """`said`: form, tol, cap, what the tolerance is of, detached, and the shape of what is returned."""
+    _, tol, cap, rule, _, shape = said
     z, about = _solve(site, f, z0, *said[:5])
-    return z if shape == "z" else _build(shape, z, _About(about, site, tol, cap, absolute))
+    return z if shape == "z" else _build(shape, z, _About(about, site, tol, cap, rule == "absolute"))
 
 
 def _adapter_with_build(site: Any, f: Any, z0: Any, *said: Any) -> Any:

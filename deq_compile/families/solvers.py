@@ -22,6 +22,7 @@ from torch import Tensor
 from deq_compile.solve_info import SolveInfo
 from deq_compile.torch_parts import pytree
 
+from .batches import tests_whole_batch
 from .fields import CAPS, MOST, SMALLER, field
 from .trial import unnoticed
 
@@ -42,6 +43,7 @@ class Family:
     shape     what it returns, with "z" where the fixed point is: a word, ("tuple", part, ...) or ("dict", (key, part), ...)
     build     a function of (z, SolveInfo) that makes what it returns, in place of `shape`
     detached  it works under a no_grad of its own: its result has no gradient
+    whole     its tolerance is relative, and that of the whole batch
     """
 
     f: str
@@ -53,6 +55,7 @@ class Family:
     shape: Any
     build: Callable[[Any, SolveInfo], Any] | None = None
     detached: bool = False
+    whole: bool = False
 
 
 _registered: weakref.WeakKeyDictionary[Any, dict[str, Any]] = weakref.WeakKeyDictionary()
@@ -280,9 +283,26 @@ def _try_out(function: Callable[..., Any], facts: dict[str, Any], dims: int, pat
         small = _Problem(dims, 1e-4, facts["dtype"])
         z = _nearest(_run(function, facts, small, _LOOSE), small)
         facts = {**facts, "absolute": z is not None and small.residual(z) > 0.1 * float(small.z.norm())}
+    whole = not facts["absolute"] and _tests_whole_batch(function, facts, dims)
     detached = _drops_gradients(function, facts, dims)
     facts = {name: value for name, value in facts.items() if name not in ("others", "dtype")}
-    return Family(**facts, shape=shape, detached=detached)
+    return Family(**facts, shape=shape, detached=detached, whole=whole)
+
+
+def _tests_whole_batch(function: Callable[..., Any], facts: Mapping[str, Any], dims: int) -> bool:
+    if facts["mode"] is not None or facts["tol"] is None:
+        return False
+
+    def solve(f: Callable[[Tensor], Tensor], z0: Tensor, tol: float) -> Tensor | None:
+        given = {facts["f"]: f, facts["z0"]: z0, facts["tol"]: tol} | ({facts["cap"]: MOST} if facts["cap"] else {})
+        found = [t for t in pytree.tree_leaves(function(**given, **dict(facts["others"]))) if isinstance(t, Tensor)]
+        alike = [t for t in found if t.shape == z0.shape]
+        return min(alike, key=lambda t: float((f(t) - t).norm()), default=None)
+
+    try:
+        return tests_whole_batch(solve, dims, facts["dtype"])
+    except Exception:  # whatever it does with a problem of another size
+        return False
 
 
 def _drops_gradients(function: Callable[..., Any], facts: Mapping[str, Any], dims: int) -> bool:

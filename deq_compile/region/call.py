@@ -64,7 +64,7 @@ class Call:
         self.solver = PLAIN if site.follows else SOLVERS[spec.config.solver]
         # The last evaluation is at the fixed point: with what it saves the backward need not evaluate once more.
         implicit = BACKWARDS[spec.config.backward].gradient != "loop"
-        saves = spec.grad and self.solver.stays and implicit and not spec.stop and not on_gpu(z0.device)
+        saves = spec.grad and self.solver.stays and implicit and not on_gpu(z0.device)
         self.evaluations = self.runner.evaluations(operands, spec.needs if saves else None)
         self.body: Callable[[Tensor], Tensor] = self.evaluations
         self.stop = any_of(spec.stop, self.layout, (*operands, *sizes))

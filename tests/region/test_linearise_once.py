@@ -77,6 +77,35 @@ def test_the_backward_evaluates_no_more(calls: dict[str, int]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+class UntilClose(Loop):
+    """A test of the whole batch ends it; the first samples are done long before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(100):
+            new = torch.tanh(self.W(z) + 0.1 * z * z + self.U(x)) * torch.arange(len(x))[:, None]
+            small = (new - z).norm() < 1e-9
+            z = new
+            if small:
+                break
+        return z
+
+
+def test_nor_where_the_loops_own_test_ends_the_solve(calls: dict[str, int]) -> None:
+    model, x = UntilClose().double(), 0.1 * torch.randn(3, 12, dtype=torch.float64)
+    torch.nn.init.orthogonal_(model.W.weight, gain=0.3)
+    call = torch.compile(model, backend="deq", options={"inner": "aot_eager", "backward_tol": 1e-9})
+    for _ in range(3):
+        gradients(model, call(x))
+    for name in calls:
+        calls[name] = 0
+    mine = gradients(model, call(x))
+    assert calls["apply"] == calls["linearise"] == 0
+    assert calls["__call__"] >= 3
+    for a, b in zip(mine, gradients(model, model(x)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
 def test_forwards_and_backwards_in_any_order() -> None:
     model = Loop().double()
     xs = [torch.randn(4, 12, dtype=torch.float64) for _ in range(2)]

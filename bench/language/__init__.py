@@ -1,0 +1,1 @@
+"""An equilibrium language model, trained on this project's own notes, as a user would run it, against backend="deq"."""
