@@ -35,6 +35,8 @@ class Reason(enum.Enum):
     SIDE_EFFECT = "the loop writes to something that outlives an iteration (an attribute, a list, a dict)"
     EXIT_TEST = "the test that ends the loop is no test of how far an iterate is from its image"
     HIDDEN_CAP = "beside its test the loop has an exit that cannot be counted (no range, no integer that grows by equal steps)"
+    BRANCH = "a branch in the loop's body depends on data, and a graph holds one way only (torch.where holds both)"
+    BROKEN = "the graph ends inside of the loop, so that no compiler sees its iterations together"
     NESTED_EXIT = "the body holds another loop whose exit depends on data"
     TRAJECTORY = "states before the fixed point are asked for as well (a trajectory)"
     LIBRARY = "the library is asked for something that only its own solver can do"
@@ -177,6 +179,8 @@ class Report:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         if not self.regions:
             lines = [f"no fixed-point region in {self.graphs} graph(s)"]
+            if not (self.skipped or self.graph_breaks or self.features_off):
+                lines.append("no loop that repeats a map was met, and no call of a solver")
         lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
         idle = "without the forward's factors, which cost more than they save"
         lines += [f"backward    {r.location}: {idle}" for r in self.regions if not r.reuse]

@@ -42,7 +42,7 @@ def _step(loop: Loop, index: int) -> int | None:
         return None
     segment = set(loop.segment(-1))
     step = result.args[1]
-    alone = all(user is result for user in read.users if user in segment)
+    alone = all(user is result for user in read.users if user in segment) and not any(user in segment for user in result.users)
     return step if type(step) is int and alone else None
 
 

@@ -12,7 +12,7 @@ z_new.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -151,10 +151,13 @@ class _Builder:
                 self.env[node] = self.graph.placeholder(f"{prefix}{i}")
         self.last = self.graph.placeholder("end")  # operands go before this one
 
-    def finish(self, owner: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, tuple[fx.Node, ...]] | None:
+    def finish(
+        self, owner: fx.GraphModule, node: fx.Node, reduced: str = ""
+    ) -> tuple[fx.GraphModule, tuple[fx.Node, ...]] | None:
+        """`reduced`: the method of a tensor that makes one number of the node's."""
         if not self._copy(node):
             return None
-        self.graph.output(self.env[node])
+        self.graph.output(self.graph.call_method(reduced, (self.env[node],)) if reduced else self.env[node])
         self.graph.erase_node(self.last)
         return fx.GraphModule(owner, self.graph, class_name="ExitTest"), tuple(self.reads)
 
@@ -234,6 +237,17 @@ def _random(like: fx.Node, generator: torch.Generator, scale: float = 1.0) -> Te
     value = value_of(like)
     shape = [hint(s) for s in value.shape]
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(value.device)
+
+
+def exits_when(
+    owner: fx.GraphModule, loop: Loop, node: fx.Node, images: Sequence[fx.Node], same: Mapping[fx.Node, fx.Node], when: bool
+) -> bool:
+    """Whether all elements of a node of the last segment are `when` where an iterate equals its image, and not where they are
+    far apart. `images` are the results of the states, `same` says which nodes are to be taken for others."""
+    builder = _Builder(loop, images=images)
+    builder.env |= {of: builder.env[to] for of, to in same.items() if to in builder.env}
+    made = builder.finish(owner, node, "all" if when else "any")
+    return made is not None and _probe(made[0], loop, made[1], when) == "test"
 
 
 def _others(reads: Sequence[fx.Node]) -> list[Any] | None:

@@ -24,6 +24,7 @@ from .functionalise import Functionalise
 from .hoist import Hoist
 from .inline import InlineCheckpoints
 from .judge import Judge
+from .masks import Masks
 from .take_hooks import TakeHooks
 from .unroll_while import UnrollWhile
 
@@ -62,6 +63,7 @@ MARKED = (
 REPEATED = (
     Step(lambda w: FindLoops(), "like segments, one feeding the next, are a loop"),
     Step(lambda w: Counts(), "an integer that counts the iterations is no part of the state"),
+    Step(lambda w: Masks(w.gm), "a mask that freezes converged samples is no part of the state"),
     Step(lambda w: Exits(w.gm), "what ends a loop is its test, if it asks how far z and f(z) are apart"),
     Step(lambda w: Absorb(), "iterations before the first test, of the same body, are part of the loop"),
     Step(lambda w: TakeHooks(loops=True), "a hook that solves the adjoint of a loop is taken over with it"),

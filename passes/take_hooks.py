@@ -22,14 +22,13 @@ from deq_compile.markers import adjoint_hook, adjoint_input, enter, leave
 from deq_compile.report import Reason, Skipped
 
 from .base import Loop, Pass, PassContext, location_of, value_of
+from .copies import copies_of, is_copy, source_of
 from .declared import region_at
 from .exits import erase_unused
 from .replace import move_behind
 
 # Capture took the hook for a solve: more products than the default cap, since its tolerance may be tighter than ours.
 PRODUCTS = 60
-
-_SAME_VALUE = {"detach", "clone", "contiguous", "requires_grad_"}
 
 
 @dataclasses.dataclass
@@ -77,10 +76,10 @@ class TakeHooks(Pass):
         solved = solve.solved
 
         def is_state(node: fx.Node) -> bool:
-            return _source(node) is solved
+            return source_of(node) is solved
 
         attached = _between(z, is_state)
-        if not _same(z, image, is_state, lambda node: _source(node, start) is start):
+        if not _same(z, image, is_state, lambda node: source_of(node, start) is start):
             return "what it differentiates is another computation than the attached step"
         if (why := _entangled(solve, z, attached, is_state)) is not None:
             return why
@@ -103,8 +102,8 @@ def _entangled(solve: _Solve, z: fx.Node, attached: set[fx.Node], is_state: Call
     if any(user not in attached for node in attached if node is not z for user in node.users):
         return "an intermediate of the attached step is used elsewhere"
     chain = set(solve.loop.nodes) if solve.loop is not None else set()
-    copies = (solve.solved, *_copies(solve.solved))
-    others = [u for node in copies for u in node.users if u not in attached | chain and not _copy(u)]
+    copies = (solve.solved, *copies_of(solve.solved))
+    others = [u for node in copies for u in node.users if u not in attached | chain and not is_copy(u)]
     if solve.exit is not None:
         others += [user for user in solve.exit.users if user is not solve.solved]
     if not _downstream(others).isdisjoint(attached):
@@ -155,26 +154,6 @@ def _loop_before(z: fx.Node, loops: Sequence[Loop]) -> _Solve | None:
     return _Solve(loop.outputs[0], loop.outputs[0], loop.reads[0], entry, loop=loop)
 
 
-def _copy(node: fx.Node) -> bool:
-    """Whether a node is its argument with another history."""
-    if node.target is adjoint_input:
-        return True
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return name in _SAME_VALUE and bool(node.args) and isinstance(node.args[0], fx.Node)
-
-
-def _source(node: fx.Node, stop: fx.Node | None = None) -> fx.Node:
-    """What a node is a copy of; `stop` counts as an origin."""
-    while node is not stop and _copy(node):
-        node = node.args[0]  # type: ignore[assignment]
-    return node
-
-
-def _copies(node: fx.Node) -> list[fx.Node]:
-    found = [user for user in node.users if _copy(user)]
-    return found + [further for copy in found for further in _copies(copy)]
-
-
 def _between(z: fx.Node, is_state: Callable[[fx.Node], bool]) -> set[fx.Node]:
     """The nodes from the state to `z` that depend on the state, `z` among them, the state's copies not."""
     depends: dict[fx.Node, bool] = {}
@@ -198,7 +177,7 @@ def _same(a: fx.Node, b: fx.Node, state_a: Callable[[fx.Node], bool], state_b: C
     def same(a: fx.Node, b: fx.Node) -> bool:
         if state_a(a) or state_b(b):
             return state_a(a) and state_b(b)
-        a, b = _source(a), _source(b)  # where gradients end is no question here
+        a, b = source_of(a), source_of(b)  # where gradients end is no question here
         if (a, b) not in known:
             alike = a.op == b.op and a.target == b.target and a.op not in ("placeholder", "get_attr")
             known[a, b] = a is b or (alike and _spelled(a) == _spelled(b) and _all_same(a, b))
@@ -253,7 +232,7 @@ def _merge(
         state = _item(graph, begin, 0, solved)
     for node in attached:
         for a in node.all_input_nodes:
-            if _source(a) is solved:
+            if source_of(a) is solved:
                 node.replace_input_with(a, state)
     with graph.inserting_after(z):
         end = graph.call_function(leave, ((z,), (state,), site))

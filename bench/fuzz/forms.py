@@ -9,5 +9,6 @@ from __future__ import annotations
 from .forms_schemes import SCHEMES
 from .forms_states import STATES
 from .forms_surroundings import SURROUNDINGS
+from .forms_today import TODAY
 
-FORMS: dict[str, str] = {**SCHEMES, **STATES, **SURROUNDINGS}
+FORMS: dict[str, str] = {**SCHEMES, **STATES, **SURROUNDINGS, **TODAY}

@@ -12,6 +12,7 @@ import re
 import textwrap
 
 from .forms import FORMS
+from .forms_today import helpers
 from .stages import NODES, SHAPES, STAGES, usable
 
 INITIAL = {
@@ -164,11 +165,11 @@ def source(recipe: Recipe) -> str:
         )
         if word in text or word in members
     ]
-    if recipe.poison != "none":
+    if recipe.poison != "none" or "math." in helpers(text):
         imports.append("import math")
     body = "\n".join(registered + ["contract(self)"])
     state = "\n\n@dataclass\nclass State:\n    z: torch.Tensor\n    w: torch.Tensor\n" if "State(" in text else ""
-    state += _ITERATE if "iterate(" in text else ""
+    state += (_ITERATE if "iterate(" in text else "") + helpers(text)
     return _FILE.format(
         recipe=recipe,
         imports="\n".join(sorted(imports, key=lambda line: line.startswith("from"))) + "\n" if imports else "",

@@ -75,11 +75,12 @@ def install() -> Callable[[], None]:
 
 
 def _adapted(tx: Any, site: str, adapter: Any, arguments: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    before = effects.snapshot(tx, tx.symbolic_locals, tensors=False)
+    roots = [*arguments, *kwargs.values()]
+    before = effects.around(tx, roots)
     with dynamo.numbers_of_tensors(tx):
         result = dynamo.UserFunctionVariable(adapter).call_function(tx, [dynamo.build(tx, site), *arguments], kwargs)
     # the body was traced once and will run many times: tensors that get out of it are for the passes to see
-    what = effects.changed(before, effects.snapshot(tx, tx.symbolic_locals, tensors=False))
+    what = effects.changed(before, effects.around(tx, roots))
     if what is not None:
         sites.tell(tx, Skipped(Reason.SIDE_EFFECT, sites.location(tx), f"{what} changes whenever f is called"))
         sites.retrace([site])

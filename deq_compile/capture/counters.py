@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,28 +44,6 @@ def handler(original: Callable[..., Any]) -> Callable[..., Any]:
     return handle
 
 
-def table_handler(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A translator's handler of an operation by which a counter may choose: `k % 10`, `k in (20, 40)`, `rates[k]`."""
-
-    @functools.wraps(original)
-    def handle(self: Any, inst: Any) -> Any:
-        if len(self.stack) >= 2 and sites.ours(self) and (inst.opname != "BINARY_OP" or inst.argrepr in _BY_TABLE):
-            number = next((n for v in self.stack[-2:] if (n := _number(v)) is not None), None)
-            if number is not None and all(_is_constant(v) for v in self.stack[-2:]):
-                self.__dict__.setdefault("_deq_compile_choices", {}).setdefault(id(inst), set()).add(number)
-        return original(self, inst)
-
-    return handle
-
-
-TABLES = ("BINARY_OP", "BINARY_SUBSCR", "CONTAINS_OP")
-_BY_TABLE = {"%", "//", "&", ">>", "[]"}
-
-
-def _is_constant(variable: Any) -> bool:
-    return type(variable) is not dynamo.LazyVariableTracker and bool(variable.is_python_constant())
-
-
 def passed_by(tx: Any, inst: Any) -> None:
     """Take note of a jump whose condition depends on data."""
     tx.__dict__.setdefault("_deq_compile_passed_by", set()).add(id(inst))
@@ -74,7 +52,6 @@ def passed_by(tx: Any, inst: Any) -> None:
 def forget(tx: Any) -> None:
     """The loop is left: who comes again counts anew."""
     tx.__dict__.pop("_deq_compile_comparisons", None)
-    tx.__dict__.pop("_deq_compile_choices", None)
 
 
 def cap(tx: Any, code: Code, exit: Exit, visits: list[int], in_range: int | None) -> int:
@@ -106,36 +83,6 @@ def cap(tx: Any, code: Code, exit: Exit, visits: list[int], in_range: int | None
     return min(found, default=0)
 
 
-def turns_later(tx: Any, code: Code, exit: Exit, most: int) -> str | None:
-    """A comparison in a loop, no exit of it, that comes out otherwise in an iteration which is not traced; None where there is
-    none. `most` is the cap of the loop, 0 for none. What capture has traced would not be what the loop goes on with."""
-    notes: dict[int, list[_Seen]] = tx.__dict__.get("_deq_compile_comparisons", {})
-    choices: dict[int, set[float]] = tx.__dict__.get("_deq_compile_choices", {})
-    for i in sorted(exit.loop):
-        inst = code.instructions[i]
-        if len(choices.get(id(inst), ())) > 1:
-            return f"what line {getattr(inst.positions, 'lineno', None)} chooses by a counter may be another in a later iteration"
-        seen = notes.get(id(inst), [])
-        if len(seen) < 2 or _leaves(code, i, exit):
-            continue
-        steps = {(b.left - a.left, b.right - a.right) for a, b in itertools.pairwise(seen)}
-        if steps == {(0, 0)}:
-            continue
-        turn = _turns(inst.argval, seen[-1], steps.pop()) if len(steps) == 1 else 1
-        if turn and (most == 0 or len(seen) - 1 + turn < most):
-            line = getattr(inst.positions, "lineno", None)
-            return f"the comparison in line {line} comes out otherwise in a later iteration"
-    return None
-
-
-def _leaves(code: Code, i: int, exit: Exit) -> bool:
-    """Whether the jump behind a comparison leaves the loop."""
-    for j in range(i + 1, min(i + 3, len(code.instructions))):
-        if "POP_JUMP" in code.instructions[j].opname:
-            return any(k not in exit.loop for k in code.successors[j])
-    return False
-
-
 def _most(code: Code, inst: Any, exit: Exit, notes: dict[int, list[_Seen]], seen: list[_Seen], visits: list[int]) -> int | None:
     """Iterations until a comparison comes out otherwise; 0: never, None: not known."""
     guard = next((notes[id(g)] for g in _twins(code, inst, exit) if id(g) in notes), None)
@@ -143,7 +90,8 @@ def _most(code: Code, inst: Any, exit: Exit, notes: dict[int, list[_Seen]], seen
     steps = {(b.left - a.left, b.right - a.right) for a, b in itertools.pairwise(points)}
     if len(points) < 3 or len(steps) > 1:
         return None
-    most = _turns(inst.argval, points[0], steps.pop())
+    spelled = str(inst.argval).removeprefix("bool(").removesuffix(")")
+    most = turns(spelled, (points[0].left, points[0].right), steps.pop())
     if most is None or guard:
         return most
     # Whether an iteration's work lies before its comparison, or behind it.
@@ -151,14 +99,20 @@ def _most(code: Code, inst: Any, exit: Exit, notes: dict[int, list[_Seen]], seen
     return most + late if most else 0
 
 
-def _turns(operator: Any, first: _Seen, step: tuple[float, float]) -> int | None:
-    """How many steps from the first comparison to the one that comes out otherwise; 0 where none does."""
-    compare = _OPERATORS.get(str(operator).removeprefix("bool(").removesuffix(")"))
+def turns(operator: str, first: Sequence[float], step: Sequence[float]) -> int | None:
+    """How many steps from the first comparison to the one that comes out otherwise; 0 where none does, None: not known.
+
+    Args:
+        operator: as in Python's source.
+        first: its two operands.
+        step: by how much each of them moves.
+    """
+    compare = _OPERATORS.get(operator)
     if compare is None:
         return None
-    before = compare(first.left, first.right)
-    left, right = first.left, first.right
-    for turn in range(1, MOST if step != (0, 0) else 1):
+    left, right = first
+    before = compare(left, right)
+    for turn in range(1, MOST if any(step) else 1):
         left, right = left + step[0], right + step[1]
         if compare(left, right) != before:
             return turn

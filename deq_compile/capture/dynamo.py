@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import dis
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from deq_compile.torch_parts import find, free_unbacked_symbols
@@ -100,7 +100,28 @@ def translators() -> list[Any]:
     return list({id(cls.dispatch_table): cls for cls in classes}.values())
 
 
-def patch_calls(made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+Handler = Callable[..., Any]
+
+
+def patch_instructions(made: Mapping[str, Callable[[Handler], Handler]]) -> Callable[[], None]:
+    """Put other handlers of instructions in the place of the translators' own, where they have any; returns what brings those
+    back."""
+    undo = []
+    for cls in translators():
+        for name, wrap in made.items():
+            opcode = dis.opmap.get(name)
+            if opcode is not None and cls.dispatch_table[opcode] is not None:
+                undo.append((cls, opcode, cls.dispatch_table[opcode]))
+                cls.dispatch_table[opcode] = wrap(cls.dispatch_table[opcode])
+
+    def restore() -> None:
+        for cls, opcode, handler in undo:
+            cls.dispatch_table[opcode] = handler
+
+    return restore
+
+
+def patch_calls(made: Callable[[Handler], Handler]) -> Callable[[], None]:
     """Put another method in the place of the one by which translators call functions; returns what brings it back."""
     owner = next(cls for cls in InstructionTranslator.__mro__ if "call_function" in vars(cls))
     original = owner.call_function
@@ -112,23 +133,7 @@ def patch_calls(made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Cal
     return restore
 
 
-def patch_opcodes(names: Iterable[str], made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
-    """Put other handlers of some instructions in the place of the translators' own; returns what brings those back."""
-    before = []
-    for cls in translators():
-        for opcode in (dis.opmap[name] for name in names if name in dis.opmap):
-            if cls.dispatch_table[opcode] is not None:
-                before.append((cls, opcode, cls.dispatch_table[opcode]))
-                cls.dispatch_table[opcode] = made(cls.dispatch_table[opcode])
-
-    def restore() -> None:
-        for cls, opcode, handler in before:
-            cls.dispatch_table[opcode] = handler
-
-    return restore
-
-
-def patch_builder(made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+def patch_builder(made: Callable[[Handler], Handler]) -> Callable[[], None]:
     """The same of the method by which values from outside become variables."""
     original = VariableBuilder._wrap
     VariableBuilder._wrap = made(original)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from deq_compile.torch_parts import free_unbacked_symbols
 
-from . import dynamo
+from . import dynamo, held
 
 Key = tuple[Any, ...]
 Snapshot = dict[Key, tuple[Any, Any]]  # where -> what tells its value from another, and Dynamo's variable
@@ -43,10 +43,26 @@ def snapshot(tx: Any, live: Collection[Any] = (), tensors: bool = True) -> Snaps
     live     names of the frame at work whose containers count; those of the frames that called it always do
     tensors  whether another tensor in the same place is a change
     """
+    # what a cell of this very frame holds afterwards is a question of liveness
+    return _snapshot(tx, live, tensors, [tx.symbolic_locals.get(name) for name in tx.f_code.co_cellvars])
+
+
+def around(tx: Any, arguments: Iterable[Any]) -> Snapshot:
+    """The same of all that functions among `arguments`, and the frames at work, get hold of: cells and iterators too."""
+    cells = [owner for owner in tx.output.side_effects.store_attr_mutations if isinstance(owner, dynamo.CellVariable)]
+    found = _snapshot(tx, tx.symbolic_locals, False, cells)
+    roots = [("an argument", value) for value in arguments]
+    frame = tx
+    while frame is not None:
+        roots += frame.symbolic_locals.items()
+        frame = frame.parent
+    found |= held.states(tx, roots, lambda value: _mark(tx, value, False))
+    return found
+
+
+def _snapshot(tx: Any, live: Collection[Any], tensors: bool, own: Collection[Any]) -> Snapshot:
     found: Snapshot = {}
     effects = tx.output.side_effects
-    # what a cell of this very frame holds afterwards is a question of liveness
-    own = [tx.symbolic_locals.get(name) for name in tx.f_code.co_cellvars]
     for owner, written in effects.store_attr_mutations.items():
         if any(owner is cell for cell in own):
             continue

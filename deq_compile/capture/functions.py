@@ -19,6 +19,7 @@ import torch
 from deq_compile import markers
 from deq_compile.families.adjoints import Adjoint, Toy, kind_of, through_function
 from deq_compile.families.functions import differentiates_inside
+from deq_compile.passes.copies import source_of
 from deq_compile.report import Reason, Skipped
 
 from . import dynamo, sites, toys
@@ -56,14 +57,10 @@ def _take(tx: Any, function: Any, args: Sequence[Any]) -> Any:
     if sites.blocked(tx, site) or not torch.is_grad_enabled():
         return None
     tensors = {id(toys.node_of(t)): t for a in args for t in toys.tensors_in(tx, a)}
-    starts = [t for t in tensors.values() if toys.node_of(t).target is markers.adjoint_input]
-    if len(starts) != 1:
+    step = toys.step_in(tensors.values())
+    if step is None:
         return None
-    (z0,) = starts
-    images = [t for t in tensors.values() if t is not z0 and toys.depends_on(t, z0)]
-    if len(images) != 1:
-        return None
-    (f,) = images
+    z0, f = step
     others = [t for t in tensors.values() if t is not z0 and t is not f]
     inputs = [t for t in others if t.requires_grad]
     if not toys.covered(f, [z0, *inputs]):
@@ -71,18 +68,18 @@ def _take(tx: Any, function: Any, args: Sequence[Any]) -> Any:
 
     def arguments(toy: Toy) -> list[Any]:
         roles = {id(toys.node_of(z0)): toy.z0, id(toys.node_of(f)): toy.f}
-        roles |= {id(toys.node_of(t)): toy.z0.detach() for t in others}
+        roles |= {id(toys.node_of(t)): _like(t, z0, toy, 2.0 + i) for i, t in enumerate(others)}
         roles |= {id(toys.node_of(t)): x for t, x in zip(inputs, toy.inputs, strict=True)}
         return [toys.value_for(tx, a, roles) for a in args]
 
     adjoint = kind_of(through_function(function.apply, arguments), z0.ndim, len(inputs))
     if not isinstance(adjoint, Adjoint):
         return adjoint
-    return marked(tx, f, f, z0, site, adjoint)
-
-
-def marked(tx: Any, z: Any, f: Any, z0: Any, site: str, adjoint: Adjoint) -> Any:
-    """The variable of `z` with a hook that does what `adjoint` says."""
-    given = (z.as_proxy(), f.as_proxy(), z0.as_proxy(), site, adjoint.tol, adjoint.terms or 0)
-    proxy = tx.output.create_proxy("call_function", markers.adjoint_hook, given, {})
+    proxy = tx.output.create_proxy("call_function", markers.adjoint_hook, toys.hook_arguments(f, f, z0, site, adjoint), {})
     return dynamo.wrap_fx_proxy(tx, proxy)
+
+
+def _like(tensor: Any, z0: Any, toy: Toy, factor: float) -> torch.Tensor:
+    """z where a tensor is z; else a tensor that the function must not take for it."""
+    is_z = source_of(toys.node_of(tensor)) is source_of(toys.node_of(z0))
+    return toy.z0.detach() * (1.0 if is_z else factor)

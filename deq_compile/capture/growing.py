@@ -6,7 +6,6 @@ a region, it ends before such a statement: the region is compiled once, and the 
 
 from __future__ import annotations
 
-import dis
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,18 +16,8 @@ from . import dynamo, effects, observations, sites
 
 
 def install() -> Callable[[], None]:
-    """Patch the translators; returns what takes the patches out again."""
-    opcode = dis.opmap["STORE_ATTR"]
-    undo = []
-    for cls in dynamo.translators():
-        undo.append((cls, cls.dispatch_table[opcode]))
-        cls.dispatch_table[opcode] = _handler(cls.dispatch_table[opcode])
-
-    def remove() -> None:
-        for cls, handler in undo:
-            cls.dispatch_table[opcode] = handler
-
-    return remove
+    """Patch the translators; returns what takes the patch out again."""
+    return dynamo.patch_instructions({"STORE_ATTR": _handler})
 
 
 def _handler(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -85,8 +85,7 @@ def _take(variable: Any, tx: Any, hook: Any) -> Any:
             sites.refuse(tx, site, Skipped(Reason.HOOK, sites.location(tx), detail))
         return None
     f, z0, adjoint = tried
-    given = (variable.as_proxy(), f.as_proxy(), z0.as_proxy(), site, adjoint.tol, adjoint.terms or 0)
-    _replace(variable, tx, markers.adjoint_hook, given)
+    _replace(variable, tx, markers.adjoint_hook, toys.hook_arguments(variable, f, z0, site, adjoint))
     return dynamo.removed_handle()
 
 
@@ -108,12 +107,10 @@ def _as_read(tx: Any, hook: Any, found: AdjointHook) -> tuple[Any, Any, Adjoint]
 
 def _as_tried(tx: Any, hook: Any) -> tuple[Any, Any, Adjoint] | str | None:
     """The same, by running the hook on a small problem; a text where it is an adjoint with something more to it."""
-    tensors = {id(toys.node_of(t)): t for t in toys.tensors_in(tx, hook)}
-    starts = [t for t in tensors.values() if toys.node_of(t).target is markers.adjoint_input]
-    images = [t for t in tensors.values() if len(starts) == 1 and t is not starts[0] and toys.depends_on(t, starts[0])]
-    if len(images) != 1:
+    step = toys.step_in(toys.tensors_in(tx, hook))
+    if step is None:
         return None
-    (z0,), (f,) = starts, images
+    z0, f = step
 
     def run(toy: Toy, q: torch.Tensor) -> torch.Tensor | None:
         roles = {id(toys.node_of(z0)): toy.z0, id(toys.node_of(f)): toy.f}

@@ -325,9 +325,7 @@ _FEATURES = [
     _Feature("calls of solvers that are known by their looks", solver_calls.install, lambda: None, _CALLS),
     _Feature("TorchDEQ", torchdeq.install, _test_torchdeq, _CALLS),
     _Feature("backward hooks", hooks.install, _test_hooks, _HOOKS),
-    _Feature(
-        "implicit gradients in autograd functions", functions.install, _test_functions, (*_HOOKS, "AutogradFunctionVariable")
-    ),
+    _Feature("implicit gradients in autograd functions", functions.install, _test_functions, _FUNCTIONS),
     _Feature("torch.allclose as a loop's test", allclose.install, _test_allclose, (*_LOOPS, "TorchInGraphFunctionVariable")),
     _Feature("numbers that grow from call to call", growing.install, _test_growing, (*_LOOPS, "graph_break")),
     _Feature("what a loop prints", said.install, _test_said, _SAID),

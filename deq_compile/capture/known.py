@@ -7,16 +7,24 @@ if mask is not None and mask.any().item():      # stock Dynamo breaks the graph 
 from __future__ import annotations
 
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from deq_compile.passes.functionalise import storage_of, written_argument
 from deq_compile.torch_parts import OpOverload
 
 MOST_NODES, MOST_ELEMENTS = 64, 1 << 22
 
 
-def value_of(variable: Any) -> torch.Tensor | None:
+class Known(NamedTuple):
+    """A tensor, and what tells the Python values that it was made of from others."""
+
+    value: torch.Tensor
+    constants: int
+
+
+def value_of(variable: Any) -> Known | None:
     """The value of a tensor variable; None where it depends on an input, a parameter, a random number or a write in place."""
     nodes = _closed(variable.as_proxy().node)
     if nodes is None:
@@ -33,7 +41,8 @@ def value_of(variable: Any) -> torch.Tensor | None:
     except Exception:  # an operation that does not run outside of the graph
         return None
     found = env[nodes[-1]]
-    return found if isinstance(found, torch.Tensor) else None
+    constants = hash(repr([torch.fx.node.map_arg((node.args, node.kwargs), lambda _: None) for node in nodes]))
+    return Known(found, constants) if isinstance(found, torch.Tensor) else None
 
 
 def _closed(node: Any) -> list[Any] | None:
@@ -47,7 +56,8 @@ def _closed(node: Any) -> list[Any] | None:
             if a not in found:
                 found.add(a)
                 stack.append(a)
-    if any(_is_written(n) for n in found):
+    storages = {storage_of(n) for n in found} - {None}
+    if any(storage_of(a) in storages for n in node.graph.nodes for a in _written(n)):
         return None
     return [n for n in node.graph.nodes if n in found]
 
@@ -71,13 +81,11 @@ def _of_torch(target: Any) -> bool:
     return isinstance(target, types.BuiltinFunctionType) or module == "_operator" or module.split(".")[0] == "torch"
 
 
-_RANDOM = ("rand", "dropout", "normal", "bernoulli", "multinomial", "uniform", "empty", "exponential")
+_RANDOM = ("rand", "rng", "seed", "dropout", "normal", "bernoulli", "multinomial", "uniform", "empty", "exponential")
 
 
-def _is_written(node: Any) -> bool:
-    """Whether a node, or one of another who reads it, writes in place."""
-    names = [u.target if u.op == "call_method" else getattr(u.target, "__name__", "") for u in (node, *node.users)]
-    return any((name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE for name in names)
-
-
-_IN_PLACE = ("setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor")
+def _written(node: Any) -> list[Any]:
+    """The tensors that a node writes in place, or under a name of theirs."""
+    out = node.kwargs.get("out")
+    outs = out if isinstance(out, tuple | list) else (out,)
+    return [a for a in (written_argument(node), *outs) if isinstance(a, torch.fx.Node)]

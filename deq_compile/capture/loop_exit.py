@@ -21,7 +21,6 @@ of the loop from the other.
 from __future__ import annotations
 
 import dataclasses
-import dis
 import functools
 import weakref
 from collections.abc import Callable, Iterator
@@ -30,7 +29,7 @@ from typing import Any
 from deq_compile import markers
 from deq_compile.report import Reason, Skipped
 
-from . import counters, dynamo, effects, known, observations, said, sites
+from . import breaks, counters, decisions, dynamo, effects, known, observations, said, sites
 from .bytecode import Code, Exit
 
 _JUMPS = (
@@ -52,6 +51,7 @@ class _Visits:
     marks: dict[str, Any] = dataclasses.field(default_factory=dict)  # of local names, at the first visit
     history: observations.History = dataclasses.field(default_factory=list)
     sizes: list[int] = dataclasses.field(default_factory=list)  # of the graph, at each of those times
+    decided: list[int] = dataclasses.field(default_factory=list)  # likewise, of the log of decisions
     range: int | None = None  # its length at the first visit, 0 if it never ends, None if it is no range
     markers: list[Any] = dataclasses.field(default_factory=list)  # left in the graph so far
 
@@ -61,13 +61,10 @@ _codes: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # by
 
 def install() -> Callable[[], None]:
     """Patch the translators; returns what takes the patches out again."""
-    undo: list[tuple[Any, int, Any]] = []
-    for cls in dynamo.translators():
-        for name in _JUMPS:
-            _patch(cls, name, functools.partial(_handler, jumps_if_true="TRUE" in name), undo)
-        _patch(cls, "COMPARE_OP", counters.handler, undo)
-        for name in counters.TABLES:
-            _patch(cls, name, counters.table_handler, undo)
+    made: dict[str, Any] = dict.fromkeys(decisions.OPCODES, decisions.handler)
+    made |= {name: functools.partial(_handler, jumps_if_true="TRUE" in name) for name in _JUMPS}
+    made["COMPARE_OP"] = lambda original: counters.handler(decisions.handler(original))
+    undo = [dynamo.patch_instructions(made), dynamo.patch_calls(_call_handler)]
     method_item = dynamo.tensor_method("item")
 
     @functools.wraps(method_item)
@@ -75,8 +72,8 @@ def install() -> Callable[[], None]:
         if not sites.ours(tx):
             return method_item(self, tx, *args, **kwargs)
         with sites.guarded(tx, "reading a number in a loop"):
-            number = known.value_of(self)
-            if number is not None and number.numel() == 1:
+            number = _constant(tx, tx.current_instruction, self)
+            if number is not None:
                 return dynamo.build(tx, number.item())
             in_loop = not (tx.one_graph or dynamo.config.capture_scalar_outputs) and _in_loop(tx)
         if not in_loop:
@@ -84,24 +81,13 @@ def install() -> Callable[[], None]:
         with dynamo.numbers_of_tensors(tx):
             return method_item(self, tx, *args, **kwargs)
 
-    restore = dynamo.trace_tensor_method("item", item)
+    undo.append(dynamo.trace_tensor_method("item", item))
 
     def remove() -> None:
-        for cls, opcode, handler in undo:
-            cls.dispatch_table[opcode] = handler
-        restore()
+        for restore in undo:
+            restore()
 
     return remove
-
-
-def _patch(
-    cls: Any, name: str, made: Callable[[Callable[..., Any]], Callable[..., Any]], undo: list[tuple[Any, int, Any]]
-) -> None:
-    """Put another handler of an instruction in the place of a translator's own, where it has one."""
-    opcode = dis.opmap.get(name)
-    if opcode is not None and cls.dispatch_table[opcode] is not None:
-        undo.append((cls, opcode, cls.dispatch_table[opcode]))
-        cls.dispatch_table[opcode] = made(cls.dispatch_table[opcode])
 
 
 def _handler(original: Callable[..., Any], jumps_if_true: bool) -> Callable[..., Any]:
@@ -110,23 +96,34 @@ def _handler(original: Callable[..., Any], jumps_if_true: bool) -> Callable[...,
         value = self.stack[-1]
         if effects.depends_on_data(value) and sites.ours(self):
             with sites.guarded(self, "following a loop whose exit depends on data"):
-                if _is_known(self, value):
+                number = _constant(self, inst, value)
+                if number is not None:
+                    self.stack[-1] = dynamo.build(self, bool(number))
                     return original(self, inst)
                 found = _exit(self, inst)
                 if found is not None and _pass_by(self, inst, found, jumps_if_true):
                     return None
+                if found is None and any(_loops_around(self)):
+                    breaks.branch(self)
+        elif sites.ours(self):
+            with sites.guarded(self, "taking note of a branch"):
+                decisions.truth(self, inst)
         return original(self, inst)
 
     return handle
 
 
-def _is_known(tx: Any, value: Any) -> bool:
-    """Put the truth of a tensor made of constants in its place on the stack."""
-    number = known.value_of(value) if isinstance(value, dynamo.TensorVariable) else None
-    if number is None or number.numel() != 1:
-        return False
-    tx.stack[-1] = dynamo.build(tx, bool(number))
-    return True
+def _call_handler(original: Callable[..., Any]) -> Callable[..., Any]:
+    return breaks.call_handler(decisions.call_handler(original), lambda tx: any(_loops_around(tx)))
+
+
+def _constant(tx: Any, inst: Any, value: Any) -> Any:
+    """The one number of a tensor that is made of Python values alone; None for all else."""
+    found = known.value_of(value) if isinstance(value, dynamo.TensorVariable) else None
+    if found is None or found.value.numel() != 1:
+        return None
+    decisions.note(tx, inst, ("constants", found.constants), None)
+    return found.value
 
 
 def _code(tx: Any) -> Code:
@@ -145,11 +142,16 @@ def _exit(tx: Any, inst: Any) -> Exit | None:
 
 def _in_loop(tx: Any) -> bool:
     """Whether the instruction at work in this frame, or in one that called it, stands in a loop that is not blocked."""
+    inner = next(_loops_around(tx), None)
+    return inner is not None and not any(sites.blocked(inner, _site(inner, test)) for test in _tests(inner))
+
+
+def _loops_around(tx: Any) -> Iterator[Any]:
+    """This frame and those that called it, as far as the instruction at work stands in a loop."""
     while tx is not None:
         if tx.current_instruction is not None and _code(tx).in_loop(tx.current_instruction):
-            return not any(sites.blocked(tx, _site(tx, test)) for test in _tests(tx))
+            yield tx
         tx = tx.parent
-    return False
 
 
 def _tests(tx: Any) -> Iterator[Any]:
@@ -211,9 +213,12 @@ def _visit(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str
         return why
     visits.seen += 1
     visits.sizes.append(len(tx.output.graph.nodes))
+    visits.decided.append(len(decisions.log(tx)))
     counters.passed_by(tx, inst)
     visits.cap = counters.cap(tx, _code(tx), exit, visits.sizes, visits.range)
-    later = counters.turns_later(tx, _code(tx), exit, max(visits.cap, 0)) if visits.seen >= markers.UNROLLED else None
+    if visits.seen < markers.UNROLLED:
+        return None
+    later = decisions.turns_later(tx, _code(tx), exit, visits.decided, max(visits.cap, 0))
     return None if later is None else (Reason.COUNTER, later)
 
 

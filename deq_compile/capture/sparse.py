@@ -58,8 +58,8 @@ def install() -> Callable[[], None]:
         _give_parts(),
         dynamo.patch_builder(_builder),
         dynamo.patch_calls(_calls),
-        dynamo.patch_opcodes(("BINARY_OP", "BINARY_MATRIX_MULTIPLY"), _operators),
-        dynamo.patch_opcodes(("LOAD_ATTR",), _attributes),
+        dynamo.patch_instructions(dict.fromkeys(("BINARY_OP", "BINARY_MATRIX_MULTIPLY"), _operators)),
+        dynamo.patch_instructions({"LOAD_ATTR": _attributes}),
     ]
 
     def remove() -> None:

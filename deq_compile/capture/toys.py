@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+import torch
+
+from deq_compile import markers
+from deq_compile.families.adjoints import Adjoint
 
 from . import dynamo
 
@@ -60,10 +66,33 @@ def value_for(tx: Any, variable: Any, roles: Roles) -> Any:
 def _object_for(tx: Any, variable: Any, roles: Roles) -> Any:
     if "value" not in variable.__dict__:
         raise NoValue(type(variable).__name__)
-    value = copy.copy(variable.value)  # what the trial writes to it is not the user's
+    value = _of_its_own(variable.value, COPIED)
     for name, written in tx.output.side_effects.store_attr_mutations.get(variable, {}).items():
         object.__setattr__(value, name, value_for(tx, written, roles))
     return value
+
+
+def _of_its_own(value: Any, depth: int) -> Any:
+    """A copy that a trial may write to: of an object, its containers, what they hold, its buffers. Parameters are shared."""
+    if isinstance(value, type | types.ModuleType | types.FunctionType | torch.nn.Parameter) or depth == 0:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, list | set | dict | collections.deque):
+        found = copy.copy(value)
+        pairs = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
+        for key, inner in list(pairs):
+            found[key] = _of_its_own(inner, depth - 1)  # type: ignore[index]
+        return found
+    if not hasattr(value, "__dict__"):
+        return value
+    found = copy.copy(value)
+    for name, inner in vars(value).items():
+        found.__dict__[name] = _of_its_own(inner, depth - 1)
+    return found
+
+
+COPIED = 3  # levels
 
 
 def function_for(tx: Any, variable: Any, roles: Roles) -> Any:
@@ -106,6 +135,19 @@ def _inside(tx: Any, variable: Any) -> list[Any]:
     if closure is not None:
         return list(getattr(closure, "items", closure) or ())
     return list(tx.output.side_effects.store_attr_mutations.get(variable, {}).values())
+
+
+def step_in(tensors: Iterable[Any]) -> tuple[Any, Any] | None:
+    """z0, given to autograd anew, and f(z0), where there is one of each."""
+    tensors = list({id(node_of(t)): t for t in tensors}.values())
+    starts = [t for t in tensors if node_of(t).target is markers.adjoint_input]
+    images = [t for t in tensors if len(starts) == 1 and t is not starts[0] and depends_on(t, starts[0])]
+    return (starts[0], images[0]) if len(images) == 1 else None
+
+
+def hook_arguments(z: Any, f: Any, z0: Any, site: str, adjoint: Adjoint) -> tuple[Any, ...]:
+    """What `markers.adjoint_hook` is called with."""
+    return z.as_proxy(), f.as_proxy(), z0.as_proxy(), site, adjoint.tol, adjoint.terms or 0
 
 
 def depends_on(variable: Any, other: Any) -> bool:

@@ -8,12 +8,13 @@ of the Neumann series), or q itself.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .trial import unnoticed
 
 CONTRACTION, EXPANSION = 0.6, 1.7  # norms of J: in the second nothing may be clipped
 SCALES = (1.0, 1e3)  # of the cotangent, to which a gradient is linear
@@ -64,8 +65,7 @@ def kind_of(run: Run, dims: int, inputs: int) -> Adjoint | str | None:
     """What a backward computes. A text where it is an adjoint with something more to it; None where it is none, or cannot be
     tried out."""
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.enable_grad(), unnoticed():
             return _kind_of(run, dims, inputs)
     except Exception:  # whatever code does that is called with what it did not expect
         return None

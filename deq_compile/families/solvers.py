@@ -24,6 +24,7 @@ from deq_compile.torch_parts import pytree
 
 from .batches import tests_whole_batch
 from .fields import CAPS, MOST, SMALLER, field
+from .trial import unnoticed
 
 _MAPS = {"f", "fun", "func", "fn", "g", "function", "deq_func"}
 _STATES = {"x0", "z0", "z_init", "x_init", "z", "x", "init", "y0", "u0", "h0", "z_0", "x_0", "initial"}
@@ -202,7 +203,7 @@ def _examine(function: types.FunctionType, dims: int, others: tuple[tuple[str, A
 def _tried(function: types.FunctionType, facts: dict[str, Any], dims: int, path: Any) -> Family | str | Exception | None:
     """What a trial says."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unnoticed():
             return _try_out(function, facts, dims, path)
     except Exception as error:  # whatever a function does that is called with what it did not expect
         return error

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from deq_compile import torch_parts
 from deq_compile.torch_parts import (
     BATCHED,
+    Absent,
     FakeTensor,
     dispatch_mode,
     dispatch_mode_key,
@@ -30,6 +31,10 @@ from deq_compile.torch_parts import (
     pytree,
     transform,
 )
+
+# No tensor is of a kind that this torch does not have; no graph is rewritten then, and what is solved outside of them goes on.
+_FAKE: tuple[type, ...] = () if isinstance(FakeTensor, Absent) else (FakeTensor,)
+_WRAPPED = tuple(test for test in (is_wrapper_subclass, is_functorch_wrapped) if not isinstance(test, Absent))
 
 NO_TANGENT = (
     "a fixed point has no forward-mode derivative: the tangent that f's inputs carry would be lost. Fix: reverse mode "
@@ -70,7 +75,7 @@ def values_are_known(states: Sequence[Tensor]) -> bool:
             "steps. Fix: torch.autograd.grad or torch.autograd.functional.jacobian around it in place of torch.func; in place "
             "of vmap, a batch in dimension 0 of z0"
         )
-    return not (_inside_fake_mode() or any(s.device.type == "meta" or isinstance(s, FakeTensor) for s in states))
+    return not (_inside_fake_mode() or any(s.device.type == "meta" or isinstance(s, _FAKE) for s in states))
 
 
 def any_tangent(tensors: Sequence[Any]) -> bool:
@@ -116,7 +121,7 @@ def is_batched(tensors: Sequence[Any]) -> bool:
 
 def plain(tensor: Tensor) -> bool:
     """Whether a tensor has numbers of its own, in strides: what a solver's kernels can be given the address of."""
-    return tensor.layout is torch.strided and not is_wrapper_subclass(tensor) and not is_functorch_wrapped(tensor)
+    return tensor.layout is torch.strided and not any(test(tensor) for test in _WRAPPED)
 
 
 def _inside_fake_mode() -> bool:

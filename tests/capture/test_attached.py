@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from deq_compile import Reason
 from deq_compile.families.adjoints import Adjoint, Toy, kind_of
 from tests.helpers import compiled, value_and_grads
-from tests.models.attached import IMPLICIT, LEFT_ALONE, SERIES
+from tests.models.attached import IMPLICIT, LEFT_ALONE, NO_FIXED_POINTS, SERIES, TalkativeHook
 
 
 def with_gradient(model: nn.Module, x: Tensor, terms: int | None) -> list[Tensor]:
@@ -56,6 +57,36 @@ def test_left_alone_with_the_reason(kind: type[nn.Module], why: str) -> None:
     for a, b in zip(found, right, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     assert any(s.reason is Reason.AUTOGRAD_FUNCTION and why in s.detail for s in report.skipped), str(report)
+
+
+@pytest.mark.parametrize("kind", NO_FIXED_POINTS)
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_what_a_function_returns_is_what_it_returns(kind: type[nn.Module]) -> None:
+    """A gradient that is one of a fixed point says nothing of the value."""
+    torch.manual_seed(0)
+    model, x = kind(), torch.randn(4, 16)
+    run, _ = compiled(model, tol=None, fullgraph=False)
+    for a, b in zip(value_and_grads(run, model, x), value_and_grads(model, model, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_trial_of_a_hook_is_not_noticed(capsys: pytest.CaptureFixture[str]) -> None:
+    """What it notes, counts, prints and draws is not the user's."""
+    torch.manual_seed(0)
+    model, x = TalkativeHook(), torch.randn(4, 16)
+    random.seed(0)
+    before = torch.get_rng_state(), random.getstate()
+    run, _ = compiled(model, tol=None, fullgraph=False)
+    with torch.no_grad():
+        run(x)
+    run(x)
+    assert model.log == [0]
+    assert model.calls == {"count": [0]}
+    assert model.seen == 0
+    assert not capsys.readouterr().out
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
 
 
 def test_what_is_no_adjoint() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
@@ -95,6 +96,38 @@ class SomeParametersOnly(WithFunction):
     given = 2
 
 
+class OtherReturned(WithFunction):
+    """The function's result is no fixed point, its gradient that of one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            z, self.info = picard(lambda z: self.f(z, x.detach()), torch.zeros_like(x))
+        start = z.detach().requires_grad_()
+        graph = {"start": start, "image": self.f(start, x), "terms": self.terms, "clip": self.clip}
+        out: Tensor = Attach.apply(self.other(z, x), graph, x, *self.f.parameters())
+        return out
+
+    def other(self, z: Tensor, x: Tensor) -> Tensor:
+        return 3 * z
+
+
+class SumReturned(OtherReturned):
+    def other(self, z: Tensor, x: Tensor) -> Tensor:
+        return z + x.detach()
+
+
+class InputReturned(OtherReturned):
+    def other(self, z: Tensor, x: Tensor) -> Tensor:
+        return x.detach()
+
+
+class CopyReturned(OtherReturned):
+    """The fixed point itself, by another name."""
+
+    def other(self, z: Tensor, x: Tensor) -> Tensor:
+        return z.clone().detach()
+
+
 class WithHook(nn.Module):
     """A solver that is an attribute, called in the hook with arguments from a dictionary, and `requires_grad_(True)`."""
 
@@ -132,5 +165,35 @@ class HookWithTerms(WithHook):
         return z
 
 
-IMPLICIT, SERIES = (WithFunction, WithHook), {ThreeTerms: 3, OneTerm: 1, HookWithTerms: 2}
+class TalkativeHook(WithHook):
+    """A hook that notes, prints and draws: a trial of it must not be noticed."""
+
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log, self.calls = [0], {"count": [0]}
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            z, _ = picard(lambda z: self.f(z, x), torch.zeros_like(x))
+        z = self.f(z, x)
+        start = z.detach().clone().requires_grad_()
+        image = self.f(start, x)
+
+        def hook(q: Tensor) -> Tensor:
+            product = torch.autograd.grad(image, start, q, retain_graph=True)[0]
+            self.log.append(1)
+            self.calls["count"].append(1)
+            self.seen += 1
+            print("in the hook", torch.rand(()), random.random())
+            return q + product
+
+        z.register_hook(hook)
+        return z
+
+
+IMPLICIT, SERIES = (WithFunction, CopyReturned, WithHook), {ThreeTerms: 3, OneTerm: 1, HookWithTerms: 2}
 LEFT_ALONE = {Clipped: "clips", SomeParametersOnly: "less than what f depends on"}
+NO_FIXED_POINTS = (OtherReturned, SumReturned, InputReturned)

@@ -142,6 +142,17 @@ class CounterInTheState(Told):
         return s["z"]
 
 
+class CounterUsed(Told):
+    """What the counter comes to goes into the state."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, k = torch.zeros_like(x), torch.zeros((), dtype=torch.int32)
+        for _ in range(CAP):
+            k = k + 1
+            z = self.f(z, x) + 0.5 / k
+        return z
+
+
 class Averaged(Told):
     """The count goes into the result: for the loop alone to say."""
 
@@ -184,74 +195,5 @@ class AnotherMapLater(Told):
         return z
 
 
-class ChosenByATable(Told):
-    """The same by a table: no comparison comes out otherwise."""
-
-    rates = (1.0,) * 25 + (0.5,) * 50
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for k in range(CAP):
-            new = self.rates[k] * self.f(z, x)
-            done = (new - z).norm() < 1e-12
-            z = new
-            if done:
-                break
-        return z
-
-
-class ChosenByMembership(Told):
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for k in range(CAP):
-            new = self.f(z, x)
-            if k in (30, 59):
-                new = new + 1
-            done = (new - z).norm() < 1e-12
-            z = new
-            if done:
-                break
-        return z
-
-
-class ChosenByRemainder(Told):
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        for k in range(CAP):
-            new = self.f(z, x)
-            if k % 20 == 19:
-                new = new + 1
-            done = (new - z).norm() < 1e-12
-            z = new
-            if done:
-                break
-        return z
-
-
-class AnotherMapLaterByARate(Told):
-    """The same by a number that is no integer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        z, rate = torch.zeros_like(x), 1.0
-        for _ in range(CAP):
-            new = self.f(z, x)
-            rate *= 0.9
-            if rate < 0.1:
-                new = 0.5 * new
-            done = (new - z).norm() < 1e-12
-            z = new
-            if done:
-                break
-        return z
-
-
 SERVED = (CounterAfter, AttributeCounts, TraceKept, StateInADict, MeterAfter, LeastIterations)
-LEFT_ALONE = (
-    Averaged,
-    TraceInTheResult,
-    AnotherMapLater,
-    AnotherMapLaterByARate,
-    ChosenByATable,
-    ChosenByMembership,
-    ChosenByRemainder,
-)
+LEFT_ALONE = (Averaged, TraceInTheResult, AnotherMapLater, CounterUsed)
