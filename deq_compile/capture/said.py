@@ -84,6 +84,8 @@ def _speaker(fn: Any) -> Callable[..., Any] | None:
 
 def _kept_back(tx: Any, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a line that is said in a loop waits for the loop's end."""
+    if tx.output.current_tracer.parent is not None:
+        return False  # in a body of its own, from which nothing gets out
     frames = [(frame, code_of(frame).index.get(id(frame.current_instruction), -1)) for frame in _up(tx)]
     if not any(code_of(frame).in_loop(frame.current_instruction) for frame, _ in frames):
         return False
@@ -120,8 +122,9 @@ def told(tx: Any, inst: Any, exit: Exit, place: tuple[str, int]) -> None:
     lines: dict[Any, _Line] = tx.output.__dict__.get("_deq_compile_lines", {})
     test = code_of(tx).index[id(inst)]
     here = {key: index for key, line in lines.items() for frame, index in line.frames if frame is tx and index in exit.loop}
-    for (_, branch), (frame, site) in say_only.forced(tx).items():
-        if frame is tx and branch.jump in exit.loop and sum(index in branch.block for index in here.values()) != branch.lines:
+    forced = {k: v for k, v in say_only.forced(tx).items() if v[0] is tx and k[1].jump in exit.loop}
+    for (_, branch), (_, site) in forced.items():
+        if sum(index in branch.block for index in here.values()) != branch.lines:
             sites.retrace([site])  # it does something besides
     for key, index in here.items():
         line = lines[key]
@@ -131,6 +134,9 @@ def told(tx: Any, inst: Any, exit: Exit, place: tuple[str, int]) -> None:
         if text is not None:
             _say(tx, place, line, text)
             del lines[key]
+    for key in forced:
+        if not any(k in lines and index in key[1].block for k, index in here.items()):
+            del say_only.forced(tx)[key]
 
 
 def _say(tx: Any, place: tuple[str, int], line: _Line, text: wording.Text) -> None:
@@ -148,15 +154,15 @@ def _number(tx: Any, place: tuple[str, int], slot: Any, what: str) -> Any:
 
 
 def unheard() -> list[str]:
-    """The sites of the lines in the graph at work that were kept back for no solve."""
+    """The sites of what was kept back for no solve in the graph at work: lines, and branches taken for their sake."""
     tx = dynamo.current()
-    lines: dict[Any, _Line] = {} if tx is None else tx.output.__dict__.get("_deq_compile_lines", {})
+    if tx is None:
+        return []
+    lines: dict[Any, _Line] = tx.output.__dict__.get("_deq_compile_lines", {})
     for line in lines.values():
         name = getattr(line.function, "__name__", "it")
         detail = f"{name} says something else in each iteration; say it after the loop, or leave it out"
         sites.tell(tx, Skipped(Reason.SIDE_EFFECT, line.location, detail))
-    if not lines:
-        return []
     return [*(line.site for line in lines.values()), *(site for _, site in say_only.forced(tx).values())]
 
 

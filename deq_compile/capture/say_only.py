@@ -97,19 +97,8 @@ def _asking(code: Code, jump: int) -> Iterator[int]:
 def install(code_of: Callable[[Any], Code]) -> Callable[[], None]:
     """Patch the translators, as the last to do so; returns what takes the patches out again."""
     names = [name for name in dis.opmap if name in ("BINARY_OP", "COMPARE_OP", "CONTAINS_OP") or "POP_JUMP" in name]
-    undo = []
-    for cls in dynamo.translators():
-        for opcode in (dis.opmap[name] for name in names if "NONE" not in name):
-            handler = cls.dispatch_table[opcode]
-            if handler is not None:
-                undo.append((cls, opcode, handler))
-                cls.dispatch_table[opcode] = _handler(handler, code_of)
-
-    def remove() -> None:
-        for cls, opcode, handler in undo:
-            cls.dispatch_table[opcode] = handler
-
-    return remove
+    made = functools.partial(_handler, code_of=code_of)
+    return dynamo.patch_instructions(dict.fromkeys((name for name in names if "NONE" not in name), made))
 
 
 def _stock(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -82,6 +82,17 @@ def test_left_alone(kind: type[Told], capsys: pytest.CaptureFixture[str]) -> Non
     assert explain(twin, inner="eager")(x).skipped
 
 
+def test_a_branch_is_the_users_where_no_line_comes_of_it() -> None:
+    """Ten iterations and ten more, with what a function of that name does between them."""
+    torch.manual_seed(0)
+    model, x = lines.OftenAFunctionOfThatName(), torch.randn(4, 16)
+    twin = copy.deepcopy(model)
+    run, _ = compiled(model, fullgraph=False)
+    with torch.no_grad():
+        wanted = twin(x)
+        assert float((run(x) - wanted).norm()) < 1e-3 * float(wanted.norm())
+
+
 def _halves(text: str) -> tuple[str, str]:
     """What was said by the first and by the second of two that take turns."""
     said = text.splitlines()

@@ -189,5 +189,18 @@ class AFunctionOfThatName(Told):
         return z
 
 
+class OftenAFunctionOfThatName(AFunctionOfThatName):
+    """The same in a loop that nothing but its count ends."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for k in range(30):
+            new = self.f(z, x)
+            if k % 10 == 9:
+                self.log(new)
+            z = new
+        return z
+
+
 SERVED = (PrintsNumbers, PrintsText, Logs, PrintsATensor, PrintsBehindTheTest, PrintsEveryTenth, PrintsEveryThird)
 LEFT_ALONE = (PrintsInAFixedCount, PrintsARate, PrintsAModule, PrintsAndDoes, AFunctionOfThatName)
