@@ -118,12 +118,15 @@ def counts(rows: list[Row]) -> str:
 
 
 def origins(rows: list[Row]) -> str:
-    """Where each model comes from."""
+    """Where each model comes from, and the commit of ours that its row was measured with."""
     lines = []
     for row in rows:
         where = f"PyPI, {row.get('version')}" if row.get("version") else f"`{row['commit'][:12]}`"
-        lines.append([row["name"], row["repository"], where, row["licence"]])
-    return tabulate(lines, headers=["model", "repository", "version", "licence"], tablefmt="github", disable_numparse=True)
+        ours = f"`{row['commit_of_ours']}`" if row.get("commit_of_ours") else "unknown"
+        lines.append([row["name"], row["repository"], where, row["licence"], ours])
+    return tabulate(
+        lines, headers=["model", "repository", "version", "licence", "measured at"], tablefmt="github", disable_numparse=True
+    )
 
 
 def reasons(rows: list[Row]) -> str:
@@ -175,8 +178,7 @@ Each model is made small, seeded, and run as published, with `torch.compile(back
 
 def page(head: Row, rows: list[Row]) -> str:
     main = tabulate([line(row) for row in rows], headers=HEADERS, tablefmt="github", disable_numparse=True)
-    commits = dict.fromkeys(row.get("commit_of_ours") or "unknown" for row in rows)
-    where = f"{machine.one_line(head['machine'])}; {head['date'][:10]}, commit {', '.join(commits)}"
+    where = f"{machine.one_line(head['machine'])}; {head['date'][:10]}, the commit of each row in the last table"
     return TEXT.format(
         counts=counts(rows),
         value=WRONG_VALUE,
