@@ -10,6 +10,7 @@ from deq_compile.report import Reason, Skipped
 
 from . import dynamo, sites
 
+_BACKWARD = "`torch.autograd.grad`"  # in the loop of a hook that stays, of which more is said elsewhere
 LONGEST = 160  # letters of what Dynamo says
 
 
@@ -23,7 +24,7 @@ def call_handler(original: Callable[..., Any], in_loop: Callable[[Any], bool]) -
         except dynamo.DynamoException as error:
             if type(error).__name__ == "Unsupported" and not hasattr(error, "_deq_compile_told") and sites.ours(self):
                 error._deq_compile_told = True  # the frames around it see it too
-                if in_loop(self):
+                if in_loop(self) and _BACKWARD not in str(error):
                     detail = f"Dynamo cannot trace a call in it: {_first(str(error))}"
                     sites.tell(self, Skipped(Reason.BROKEN, sites.location(self), detail))
             raise
