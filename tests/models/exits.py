@@ -334,6 +334,6 @@ FORMS: dict[str, Form] = {
     "cosine_test": Form(CosineTest, 0, 1, Reason.EXIT_TEST),
     "depends_on_step": Form(DependsOnStep, 0, 1, Reason.OTHER_CONSTANT),
     "tested_every_fifth": Form(TestedEveryFifth, 0, 1),
-    "prints": Form(Prints, 0, 1),
+    "prints": Form(Prints),
     "if_inside": Form(IfInside, 0, 1),
 }
