@@ -174,6 +174,12 @@ def build_from(tx: Any, value: Any, source: Any, name: str) -> Any:
     return VariableTracker.build(tx, value, source=AttrSource(source, name))
 
 
+def entries_of(matrix: Any) -> tuple[Any, Any]:
+    """Indices and values of a COO matrix, coalesced or not; the values as a copy where there has to be a gradient, since Dynamo
+    looks at what a view is of."""
+    return matrix._indices(), matrix.values().clone() if matrix.requires_grad else matrix._values()
+
+
 def method_of(fn: Any) -> tuple[Any, str]:
     """The variable that a bound method belongs to, and its name; (None, "") for all else."""
     known = fn.__dict__
