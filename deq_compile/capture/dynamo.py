@@ -34,6 +34,7 @@ RemovableHandleVariable = find("torch._dynamo.variables", "RemovableHandleVariab
 ValueMutationNew = find("torch._dynamo.variables.base", "ValueMutationNew")
 wrap_fx_proxy = find("torch._dynamo.variables.builder", "wrap_fx_proxy")
 AttributeMutationExisting = find("torch._dynamo.variables.base", "AttributeMutationExisting")
+ConstantVariable = find("torch._dynamo.variables", "ConstantVariable")
 DebuggingVariable = find("torch._dynamo.variables.misc", "DebuggingVariable")
 StringFormatVariable = find("torch._dynamo.variables.misc", "StringFormatVariable")
 GlobalSource = find("torch._dynamo.source", "GlobalSource")
@@ -173,12 +174,19 @@ def build_from(tx: Any, value: Any, source: Any, name: str) -> Any:
     return VariableTracker.build(tx, value, source=AttrSource(source, name))
 
 
+def entries_of(matrix: Any) -> tuple[Any, Any]:
+    """Indices and values of a COO matrix, coalesced or not; the values as a copy where there has to be a gradient, since Dynamo
+    looks at what a view is of."""
+    return matrix._indices(), matrix.values().clone() if matrix.requires_grad else matrix._values()
+
+
 def method_of(fn: Any) -> tuple[Any, str]:
     """The variable that a bound method belongs to, and its name; (None, "") for all else."""
     known = fn.__dict__
     # by version of Dynamo, and by what the method is bound to
-    name = known.get("name") or known.get("method_name") or getattr(known.get("descriptor"), "__name__", "")
-    return (known.get("obj"), str(name)) if "obj" in known else (None, "")
+    names = known.get("name"), known.get("method_name"), getattr(known.get("descriptor"), "__name__", None)
+    name = next((n for n in names if isinstance(n, str)), "")
+    return (known.get("obj"), name) if name and "obj" in known else (None, "")
 
 
 def items_of(tx: Any, variable: Any) -> list[Any]:
@@ -204,6 +212,11 @@ def constant(tx: Any, variable: Any) -> Any:
 def unseen(variable: Any) -> Any:
     """The Python value of a lazy variable that Dynamo has not looked at yet."""
     return variable._cache.value
+
+
+def is_plain(variable: Any) -> bool:
+    """Whether a variable is a Python constant, and none that holds others."""
+    return isinstance(variable, ConstantVariable)
 
 
 def is_text(variable: Any) -> bool:

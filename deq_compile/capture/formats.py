@@ -37,8 +37,7 @@ def _formatted(tx: Any, inst: Any) -> bool:
     flags = (inst.arg or 0) if inst.opname == "FORMAT_VALUE" else 0
     has_how = inst.opname == "FORMAT_WITH_SPEC" or bool(flags & 4)
     how, value = tx.stack[-1] if has_how else None, tx.stack[-1 - has_how]
-    plain = type(value) is not dynamo.LazyVariableTracker and value.is_python_constant()
-    plain = plain and type(value.as_python_constant()) in (int, float, str)
+    plain = dynamo.is_plain(value) and type(value.as_python_constant()) in (int, float, str)
     read = isinstance(value, dynamo.SymNodeVariable) and effects.depends_on_data(value)
     if not (plain or read) or (how is not None and not how.is_python_constant()):
         return False

@@ -117,9 +117,12 @@ _LOOPS = (
 _HOOKS = (*_CALLS, "RemovableHandleVariable", "ValueMutationNew", "wrap_fx_proxy")
 _FUNCTIONS = (*_HOOKS, "AutogradFunctionVariable")
 
-_SAID = (*_LOOPS, "UserFunctionVariable", "DebuggingVariable", "StringFormatVariable", "GlobalSource")
+_SAID = (*_LOOPS, "UserFunctionVariable", "ConstantVariable", "DebuggingVariable", "StringFormatVariable", "GlobalSource")
 
-_SPARSE = ("VariableTracker", "VariableBuilder", "AttrSource", "LazyVariableTracker", "TensorVariable")
+_SPARSE = (
+    *_CALLS, "InliningInstructionTranslator", "InliningGeneratorInstructionTranslator", "VariableBuilder", "AttrSource",
+    "WeakTensorKeyDictionary",
+)  # fmt: skip
 
 _FEATURES = [
     _Feature("loops whose exit depends on data", loop_exit.install, self_tests.test_loop_exit, _LOOPS),

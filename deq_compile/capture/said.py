@@ -76,7 +76,7 @@ def _speaker(fn: Any) -> Callable[..., Any] | None:
     if function is print or any(function is one for one in _OF_LOGGING):
         return function
     bound_to, name = dynamo.method_of(fn)
-    owner = bound_to.__dict__.get("value") if bound_to is not None else None
+    owner = None if bound_to is None else bound_to.__dict__.get("value")
     if isinstance(owner, logging.Logger) and name in LEVELS:
         return getattr(owner, name)
     return None

@@ -117,7 +117,7 @@ def _parts(matrix: Tensor) -> tuple[Any, ...]:
         # Dynamo looks at what a view is of: a copy
         tensors: tuple[Tensor, ...] = (matrix.crow_indices(), matrix.col_indices(), matrix.values().clone())
     else:
-        tensors = (matrix._indices(), matrix.values().clone() if matrix.requires_grad else matrix._values())
+        tensors = dynamo.entries_of(matrix)
     _alive()[matrix] = tensors
     return (matrix.layout, *matrix.shape, *tensors)
 

@@ -80,7 +80,8 @@ def test_what_is_missing_costs_its_own_feature() -> None:
     )
     regions, none, off, shown = run(damage)
     assert (regions, none) == ("1", "0")
-    assert off == "6"  # loops with a test, allclose in them, numbers behind them, lines, bars, whole graphs under DDP
+    # loops with a test, allclose in their tests, numbers behind them, their lines, bars around them, whole graphs under DDP
+    assert off == "6"
     assert shown == "8"  # and the two conveniences
 
 
@@ -143,7 +144,7 @@ def test_a_changed_method_switches_one_feature_off() -> None:
     regions, none, off, shown = run(damage)
     assert (regions, none) == ("1", "0")
     assert off == shown
-    assert int(off) == 4  # allclose, numbers that grow and lines are tested by a loop
+    assert int(off) == 4  # allclose is tested by a loop, and so are numbers that grow and lines that are said
 
 
 def test_bodies_run_eagerly_where_they_cannot_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:

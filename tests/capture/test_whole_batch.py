@@ -114,3 +114,20 @@ def test_a_solve_ends_where_the_call_would(solver: Any, few: bool) -> None:
     assert float((z - right).norm() / right.norm()) < 1e-4
     if not few:
         assert float((z - right)[3].norm() / right[3].norm()) < 1e-3
+
+
+def tells(f: Map, z0: Tensor, tol: float = 1e-4, max_iter: int = 60) -> Tensor:
+    z = z0
+    for k in range(max_iter):
+        new = f(z)
+        gap = ((new - z).norm() / new.norm()).item()
+        print("iteration", k, gap)
+        z = new
+        if gap < tol:
+            break
+    return z
+
+
+def test_a_trial_is_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    assert isinstance(family_of(tells, 2), Family)
+    assert capsys.readouterr() == ("", "")
