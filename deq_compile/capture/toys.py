@@ -56,6 +56,11 @@ def value_for(tx: Any, variable: Any, roles: Roles) -> Any:
         return made if kind is list else tuple(made)
     if isinstance(items, dict):
         return {key.vt.as_python_constant(): value_for(tx, value, roles) for key, value in items.items()}
+    if isinstance(variable, dynamo.SymNodeVariable):  # a number under dynamic=True: what it is now is guarded
+        try:
+            return dynamo.constant(tx, variable)
+        except LookupError:
+            raise NoValue("a number read from a tensor") from None
     if variable.is_python_constant():
         return variable.as_python_constant()
     if _code_of(variable) is not None:

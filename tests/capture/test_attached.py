@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deq_compile import Reason, record_solves
+from deq_compile import Reason, Report, record_solves
 from deq_compile.families.adjoints import Adjoint, Toy, kind_of
+from deq_compile.testing import Backend
 from tests.helpers import compiled, largest_error, value_and_grads
-from tests.models.attached import IMPLICIT, LEFT_ALONE, NO_FIXED_POINTS, SERIES, TalkativeHook
+from tests.models.attached import IMPLICIT, LEFT_ALONE, NO_FIXED_POINTS, SERIES, TalkativeHook, ThreeTerms
 
 
 def with_gradient(model: nn.Module, x: Tensor, terms: int | None) -> list[Tensor]:
@@ -60,6 +61,19 @@ def test_the_attached_step_is_taken(inner: str) -> None:
     right = with_gradient(model, x, None)
     assert (found[0] - right[0]).norm() < 0.8 * (solve.z.double() - right[0]).norm()
     assert largest_error(found, right) < 3e-2
+
+
+def test_numbers_that_may_change_are_guarded() -> None:
+    """Under dynamic=True the number of terms is a symbol: another one is another gradient."""
+    torch.manual_seed(0)
+    model, x = ThreeTerms(), torch.randn(4, 16)
+    report = Report()
+    run = torch.compile(model, backend=Backend({"inner": "eager", "tol": 1e-7, "backward_tol": 1e-7}, report), dynamic=True)
+    for terms in (3, 2):
+        model.terms = terms
+        for a, b in zip(value_and_grads(run, model, x), with_gradient(model, x, terms), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert [region.backward for region in report.regions] == ["neumann", "neumann"], str(report)
 
 
 @pytest.mark.parametrize(("kind", "why"), LEFT_ALONE.items(), ids=str)
