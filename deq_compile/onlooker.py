@@ -77,6 +77,8 @@ class Onlooker:
     def told(self, model: Any, known: Sequence[Skipped] = ()) -> list[Skipped]:
         """A line for each of them that `known` does not speak of already."""
         sharded = _sharded(model)
+        if sharded:  # which says more than where the graph ends
+            known = [skipped for skipped in known if skipped.reason is not Reason.BROKEN]
         found: list[Skipped] = []
         for code in [code for code in self.ran if not any(_within(code, skipped.location) for skipped in known)][:MOST]:
             if code in self.tried:

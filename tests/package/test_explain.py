@@ -128,9 +128,9 @@ def not_traced(report: deq_compile.Report) -> list[tuple[str, int, str]]:
 
 
 def test_a_frame_that_dynamo_gives_up() -> None:
-    ((name, line, why),) = not_traced(explain(broken, inner="eager")(X))
-    assert (name, line) == ("broken", broken.__code__.co_firstlineno)
-    assert "gave broken up: Call to `torch._dynamo.graph_break()`" in why
+    (told,) = [s for s in explain(broken, inner="eager")(X).skipped if s.reason is Reason.BROKEN]
+    assert told.location.line == broken.__code__.co_firstlineno + 4
+    assert "Call to `torch._dynamo.graph_break()`" in told.detail
     ((_, _, again),) = not_traced(explain(broken, inner="eager")(X))
     assert "an earlier compilation in this process" in again
 
