@@ -197,9 +197,10 @@ def _plain(value: float) -> int | float:
 
 def _taken(tx: Any, iterator: Any) -> int:
     """How many calls of `next` an iterator has seen."""
-    seen: list[Any] = tx.output.__dict__.setdefault("_deq_compile_iterators", [])
-    seen.append(iterator)
-    return sum(1 for other in seen if other is iterator)
+    seen: dict[int, list[Any]] = tx.output.__dict__.setdefault("_deq_compile_iterators", {})
+    entry = seen.setdefault(id(iterator), [iterator, 0])  # held, so that no other gets its id
+    entry[1] += 1
+    return int(entry[1])
 
 
 def _receiver(tx: Any, fn: Any) -> list[Any]:

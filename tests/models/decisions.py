@@ -157,7 +157,6 @@ _BY_STATE: dict[str, tuple[Any, Any]] = {
     "rates by slices": (lambda _: RATES, _sliced),
     "rates until there are none": (lambda _: RATES[:LATE], _tried),
     "enumerate": (lambda _: enumerate(RATES), _broken_off),
-    "cycle": (lambda _: itertools.cycle(RATES[: LATE + 5]), lambda m, z, k, t: next(t) * m.f(z)),
     "count": (lambda _: itertools.count(), lambda m, z, k, t: m.f(z) * (1.0 if next(t) < LATE else 0.5)),
     "generator": (_generator, lambda m, z, k, t: next(t) * m.f(z)),
     "closure": (_closure, lambda m, z, k, t: t() * m.f(z)),
