@@ -23,7 +23,7 @@ from .region import agree, records
 from .region.graphs import capturing
 from .region.site import Site
 from .region.worth import small
-from .torch_parts import FakeTensor, FakeTensorMode, TracingContext, tracing
+from .torch_parts import FakeTensor, FakeTensorMode, TracingContext, callable_below, tracing
 from .unexpected import survive
 
 log = logging.getLogger("deq_compile.as_written")
@@ -70,6 +70,7 @@ def turning(
     """
     if not sites or not written.usable(sites):
         return rewritten
+    rewritten = callable_below(rewritten) or rewritten  # Dynamo disables itself around `call`: once is enough
     lock = threading.Lock()
     found: list[CompiledFn | None] = []
 
