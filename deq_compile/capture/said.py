@@ -60,6 +60,7 @@ def _handler(original: Callable[..., Any]) -> Callable[..., Any]:
         if sites.ours(self):
             with sites.guarded(self, "taking note of what a loop says"):
                 function = _speaker(fn)
+                say_only.call(self, fn, code_of(self), speaks=function is not None)
                 if function is not None and _kept_back(self, function, args, kwargs):
                     self.push(dynamo.build(self, None))
                     return None

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deq_compile.markers import PACKAGE
+from deq_compile.passes.functionalise import written_argument
 
-from . import dynamo, sites
+from . import dynamo, effects, sites
 from .bytecode import Code
 
 NAMES = ("print", "debug", "info", "warning", "error", "critical", "log")
@@ -124,6 +125,7 @@ def _handler(original: Callable[..., Any], code_of: Callable[[Any], Code]) -> Ca
                     return stock(self, inst)
                 if _moved(self, branch) and self.stack[-1].is_python_constant():
                     self.output.__dict__.setdefault("_deq_compile_forced", {})[id(self), branch] = self, site
+                    self.output._deq_compile_before_branch = _world(self)
                     self.pop()
                     return self.jump(inst) if branch.jumps else None
         return original(self, inst)
@@ -144,6 +146,44 @@ def _moved(tx: Any, branch: Branch) -> bool:
     """Whether they have changed since the first visit."""
     asked = tx.__dict__.get("_deq_compile_asked", {}).get(branch, {})
     return any(len(numbers) > 1 for numbers in asked.values())
+
+
+def call(tx: Any, fn: Any, code: Code, speaks: bool) -> None:
+    """Give a branch back that may do something: it would be done in every iteration. That is one that calls more than what looks
+    at a number, or before whose line (`speaks`) something has changed.
+
+    Raises:
+        Retrace: so that Dynamo traces the frame again.
+    """
+    at = code.index.get(id(tx.current_instruction), -1)
+    here = [site for (_, branch), (frame, site) in forced(tx).items() if frame is tx and at in branch.block]
+    if here and (_does(tx) if speaks else not _only_looks(fn)):
+        sites.retrace(here)
+
+
+def _world(tx: Any) -> tuple[int, effects.Snapshot]:
+    return len(tx.output.graph.nodes), effects.snapshot(tx, tx.symbolic_locals)
+
+
+def _does(tx: Any) -> bool:
+    """Whether something was written since the branch was taken: by a property, say."""
+    count, before = tx.output._deq_compile_before_branch
+    nodes = list(tx.output.graph.nodes)[count:]
+    changed = effects.changed(before, effects.snapshot(tx, tx.symbolic_locals))
+    return changed is not None or any(written_argument(node) is not None for node in nodes)
+
+
+_LOOKS = ("item", "tolist", "norm", "mean", "sum", "max", "min", "abs", "sqrt", "detach", "cpu", "float", "double", "format")
+_MAKES = (float, int, bool, round, str, repr, len, abs, min, max, sum)
+
+
+def _only_looks(fn: Any) -> bool:
+    """Whether a call is one of a tensor, a text or Python's own that changes nothing."""
+    fn = fn.realize() if type(fn) is dynamo.LazyVariableTracker else fn
+    owner, name = dynamo.method_of(fn)
+    if owner is not None:
+        return name in _LOOKS and (isinstance(owner, dynamo.TensorVariable | dynamo.SymNodeVariable) or dynamo.is_plain(owner))
+    return any(fn.__dict__.get("fn") is f for f in _MAKES)
 
 
 def forced(tx: Any) -> dict[Any, tuple[Any, str]]:

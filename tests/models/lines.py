@@ -202,5 +202,72 @@ class OftenAFunctionOfThatName(AFunctionOfThatName):
         return z
 
 
+class PrintsACall(Told):
+    """What is printed is made by a function that does something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = torch.ones(())
+
+    def shrink(self) -> int:
+        self.gain = self.gain * 0.5
+        return 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gain = torch.ones(())
+        z = torch.zeros_like(x)
+        for k in range(CAP):
+            new = self.f(z, x) * self.gain
+            if k % 10 == 9:
+                print(self.shrink())
+            gap = ((new - z).norm() / new.norm()).item()
+            z = new
+            if gap < 1e-12:
+                break
+        return z
+
+
+class PrintsAProperty(PrintsACall):
+    @property
+    def shrunk(self) -> int:
+        return self.shrink()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gain = torch.ones(())
+        z = torch.zeros_like(x)
+        for k in range(CAP):
+            new = self.f(z, x) * self.gain
+            if k % 10 == 9:
+                print(self.shrunk)
+            gap = ((new - z).norm() / new.norm()).item()
+            z = new
+            if gap < 1e-12:
+                break
+        return z
+
+
+class PrintsAWrite(Told):
+    def forward(self, x: Tensor) -> Tensor:
+        z, gain = torch.zeros_like(x), torch.ones(())
+        for k in range(CAP):
+            new = self.f(z, x) * gain
+            if k % 10 == 9:
+                print(gain.mul_(0.5).sum())
+            gap = ((new - z).norm() / new.norm()).item()
+            z = new
+            if gap < 1e-12:
+                break
+        return z
+
+
 SERVED = (PrintsNumbers, PrintsText, Logs, PrintsATensor, PrintsBehindTheTest, PrintsEveryTenth, PrintsEveryThird)
-LEFT_ALONE = (PrintsInAFixedCount, PrintsARate, PrintsAModule, PrintsAndDoes, AFunctionOfThatName)
+LEFT_ALONE = (
+    PrintsInAFixedCount,
+    PrintsARate,
+    PrintsAModule,
+    PrintsAndDoes,
+    PrintsACall,
+    PrintsAProperty,
+    PrintsAWrite,
+    AFunctionOfThatName,
+)
