@@ -107,11 +107,19 @@ def _choices(read: fx.Node, update: fx.Node, inside: set[fx.Node]) -> list[fx.No
     stack = [user for user in read.users if user in inside and user is not update]
     while stack:
         user = stack.pop()
-        if user.target in _VIEWS:
+        if user.target in _VIEWS and _keeps_order(user):
             stack += [further for further in user.users if further in inside]
         else:
             found.append(user)
     return found
+
+
+def _keeps_order(view: fx.Node) -> bool:
+    """Whether a view only adds dimensions: no sample is taken for another."""
+    if view.target is not operator.getitem:
+        return True
+    places = view.args[1] if isinstance(view.args[1], tuple) else (view.args[1],)
+    return all(p is None or p is Ellipsis or p == slice(None) for p in places)
 
 
 def _reaches(node: Any, source: fx.Node, inside: set[fx.Node], without: fx.Node | None = None) -> bool:

@@ -16,7 +16,7 @@ from torch import fx
 from deq_compile.report import Location, Reason, Region, Skipped
 
 from . import dynamo, sites
-from .said import code_of
+from .bytecode import code_of
 
 _FIX = "Dynamo cannot follow a bar that has a name: `for k in tqdm(range(n))`, or make it outside of what is compiled"
 

@@ -6,6 +6,7 @@ All of it works on Dynamo's `Instruction` lists, read only: opname, argval, targ
 from __future__ import annotations
 
 import dis
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -165,3 +166,15 @@ class Code:
             if inst.opcode in dis.hasconst and inst.opname in ("LOAD_CONST", "RETURN_CONST", "LOAD_SMALL_INT"):
                 found[repr(inst.argval)] += inst.argval is not None
         return +found
+
+
+_codes: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # by code object
+
+
+def code_of(tx: Any) -> Code:
+    """The code that a translator traces."""
+    # the instruction list is Dynamo's own for each translator, its offsets those of the code object
+    known = _codes.get(tx.f_code)
+    if known is None or known.instructions is not tx.instructions:
+        known = _codes[tx.f_code] = Code(tx.instructions)
+    return known

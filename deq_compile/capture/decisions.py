@@ -158,20 +158,16 @@ def _leaves(tx: Any, code: Code, exit: Exit, decision: Decision) -> bool:
 
 def _held(tx: Any, variables: Sequence[Any]) -> list[Any]:
     """Operands, as they are now; (variable,) for what Dynamo has not looked at yet."""
-    return [(v,) if _unseen(v) else ((), _described(tx, v)) for v in variables]
+    return [(v,) if dynamo.is_unseen(v) else ((), _described(tx, v)) for v in variables]
 
 
 def _settled(tx: Any, operands: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(o[1] if len(o) == 2 else _described(tx, o[0]) for o in operands)
 
 
-def _unseen(variable: Any) -> bool:
-    return isinstance(variable, dynamo.LazyVariableTracker) and not variable.is_realized()
-
-
 def _described(tx: Any, variable: Any, depth: int = 2) -> Any:
     """What tells an operand from another; None for tensors, which the graph shows, and for all that has no value here."""
-    if _unseen(variable):
+    if dynamo.is_unseen(variable):
         return None
     variable = variable.realize() if hasattr(variable, "realize") else variable
     if isinstance(variable, dynamo.SymNodeVariable):
@@ -214,7 +210,7 @@ def _receiver(tx: Any, fn: Any) -> list[Any]:
 
 def _is_traced(fn: Any) -> bool:
     """Whether Dynamo traces into a function: what is decided in there is seen there."""
-    fn = fn.realize() if hasattr(fn, "realize") and not _unseen(fn) else fn
+    fn = fn.realize() if hasattr(fn, "realize") and not dynamo.is_unseen(fn) else fn
     try:
         return (hasattr(fn, "get_code") and fn.get_code() is not None) or _is_callable_object(fn)
     except NotImplementedError:
@@ -233,7 +229,7 @@ _CHANGES = ("append", "extend", "insert", "add", "update", "__setattr__", "__set
 
 def _is_harmless(fn: Any, operands: tuple[Any, ...], result: Any) -> bool:
     """Whether a call's result is in the graph, is the number that it was given, or depends on types alone."""
-    fn = fn.realize() if hasattr(fn, "realize") and not _unseen(fn) else fn
+    fn = fn.realize() if hasattr(fn, "realize") and not dynamo.is_unseen(fn) else fn
     name = fn.__dict__.get("name", fn.__dict__.get("method_name"))
     if effects.depends_on_data(result) or name in _CHANGES:
         return True

@@ -209,6 +209,11 @@ def constant(tx: Any, variable: Any) -> Any:
     raise LookupError(type(variable).__name__)
 
 
+def is_unseen(variable: Any) -> bool:
+    """Whether Dynamo has not looked at a variable yet; to ask it for anything would make it do so."""
+    return isinstance(variable, LazyVariableTracker) and not variable.is_realized()
+
+
 def unseen(variable: Any) -> Any:
     """The Python value of a lazy variable that Dynamo has not looked at yet."""
     return variable._cache.value
@@ -228,6 +233,13 @@ def say_behind_graph(root: Any, said: Callable[..., None], numbers: list[Any]) -
     """Have `said(*numbers)` called where the graph of the outermost translator ends."""
     name = root.output.install_global_by_id("__deq_compile_said", said)
     root.debug_locals.append((DebuggingVariable(said, source=GlobalSource(name)), numbers))
+
+
+def frames(tx: Any) -> Iterator[Any]:
+    """The translators of the frame at work and of those that called it."""
+    while tx is not None:
+        yield tx
+        tx = tx.parent
 
 
 def removed_handle() -> Any:

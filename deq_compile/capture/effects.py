@@ -51,11 +51,8 @@ def around(tx: Any, arguments: Iterable[Any]) -> Snapshot:
     """The same of all that functions among `arguments`, and the frames at work, get hold of: cells and iterators too."""
     cells = [owner for owner in tx.output.side_effects.store_attr_mutations if isinstance(owner, dynamo.CellVariable)]
     found = _snapshot(tx, tx.symbolic_locals, False, cells)
-    roots = [("an argument", value) for value in arguments]
-    frame = tx
-    while frame is not None:
-        roots += frame.symbolic_locals.items()
-        frame = frame.parent
+    roots = [item for frame in dynamo.frames(tx) for item in frame.symbolic_locals.items()]
+    roots += [("an argument", value) for value in arguments]  # the last are looked at first
     found |= held.states(tx, roots, lambda value: _mark(tx, value, False))
     return found
 
@@ -72,12 +69,10 @@ def _snapshot(tx: Any, live: Collection[Any], tensors: bool, own: Collection[Any
             found |= _containers(tx, (_OF_ATTRIBUTE, id(owner), name), value, False)
     for key, value in effects.id_to_variable.items():
         found |= _containers(tx, ("list or dict", key, _spelled(value)), value, tensors)
-    frame = tx
-    while frame is not None:
+    for frame in dynamo.frames(tx):
         for name, value in frame.symbolic_locals.items():
             if frame is not tx or name in live:
                 found |= _containers(tx, ("list or dict", id(frame), name), value, False)
-        frame = frame.parent
     return found
 
 
@@ -169,6 +164,6 @@ def _mark(tx: Any, value: Any, tensors: bool) -> Any:
         return constant
     if tensors:
         return id(value)
-    if isinstance(value, dynamo.LazyVariableTracker) and not value.is_realized():
+    if dynamo.is_unseen(value):
         return "data" if isinstance(dynamo.unseen(value), torch.Tensor) else id(value)
     return "data" if is_data(tx, value) else id(value)

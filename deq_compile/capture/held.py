@@ -1,5 +1,4 @@
-"""What functions hold on to between two calls: cells of their closures, iterators, generators, objects, sets and
-queues."""
+"""What functions hold on to between two calls: cells of their closures, iterators, generators, objects, sets and queues."""
 
 from __future__ import annotations
 
@@ -8,7 +7,7 @@ from typing import Any
 
 from . import dynamo
 
-MOST = 2000  # objects that are looked at
+MOST = 20_000  # objects that are looked at; where there are more, nothing is known
 
 
 def states(tx: Any, roots: Iterable[tuple[str, Any]], mark: Callable[[Any], Any]) -> dict[tuple[Any, ...], tuple[Any, Any]]:
@@ -23,7 +22,7 @@ def states(tx: Any, roots: Iterable[tuple[str, Any]], mark: Callable[[Any], Any]
     waiting = list(roots)
     while waiting and len(seen) < MOST:
         name, variable = waiting.pop()
-        if variable is None or id(variable) in seen or _unseen(variable):
+        if variable is None or id(variable) in seen or dynamo.is_unseen(variable):
             continue
         seen.add(id(variable))
         variable = variable.realize() if hasattr(variable, "realize") else variable
@@ -31,6 +30,8 @@ def states(tx: Any, roots: Iterable[tuple[str, Any]], mark: Callable[[Any], Any]
         if state is not None:
             found["variable", id(variable), name] = state, variable
         waiting += _inside(tx, name, variable)
+    if waiting and len(seen) >= MOST:
+        found["variable", 0, "one of many"] = object(), None  # never as it was
     return found
 
 
@@ -89,7 +90,3 @@ def _content(tx: Any, cell: Any) -> Any:
         return tx.output.side_effects.load_cell(cell)
     except Exception:  # it holds nothing yet
         return None
-
-
-def _unseen(variable: Any) -> bool:
-    return isinstance(variable, dynamo.LazyVariableTracker) and not variable.is_realized()

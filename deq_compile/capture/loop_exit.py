@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,7 +29,7 @@ from deq_compile import markers
 from deq_compile.report import Reason, Skipped
 
 from . import breaks, counters, decisions, dynamo, effects, known, observations, said, sites
-from .bytecode import Code, Exit
+from .bytecode import Exit, code_of
 
 _JUMPS = (
     "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE",
@@ -54,9 +53,6 @@ class _Visits:
     decided: list[int] = dataclasses.field(default_factory=list)  # likewise, of the log of decisions
     range: int | None = None  # its length at the first visit, 0 if it never ends, None if it is no range
     markers: list[Any] = dataclasses.field(default_factory=list)  # left in the graph so far
-
-
-_codes: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # by code object
 
 
 def install() -> Callable[[], None]:
@@ -126,16 +122,8 @@ def _constant(tx: Any, inst: Any, value: Any) -> Any:
     return found.value
 
 
-def _code(tx: Any) -> Code:
-    # the instruction list is Dynamo's own for each translator, its offsets those of the code object
-    known = _codes.get(tx.f_code)
-    if known is None or known.instructions is not tx.instructions:
-        known = _codes[tx.f_code] = Code(tx.instructions)
-    return known
-
-
 def _exit(tx: Any, inst: Any) -> Exit | None:
-    code = _code(tx)
+    code = code_of(tx)
     found = code.exit_of(inst)
     return None if found is None or code.only_raises(code.target(inst, found)) else found
 
@@ -148,15 +136,14 @@ def _in_loop(tx: Any) -> bool:
 
 def _loops_around(tx: Any) -> Iterator[Any]:
     """This frame and those that called it, as far as the instruction at work stands in a loop."""
-    while tx is not None:
-        if tx.current_instruction is not None and _code(tx).in_loop(tx.current_instruction):
-            yield tx
-        tx = tx.parent
+    for frame in dynamo.frames(tx):
+        if frame.current_instruction is not None and code_of(frame).in_loop(frame.current_instruction):
+            yield frame
 
 
 def _tests(tx: Any) -> Iterator[Any]:
     """The positions of all conditional jumps that leave a loop of this frame."""
-    code = _code(tx)
+    code = code_of(tx)
     for inst in code.instructions:
         if "POP_JUMP" in inst.opname and (found := code.exit_of(inst)) is not None:
             yield found.position
@@ -194,7 +181,7 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     leaves = visits.seen >= markers.UNROLLED
     if leaves:
         if visits.before is not None:
-            live = _live(tx, inst, exit) & _code(tx).stores(exit.loop)
+            live = _live(tx, inst, exit) & code_of(tx).stores(exit.loop)
             observations.serve(tx, (site, visits.entry), sorted(live), visits.before, visits.world, visits.history)
         said.told(tx, inst, exit, (site, visits.entry))
         visits.iterator = object()  # whoever comes again enters anew
@@ -222,10 +209,10 @@ def _visit(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str
     visits.sizes.append(len(tx.output.graph.nodes))
     visits.decided.append(len(decisions.log(tx)))
     counters.passed_by(tx, inst)
-    visits.cap = counters.cap(tx, _code(tx), exit, visits.sizes, visits.range)
+    visits.cap = counters.cap(tx, code_of(tx), exit, visits.sizes, visits.range)
     if visits.seen < markers.UNROLLED:
         return None
-    later = decisions.turns_later(tx, _code(tx), exit, visits.decided, max(visits.cap, 0))
+    later = decisions.turns_later(tx, code_of(tx), exit, visits.decided, max(visits.cap, 0))
     return None if later is None else (Reason.COUNTER, later)
 
 
@@ -249,14 +236,14 @@ def _range_left(iterator: Any) -> int:
 
 def _live(tx: Any, inst: Any, exit: Exit) -> set[str]:
     """Names that are read after the loop."""
-    code = _code(tx)
+    code = code_of(tx)
     found: set[str] = dynamo.livevars_analysis(code.instructions, code.instructions[code.target(inst, exit)])
     return found
 
 
 def _leaks(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str] | None:
     """Python values whose value after the loop would say when, or how, it was left."""
-    code = _code(tx)
+    code = code_of(tx)
     for name in sorted(_live(tx, inst, exit) & code.stores(exit.loop)):
         value = tx.symbolic_locals.get(name)
         if value is None or effects.is_data(tx, value):
@@ -279,7 +266,7 @@ def _grows(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str
     """Whether something that outlives the loop was changed since the last visit, and is nothing that a solve tells."""
     live = _live(tx, inst, exit)
     visits.before, visits.world = visits.world, effects.snapshot(tx, live)
-    visits.history.append(observations.numbers(tx, live & _code(tx).stores(exit.loop), visits.world))
+    visits.history.append(observations.numbers(tx, live & code_of(tx).stores(exit.loop), visits.world))
     if visits.before is None:
         return None
     for key in effects.changes(visits.before, visits.world):

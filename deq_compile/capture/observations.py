@@ -40,8 +40,8 @@ def numbers(tx: Any, names: Iterable[str], world: Snapshot) -> dict[Key, int | f
 
 def number(value: Any) -> int | float | None:
     """The Python number that a variable is; None for all else."""
-    if type(value) is dynamo.LazyVariableTracker and not value.is_realized():
-        return None  # looking would realise it
+    if dynamo.is_unseen(value):
+        return None
     value = value.realize() if hasattr(value, "realize") else value
     known = value.as_python_constant() if value.is_python_constant() else None
     return known if type(known) in (int, float) else None

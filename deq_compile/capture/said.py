@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,11 +23,10 @@ from deq_compile import markers
 from deq_compile.report import Location, Reason, Skipped
 
 from . import dynamo, formats, observations, say_only, sites, wording
-from .bytecode import Code, Exit
+from .bytecode import Exit, code_of
 
 LEVELS = ("debug", "info", "warning", "error", "critical", "log")
 _OF_LOGGING = [getattr(logging, name) for name in LEVELS]
-_codes: weakref.WeakKeyDictionary[Any, Code] = weakref.WeakKeyDictionary()  # by code object
 
 
 @dataclasses.dataclass
@@ -45,7 +43,7 @@ class _Line:
 
 def install() -> Callable[[], None]:
     """Patch the translators; returns what takes the patch out again."""
-    undo = [formats.install(), dynamo.patch_calls(_handler), say_only.install(code_of)]
+    undo = [formats.install(), dynamo.patch_calls(_handler), say_only.install()]
 
     def remove() -> None:
         for one in reversed(undo):
@@ -60,7 +58,7 @@ def _handler(original: Callable[..., Any]) -> Callable[..., Any]:
         if sites.ours(self):
             with sites.guarded(self, "taking note of what a loop says"):
                 function = _speaker(fn)
-                say_only.call(self, fn, code_of(self), speaks=function is not None)
+                say_only.call(self, fn, speaks=function is not None)
                 if function is not None and _kept_back(self, function, args, kwargs):
                     self.push(dynamo.build(self, None))
                     return None
@@ -87,7 +85,7 @@ def _kept_back(tx: Any, function: Callable[..., Any], args: Sequence[Any], kwarg
     """Whether a line that is said in a loop waits for the loop's end."""
     if tx.output.current_tracer.parent is not None:
         return False  # in a body of its own, from which nothing gets out
-    frames = [(frame, code_of(frame).index.get(id(frame.current_instruction), -1)) for frame in _up(tx)]
+    frames = [(frame, code_of(frame).index.get(id(frame.current_instruction), -1)) for frame in dynamo.frames(tx)]
     if not any(code_of(frame).in_loop(frame.current_instruction) for frame, _ in frames):
         return False
     if not any(node.op == "call_function" for node in tx.output.graph.nodes):
@@ -101,21 +99,6 @@ def _kept_back(tx: Any, function: Callable[..., Any], args: Sequence[Any], kwarg
     line = lines.setdefault(key, _Line(function, frames, sites.location(tx), site, met))
     line.given.append((list(args), dict(kwargs)))
     return True
-
-
-def _up(tx: Any) -> list[Any]:
-    frames = []
-    while tx is not None:
-        frames.append(tx)
-        tx = tx.parent
-    return frames
-
-
-def code_of(tx: Any) -> Code:
-    known = _codes.get(tx.f_code)
-    if known is None or known.instructions is not tx.instructions:
-        known = _codes[tx.f_code] = Code(tx.instructions)
-    return known
 
 
 def told(tx: Any, inst: Any, exit: Exit, place: tuple[str, int]) -> None:
@@ -145,7 +128,7 @@ def _say(tx: Any, place: tuple[str, int], line: _Line, text: wording.Text) -> No
     numbers = [_number(tx, place, slot, f"the number that {what}") for slot in text.slots]
     note = [dynamo.build(tx, v) for v in (*place, f"what {what} is said once, after the loop")]
     dynamo.UserFunctionVariable(_traced_note).call_function(tx, note, {})
-    dynamo.say_behind_graph(_up(tx)[-1], text.spoken, numbers)
+    dynamo.say_behind_graph(list(dynamo.frames(tx))[-1], text.spoken, numbers)
 
 
 def _number(tx: Any, place: tuple[str, int], slot: Any, what: str) -> Any:

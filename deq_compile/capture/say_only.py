@@ -17,7 +17,7 @@ from deq_compile.markers import PACKAGE
 from deq_compile.passes.functionalise import written_argument
 
 from . import dynamo, effects, sites
-from .bytecode import Code
+from .bytecode import Code, code_of
 
 NAMES = ("print", "debug", "info", "warning", "error", "critical", "log")
 _BACK = ("JUMP_BACKWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD_NO_INTERRUPT")
@@ -95,11 +95,10 @@ def _asking(code: Code, jump: int) -> Iterator[int]:
         yield k
 
 
-def install(code_of: Callable[[Any], Code]) -> Callable[[], None]:
+def install() -> Callable[[], None]:
     """Patch the translators, as the last to do so; returns what takes the patches out again."""
     names = [name for name in dis.opmap if name in ("BINARY_OP", "COMPARE_OP", "CONTAINS_OP") or "POP_JUMP" in name]
-    made = functools.partial(_handler, code_of=code_of)
-    return dynamo.patch_instructions(dict.fromkeys((name for name in names if "NONE" not in name), made))
+    return dynamo.patch_instructions(dict.fromkeys((name for name in names if "NONE" not in name), _handler))
 
 
 def _stock(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +108,7 @@ def _stock(handler: Callable[..., Any]) -> Callable[..., Any]:
     return handler
 
 
-def _handler(original: Callable[..., Any], code_of: Callable[[Any], Code]) -> Callable[..., Any]:
+def _handler(original: Callable[..., Any]) -> Callable[..., Any]:
     stock = _stock(original)
 
     @functools.wraps(original)
@@ -148,14 +147,14 @@ def _moved(tx: Any, branch: Branch) -> bool:
     return any(len(numbers) > 1 for numbers in asked.values())
 
 
-def call(tx: Any, fn: Any, code: Code, speaks: bool) -> None:
+def call(tx: Any, fn: Any, speaks: bool) -> None:
     """Give a branch back that may do something: it would be done in every iteration. That is one that calls more than what looks
     at a number, or before whose line (`speaks`) something has changed.
 
     Raises:
         Retrace: so that Dynamo traces the frame again.
     """
-    at = code.index.get(id(tx.current_instruction), -1)
+    at = code_of(tx).index.get(id(tx.current_instruction), -1)
     here = [site for (_, branch), (frame, site) in forced(tx).items() if frame is tx and at in branch.block]
     if here and (_does(tx) if speaks else not _only_looks(fn)):
         sites.retrace(here)

@@ -262,12 +262,6 @@ class PrintsAWrite(Told):
 
 SERVED = (PrintsNumbers, PrintsText, Logs, PrintsATensor, PrintsBehindTheTest, PrintsEveryTenth, PrintsEveryThird)
 LEFT_ALONE = (
-    PrintsInAFixedCount,
-    PrintsARate,
-    PrintsAModule,
-    PrintsAndDoes,
-    PrintsACall,
-    PrintsAProperty,
-    PrintsAWrite,
+    PrintsInAFixedCount, PrintsARate, PrintsAModule, PrintsAndDoes, PrintsACall, PrintsAProperty, PrintsAWrite,
     AFunctionOfThatName,
-)
+)  # fmt: skip

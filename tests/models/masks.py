@@ -136,5 +136,31 @@ class Swapped(Masked):
         return z
 
 
+class ByTheFirst(Masked):
+    """All samples are frozen with the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, done = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool)
+        for _ in range(8):
+            new = self.f(z, x)
+            gap = self.gap(new, z)
+            z = torch.where(done[0], z, new)
+            done = done | (gap < 0.1)
+        return z
+
+
+class ByTheBest(Masked):
+    """All samples are frozen with the one that converges first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        z, done = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.bool)
+        for _ in range(8):
+            new = self.f(z, x)
+            gap = self.gap(new, z)
+            z = torch.where(done[:, None], z, new)
+            done = done | (gap.min() < 0.1)
+        return z
+
+
 FREEZE = (Masked, Active, FixedCount, Images)
-DO_MORE = (Flags, Counted, Grown, Started, Swapped)
+DO_MORE = (Flags, Counted, Grown, Started, Swapped, ByTheFirst, ByTheBest)
