@@ -37,6 +37,7 @@ from .site import Site
 from .surroundings import for_each_of_batch, is_batched
 
 Body = Callable[[list[Tensor]], Sequence[Tensor]]
+MOST_PENDING = 16
 # Sites of adjoints that are fixed points to be differentiated, by those of the fixed points whose adjoints they are.
 _twins: weakref.WeakKeyDictionary[Site, Site] = weakref.WeakKeyDictionary()
 
@@ -58,7 +59,7 @@ def attach(f: Body, z: Tensor, known: Attachment, derivatives: int) -> list[Tens
     states = [s.view_as(s) for s in starts]  # no leaves: hooks of modules do not expect those under `autograd.grad`
     for level in range(1, derivatives + 1):
         node = _Node(known, f, level)
-        inputs = states if level == 1 else list(_Gate.apply(node, *states))
+        inputs = states if level == 1 else list(_Gate.apply(node.passage, *states))
         images = list(f(inputs))
         if level == 1:
             if not _reads_more_than(images, starts):
@@ -92,14 +93,30 @@ def _forget(z: Tensor) -> None:
     z.grad = None
 
 
+class _Passage:
+    """What a node tells the gate before its evaluation. It holds neither: graphs hold both, and no collector looks into those.
+
+    recorded  whether a derivative through the node has been recorded, to be differentiated in turn
+    pending   of backwards at work, by their numbers in the engine: the J^T w that comes to the gate beside what has to go
+              through; None: nothing has to
+    """
+
+    def __init__(self) -> None:
+        self.recorded = False
+        self.pending: dict[int, list[Tensor] | None] = {}
+
+    def note(self, products: list[Tensor] | None) -> None:
+        while len(self.pending) >= MOST_PENDING:  # of backwards that went through the node and not through the gate
+            self.pending.pop(next(iter(self.pending)), None)
+        self.pending[graph_task()] = products
+
+
 class _Node(Linearised):
     """One attached evaluation of f: its products by autograd, and what its backward needs. The gradients of what f reads come
     from this evaluation itself, so that w stands for them where they are measured.
 
     inputs, images  of the evaluation
-    recorded  whether a derivative of it has been recorded, to be differentiated in turn
-    pending   of the backward at work: its number in the engine, and the J^T w that comes to the gate beside what has to go
-              through; None: nothing has to
+    passage   what the gate in front of it is told
     """
 
     inputs: list[Tensor]
@@ -107,8 +124,7 @@ class _Node(Linearised):
 
     def __init__(self, known: Attachment, f: Body, level: int) -> None:
         self.known, self.f, self.level = known, f, level
-        self.recorded = False
-        self.pending: tuple[int, list[Tensor] | None] | None = None
+        self.passage = _Passage()
 
     def products(self, w: Sequence[Tensor], **how: bool) -> list[Tensor]:
         """J^T w, for each of the state tensors."""
@@ -169,8 +185,9 @@ class _Implicit(torch.autograd.Function):
         elif records:
             found = once(found, (*node.images, *cotangents))
         if node.level > 1:
-            node.pending = graph_task(), node.products(found, create_graph=records) if node.recorded else None
-            node.recorded = node.recorded or records
+            passage = node.passage
+            passage.note(node.products(found, create_graph=records) if passage.recorded else None)
+            passage.recorded = passage.recorded or records
         return (None, None, *(g.to(image.dtype) for g, image in zip(found, node.images, strict=True)))
 
 
@@ -178,17 +195,18 @@ class _Gate(torch.autograd.Function):
     """Between a fixed point and the next evaluation at it: lets through what derivatives of derivatives depend on."""
 
     @staticmethod
-    def forward(ctx: Any, node: _Node, *states: Tensor) -> tuple[Tensor, ...]:
-        ctx.node = node
+    def forward(ctx: Any, passage: _Passage, *states: Tensor) -> tuple[Tensor, ...]:
+        ctx.passage = passage
         ctx.set_materialize_grads(False)
         return tuple(s.view_as(s) for s in states)
 
     @staticmethod
     def backward(ctx: Any, *given: Tensor | None) -> Any:
-        node: _Node = ctx.node
-        pending, node.pending = node.pending, None
-        if pending is None or pending[0] != graph_task():  # the evaluation is no part of this derivative: all of it is to pass
+        pending: dict[int, list[Tensor] | None] = ctx.passage.pending
+        task = graph_task()
+        if task not in pending:  # the evaluation is no part of this derivative: all of it is to pass
             return None, *given
-        if pending[1] is None:
+        own = pending.pop(task)
+        if own is None:
             return None, *(None for _ in given)
-        return None, *(None if g is None else g - known for g, known in zip(given, pending[1], strict=True))
+        return None, *(None if g is None else g - known for g, known in zip(given, own, strict=True))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian, hvp, jacobian, vhp
+from torch.utils.checkpoint import checkpoint
 
 from deq_compile import explain, fixed_point
 from deq_compile.testing import Backend
@@ -170,6 +173,78 @@ def test_states_of_two_parts_and_what_needs_no_gradient() -> None:
         return torch.autograd.grad(g.square().sum() + state["b"].sum(), x)
 
     close(run(2), run(0))
+
+
+def test_nothing_is_held_when_the_graph_is_gone() -> None:
+    """Nodes and gates know of each other, through graphs that no collector looks into."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    counts = []
+    for _ in range(4):
+        penalty(solved)
+        forwards_by_two_backwards(solved)
+        counts.append(alive())
+    assert counts[1] == counts[2] == counts[3]
+
+
+def test_backwards_in_two_threads() -> None:
+    x = X.clone().requires_grad_()
+    (g,) = torch.autograd.grad(solved(x).square().sum(), x, create_graph=True)
+    want = torch.autograd.grad(g.sum(), x, retain_graph=True)[0]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: torch.autograd.grad(g.sum(), x, retain_graph=True)[0], range(8)))
+    for one in found:
+        close(one, want)
+
+
+def small(z: Tensor, again: int) -> Tensor:
+    """A fixed point of its own, inside of a body."""
+
+    def f(u: Tensor) -> Tensor:
+        return 0.3 * torch.sin(u) + 0.2 * z
+
+    return repeated(f, z.detach(), again)
+
+
+def repeated(f: Callable[[Tensor], Tensor], z: Tensor, again: int) -> Tensor:
+    """The fixed point, declared where it is to be differentiated `again` times; by a loop where that is 0."""
+    if again:
+        return fixed_point(f, z, derivatives=again, **TIGHT)
+    for _ in range(100):
+        z = f(z)
+    return z
+
+
+BODIES: dict[str, Callable[[nn.Module, Tensor, int], Callable[[Tensor], Tensor]]] = {
+    "plain": lambda lin, x, again: lambda z: torch.tanh(lin(z) + x),
+    "checkpoint": lambda lin, x, again: (
+        lambda z: checkpoint(lambda z, x: torch.tanh(lin(z) + x), z, x, use_reentrant=False)  # type: ignore[return-value]
+    ),
+    "nested": lambda lin, x, again: lambda z: torch.tanh(lin(small(z, again)) + x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # the loop's first state needs no gradient
+@pytest.mark.parametrize("body", BODIES)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_bodies_with_graphs_of_their_own(body: str, hooked: bool) -> None:
+    lin = nn.Linear(4, 4).double()
+    nn.init.orthogonal_(lin.weight, gain=0.4)
+    seen: list[int] = []
+    if hooked:
+        lin.register_full_backward_hook(lambda *_: seen.append(1))
+    found = []
+    for again in (2, 0):
+        x = X.clone().requires_grad_()
+        z = repeated(BODIES[body](lin, x, again), torch.zeros_like(x), again)
+        z = z.add_(1) if again else z + 1  # the user may write to a fixed point
+        (g,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(g.square().sum(), [x, lin.weight]))
+    close(*found)
+    assert bool(seen) == hooked
 
 
 def test_what_is_no_implicit_gradient_is_refused() -> None:
