@@ -183,7 +183,7 @@ class Site:
     backwards adjoint solves so far
     steps     evaluations that solves needed lately: what the next one makes room for
     pending   captured solves whose outcome nobody has asked for yet, oldest first
-    prepared  facts about the last forward's arguments, and what runs the body for those (call.Prepared)
+    prepared  facts about the last call, and what serves for those: what runs the body; problem, adjoint_problem: what is asked
     engine    what the iterations ran on at the last call, and why on nothing better
     place     the loop as all ranks of a distributed run name it (agree.py)
     finding   what this site has said to the other ranks; None where it has said nothing
@@ -204,9 +204,7 @@ class Site:
         self.longest = self.compared_at = self.blank = 0
         self.checked, self.loose = 0, self.allowed_distance
         self.tol = 0.0 if spec.stop else config.tol  # the user's test stops the batch, in place of a tolerance
-        self.calls = 0
-        self.misses = 0
-        self.adjoint_misses = 0
+        self.calls = self.misses = self.adjoint_misses = 0
         self.verify_gradient = False  # the next backward looks at its gradient as the forward did at the value
         self.backward_tol = config.backward_tol
         self.gradient_error: float | None = None
@@ -215,7 +213,9 @@ class Site:
         self.steps = FIRST_STEPS
         self.warned = self.warned_of_gradient = False
         self.pending: list[Solution] = []
-        self.prepared: tuple[Any, Any] | None = None
+        self.prepared: tuple[Any, Any] = (None, None)
+        self.problem: tuple[Any, Any] = (None, None)
+        self.adjoint_problem: tuple[Any, Any] = (None, None)
         self.engine, self.engine_reason = "loop", ""
         self.has_captures = self.uncompiled = False
         self.place, self.votes = "", True
