@@ -25,7 +25,7 @@ from .torch_parts import FakeTensor, TracingContext, tracing
 
 log = logging.getLogger("deq_compile.undecided")
 
-# Comparisons that a graph whose loops are all kept runs uncompiled: those of some thousand calls.
+# Calls that a graph runs uncompiled at the most. One whose loops are all kept runs at comparisons alone: some thousand calls.
 MOST = 16
 
 
@@ -64,8 +64,8 @@ def compiled_when_decided(
 
 
 class _Later:
-    """found: what was compiled, None before. `retrace`, where it has anything in it, has Dynamo trace the frame again, and the
-    graph compiled at once."""
+    """found: what was compiled, None before. asked: whether Dynamo is to trace the frame again, by `retrace` where that has
+    anything in it, and to have the graph compiled at once."""
 
     def __init__(
         self,
@@ -82,6 +82,7 @@ class _Later:
         self.retrace = [out.settle for out in self.outs if out.settle is not None]
         self.lock, self.calls = threading.Lock(), 0
         self.found: CompiledFn | None = None
+        self.asked = False
         for site in sites:
             site.uncompiled = True
 
@@ -95,11 +96,15 @@ class _Later:
 
     def open(self) -> bool:
         """Whether something else than the rewritten graph may run yet."""
-        if self.calls == 1 or any(out.left for out in self.outs):
+        if self.calls == 1 or self.asked:
+            return True
+        if self.calls > MOST:
+            return False
+        if any(out.left for out in self.outs):
             return True
         kept = [site.verdict == "kept" for site in self.sites]
         if self.may_be_written and all(kept):
-            return self.calls <= MOST
+            return True
         return bool(self.retrace) and not all(kept) and self.calls <= WEIGHED_AFTER + 1
 
     def compile(self) -> None:
@@ -111,10 +116,13 @@ class _Later:
                 if not self.retrace:
                     raise
                 log.info("%s is raised again where Dynamo expects it", type(error).__name__)
-        for settle in self.retrace if self.found is None else []:
-            settle()
+        if self.found is None:
+            self.asked = True
+            for settle in self.retrace:
+                settle()
         for site in self.sites:
             site.uncompiled = self.found is None
+        self.inputs, self.context = [], None
 
 
 def _has_floats(graph: fx.Graph) -> bool:
