@@ -49,11 +49,11 @@ def slow(model: Any) -> tuple[Any, Tensor]:
 
 
 def test_a_loop_that_is_given_back_costs_nothing(inductor: InductorCounter) -> None:
-    """Dynamo alone runs this model in Python: there is no graph for Inductor, and with us none either."""
+    """What is compiled after the four calls is what Dynamo makes of the model alone: nothing, or, on torch 2.11, some pieces."""
     torch.manual_seed(0)
     model, x = Until(8), torch.randn(4, 8)
     run, report = compiled(model, fullgraph=False, inner="inductor")
-    assert steps(run, model, x, 7, inductor, reference(model, x)) == [0] * 7
+    assert steps(run, model, x, 4, inductor, reference(model, x)) == [0] * 4
     assert [region.status for region in report.regions] == ["kept"]
 
 
