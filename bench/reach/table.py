@@ -76,7 +76,10 @@ def reason(row: Row) -> str:
     reasons, breaks = row["explain"].get("reasons", []), row["explain"].get("graph_breaks", [])
     if reasons:
         return " · ".join(reasons)
-    return f"no reason given; Dynamo: {breaks[0][:160]}" if breaks else "no reason given"
+    if row.get("deq", {}).get("regions"):
+        return "found and kept: as many iterations do not reach the fixed point, or a solve does not pay"
+    none = "no loop that repeats a map was met, and no call of a solver"  # as `explain` prints it
+    return f"{none}; Dynamo: {breaks[0][:160]}" if breaks else none
 
 
 def number(value: float | None, spec: str, times: str = "") -> str:

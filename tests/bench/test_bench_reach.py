@@ -254,7 +254,8 @@ def test_the_page_gives_reasons_word_for_word() -> None:
     assert table.reason(none) == said
     assert "('k' \\| it)" in table.reasons([none])
     none["explain"] = {"reasons": [], "graph_breaks": ["torch.equal"]}
-    assert table.reason(none) == "no reason given; Dynamo: torch.equal"
+    assert table.reason(none) == "no loop that repeats a map was met, and no call of a solver; Dynamo: torch.equal"
+    assert "kept" in table.reason(row())
     assert table.reason(row(explain={"failed": "it died"})) == "explain failed: it died"
 
 
