@@ -181,13 +181,14 @@ class _Attached:
 
     def __init__(self, site: Site, linear: _Images, found: Result) -> None:
         self.site, self.linear, self.factors, self.serial = site, linear, found.saved.factors, found.serial
+        self.recycled = found.saved.recycled
 
     def adjoint_of(self, cotangents: Sequence[Tensor | None]) -> list[Tensor]:
         """What goes on to the attached evaluation of f, for the cotangents of the fixed point."""
         linear = self.linear
         given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, linear.inputs, strict=True)]
         mode = BACKWARDS[self.site.spec.config.backward]
-        call = AdjointCall(self.site, self.factors, inside=graphs.capturing())
+        call = AdjointCall(self.site, self.factors, inside=graphs.capturing(), recycled=self.recycled)
         w = adjoint(mode, linear, linear.layout.flatten(given), call, self.serial).w
         return [g.to(image.dtype) for g, image in zip(linear.layout.unflatten(w), linear.images, strict=True)]
 

@@ -31,6 +31,7 @@ from .backward import BACKWARDS
 from .body import BodySpec
 from .forward import Solution
 from .layout import Layout, channels_last, flat_dtype, layout_of
+from .pool import Pool
 from .solvers import SOLVERS
 from .stop import StopTest
 from .worth import WayOut
@@ -190,6 +191,7 @@ class Site:
     votes     whether what it finds counts for the other ranks
     has_captures  whether captured solves are held for it
     way_out   how the loop can be given back to stock Dynamo, where solving it cannot pay
+    pool      what training calls know of the inverse Jacobian, from batch to batch; None where nothing is recycled
     standing  what a report may ask for, for as long as somebody has it, the site gone or not
     """
 
@@ -204,9 +206,7 @@ class Site:
         self.longest = self.compared_at = self.blank = 0
         self.checked, self.loose = 0, self.allowed_distance
         self.tol = 0.0 if spec.stop else config.tol  # the user's test stops the batch, in place of a tolerance
-        self.calls = 0
-        self.misses = 0
-        self.adjoint_misses = 0
+        self.calls = self.misses = self.adjoint_misses = 0
         self.verify_gradient = False  # the next backward looks at its gradient as the forward did at the value
         self.backward_tol = config.backward_tol
         self.gradient_error: float | None = None
@@ -220,6 +220,7 @@ class Site:
         self.has_captures = False
         self.place, self.votes = "", True
         self.finding: str | None = None
+        self.pool = None if config.recycle == "never" else Pool(always=config.recycle == "always")
         self.standing = Standing()
         self.way_out: WayOut | None = None
         self.stand()
@@ -235,6 +236,7 @@ class Site:
         now = self.standing
         now.status, now.distance, now.reuse = self.verdict, self.distance, self.reuses
         now.engine, now.engine_reason, now.gradient_error = self.engine, self.engine_reason, self.gradient_error
+        now.recycle = "" if self.pool is None else str(self.pool)
 
     @property
     def solving(self) -> str:
@@ -316,10 +318,8 @@ class Site:
         self.follows = self.follows or verdict == "follow"
         verdict = self.solving if verdict == "solve" else verdict
         if verdict != self.verdict or distance is not None:
-            log.log(
-                logging.INFO if verdict != self.verdict else logging.DEBUG,
-                "region %s at %s: %s (distance %s)", self.key, self.spec.where, verdict, distance,
-            )  # fmt: skip
+            level = logging.INFO if verdict != self.verdict else logging.DEBUG
+            log.log(level, "region %s at %s: %s (distance %s)", self.key, self.spec.where, verdict, distance)
             self.verdict = verdict
             self.distance = distance if distance is not None else self.distance
             self.stand()

@@ -1,0 +1,110 @@
+"""Solves that begin with what earlier batches have learnt, where that is seen to pay.
+
+What is counted are evaluations, products and their arithmetic. No clock is asked, so that equal runs decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from deq_compile.kernels.device import on_gpu
+from deq_compile.kernels.recycle import Shared
+from deq_compile.kernels.recycle.sketch import ROWS
+
+from .pool import Pool, Recycled, compressing
+
+if TYPE_CHECKING:
+    from .call import Call
+    from .forward import Solution
+    from .site import Site
+
+log = logging.getLogger("deq_compile.region")
+
+# What an element of the state costs beside an evaluation's matrix arithmetic, and what a stored step adds in the solver.
+ELEMENT_FLOPS, STEP_FLOPS = 100.0, 8.0
+# A thin product runs at half the speed of a square one, and the residual that goes through it is written twice more.
+THIN_COST, THIN_ELEMENT = 2.0, 50.0
+# What has to be saved: counts of one batch are not those of the next.
+SAVING = 0.97
+
+
+def pool_of(call: Call) -> Pool | None:
+    """The pool of a call that may use it: one that records gradients, on a CPU, by a solver that takes it."""
+    site = call.site
+    pool = site.pool
+    if pool is None or not site.spec.grad or site.follows or call.inside or not call.solver.recycles:
+        return None
+    return pool if call.z0.numel() and not on_gpu(call.z0.device) else None
+
+
+def solve_recycled(call: Call, pool: Pool) -> Solution:
+    """The solve of a training call; `call.recycled` is what its backward gets."""
+    site = call.site
+    pool.keep_to(call.z0)
+    shared, feeds, due = pool.forward, pool.feeds(), pool.due()
+    call.recycled = Recycled(pool.adjoint, due, pool.thorough(), pool.calls if feeds else None)
+    sketch = pool.sketch(site.steps, pool.calls) if feeds else None
+    pool.calls += 1
+    if due and shared is not None:
+        found = _both(call, pool, shared)
+    else:
+        used = shared if pool.pays else None
+        found = call.solved(call.z0, site.tol, shared=used, sketch=sketch)
+        if used is not None and missed(found):
+            drop(site, pool, "forward")
+            found, sketch = call.solved(call.z0, site.tol), None
+    if sketch is not None:
+        pool.feed_forward(sketch)
+    return found
+
+
+def missed(found: Solution) -> bool:
+    return not found.all_converged() and found.missed()
+
+
+def drop(site: Site, pool: Pool, what: str) -> None:
+    pool.drop()
+    log.info("region %s at %s: the %s missed with recycled factors, which are dropped", site.key, site.spec.where, what)
+    site.stand()
+
+
+def _both(call: Call, pool: Pool, shared: Shared) -> Solution:
+    """The solve with the pool and without; decides between them."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
+    site, z0 = call.site, call.z0
+    with FlopCounterMode(display=False) as counter:
+        plain = call.solved(z0, site.tol)
+    recycled = call.solved(z0, site.tol, shared=shared)
+    body = counter.get_total_flops() / max(plain.evaluations, 1)
+    without, with_it = cost(length(plain), body, z0, 0), cost(length(recycled), body, z0, shared.rank)
+    # a step is a forward and about as many products, each of which is two evaluations
+    pool.note_cost(2 * compressing(z0.shape[1], ROWS), 3 * without)
+    pool.decide_forward(math.inf if missed(plain) else without, math.inf if missed(recycled) else with_it, SAVING)
+    pays = bool(pool.pays)
+    log.info(
+        "region %s at %s: %d evaluations, %d with recycled factors: the forward goes on %s them",
+        site.key, site.spec.where, plain.evaluations, recycled.evaluations, "with" if pays else "without",
+    )  # fmt: skip
+    site.stand()
+    if pays:
+        return recycled
+    call.body(plain.z)  # what the last evaluation saves serves the backward, and the last was the other solve's
+    return plain
+
+
+def length(found: Solution) -> float:
+    """Evaluations of the quarter of the samples that took the most: the last sample alone says little about the next batch."""
+    longest = found.iterations.sort(descending=True).values
+    return float(longest[: -(-len(longest) // 4)].double().mean())
+
+
+def cost(evaluations: float, body: float, z: Tensor, rank: int) -> float:
+    """Operations of a solve for states like z (B, D); `rank` of the shared inverse it takes, 0 for none."""
+    thin = (4.0 * THIN_COST * rank + THIN_ELEMENT if rank else 0.0) * z.numel()
+    steps = 0.5 * STEP_FLOPS * evaluations**2 * z.numel()
+    return evaluations * (body + ELEMENT_FLOPS * z.numel() + thin) + steps
