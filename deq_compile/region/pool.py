@@ -19,7 +19,7 @@ log = logging.getLogger("deq_compile.region")
 
 # Training calls at which it is decided what pays, and then every so many: the ways are tried on the same inputs, the forward's
 # factors at the latter only.
-DECIDED_AT = (10, 40, 100)
+DECIDED_AT = (10, 100)
 DECIDE_EVERY = 200
 # Calls between two that feed the pool; more where compressing would take more than a hundredth of them (Pool.note_cost).
 FEED_EVERY, SELDOM = 10, 50
@@ -28,6 +28,10 @@ FEED_SHARE = 0.01
 FED_BEFORE = (11, 6, 1)
 # What earlier decisions count in a later one: the counts of one batch are noise.
 MEMORY = 0.5
+# Calls from a miss to the next decision, and twice as many after each further one.
+AFTER_MISS = 40
+# Solves that may be saved up for those that are made twice since they miss with the pool and without.
+MOST_SAVED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Pool:
     forward, adjoint  the shared inverses; None: there are none
     pays      whether the forward's pays; None: not known
     way       the adjoint's; None: not known
+    usual     what it would be without the pool
     dropped   how often a solve with it missed
     period    calls between two that feed it
     """
@@ -79,12 +84,16 @@ class Pool:
         self.adjoint: Shared | None = None
         self.pays: bool | None = True if always else None
         self.way: str | None = None
+        self.usual = "plain"
         self.period = FEED_EVERY
         self.tally = 0.0, 0.0  # operations without and with, over the decisions so far
+        self.saved = 0.0  # evaluations, since the last decision
+        self.again = 0  # a call that decides beside the usual ones
+        self.rests = False  # whether the next usual ones are left out, but for those every so many
 
     def due(self) -> bool:
         """Whether this call decides what pays."""
-        return not self.always and self.calls == _next_decision(self.calls)
+        return not self.always and self.calls == self._next_decision()
 
     def thorough(self) -> bool:
         """Whether all ways are tried at such a call."""
@@ -97,7 +106,7 @@ class Pool:
     def feeds(self) -> bool:
         """Whether the pairs of this call enter."""
         if self.idle():
-            return _next_decision(self.calls) - self.calls in FED_BEFORE
+            return self._next_decision() - self.calls in FED_BEFORE
         return self.calls % self.period == 0 or (not self.always and DECIDED_AT[0] - self.calls in FED_BEFORE)
 
     def keep_to(self, z: Tensor) -> None:
@@ -116,11 +125,13 @@ class Pool:
         self.adjoint = _fed(self.adjoint, sketch)
 
     def decide_forward(self, without: float, with_it: float, saving: float) -> None:
-        """Decide by operations without and with; inf for a solve that missed. `saving`: the share that has to be left at most."""
-        if without < float("inf") and with_it < float("inf"):
+        """Decide by operations without and with, of which the share `saving` may be left at most. inf: that solve missed.
+        Where the plain one does, those with the pool will too, and be made twice."""
+        missed = not (without < float("inf") and with_it < float("inf"))
+        if not missed:
             self.tally = MEMORY * self.tally[0] + without, MEMORY * self.tally[1] + with_it
-            without, with_it = self.tally
-        self.pays = with_it <= saving * without and with_it < float("inf")
+        self.pays = not missed and self.tally[1] <= saving * self.tally[0]
+        self.saved = 0.0
         self._empty_if_idle()
 
     def decide_adjoint(self, way: str) -> None:
@@ -133,12 +144,34 @@ class Pool:
         self.dropped += 1
         if not self.always:
             self.pays = False
-            self.way = None if self.way is None else "plain"
+            self.way = None if self.way is None else self.usual
+            self.again = self.calls + min(AFTER_MISS << (self.dropped - 1), DECIDE_EVERY)
+
+    def gain(self, evaluations: int) -> None:
+        """Note a solve with it that took so many evaluations."""
+        without, with_it = self.tally
+        if with_it:
+            self.saved = min(self.saved + evaluations * (without / with_it - 1), MOST_SAVED * evaluations)
+
+    def lose(self, evaluations: int) -> bool:
+        """Note evaluations that were for nothing; whether it goes on."""
+        self.saved -= evaluations
+        if self.saved < 0 and not self.always:
+            self.pays, self.rests = False, True
+            self._empty_if_idle()
+        return bool(self.pays)
 
     def note_cost(self, compressing: float, step: float) -> None:
         """Feed so often that compressing is a small part of the steps between, both in operations."""
         wanted = int(compressing / (FEED_SHARE * step)) + 1 if step > 0 else SELDOM
         self.period = max(FEED_EVERY, min(SELDOM, wanted))
+
+    def _next_decision(self) -> int:
+        """The next call that decides, this one included."""
+        later = -(-max(self.calls, 1) // DECIDE_EVERY) * DECIDE_EVERY
+        early = () if self.rests else DECIDED_AT
+        usual = next((call for call in early if call >= self.calls), later)
+        return min(usual, self.again) if self.again >= self.calls > 0 else usual
 
     def _empty_if_idle(self) -> None:
         if self.idle():
@@ -152,12 +185,6 @@ class Pool:
         parts += ["the adjoint"] if self.way == "shared" or self.always else []
         used = " and ".join(parts) if parts else "nothing, since it would not pay"
         return used + (f"; dropped {self.dropped} times, since a solve with it missed its tolerance" if self.dropped else "")
-
-
-def _next_decision(calls: int) -> int:
-    """The next call that decides, this one included."""
-    later = -(-max(calls, 1) // DECIDE_EVERY) * DECIDE_EVERY
-    return next((call for call in DECIDED_AT if call >= calls), later)
 
 
 def _fed(old: Shared | None, sketch: Sketch) -> Shared | None:

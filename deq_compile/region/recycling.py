@@ -55,8 +55,9 @@ def solve_recycled(call: Call, pool: Pool) -> Solution:
         used = shared if pool.pays else None
         found = call.solved(call.z0, site.tol, shared=used, sketch=sketch)
         if used is not None and missed(found):
-            drop(site, pool, "forward")
-            found, sketch = call.solved(call.z0, site.tol), None
+            found, sketch = _without(call, pool, found), None
+        elif used is not None:
+            pool.gain(found.evaluations)
     if sketch is not None:
         pool.feed_forward(sketch)
     return found
@@ -70,6 +71,18 @@ def drop(site: Site, pool: Pool, what: str) -> None:
     pool.drop()
     log.info("region %s at %s: the %s missed with recycled factors, which are dropped", site.key, site.spec.where, what)
     site.stand()
+
+
+def _without(call: Call, pool: Pool, found: Solution) -> Solution:
+    """The plain solve in the place of one that missed. Where that misses too, the pool is not to blame, but it has to earn the
+    evaluations that are spent twice."""
+    plain = call.solved(call.z0, call.site.tol)
+    if not missed(plain):
+        drop(call.site, pool, "forward")
+    elif not pool.lose(found.evaluations):
+        log.info("region %s at %s: too many solves miss with recycled factors and without", call.site.key, call.site.spec.where)
+        call.site.stand()
+    return plain
 
 
 def _both(call: Call, pool: Pool, shared: Shared) -> Solution:

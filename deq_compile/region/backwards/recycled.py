@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 
 import torch
 from torch import Tensor
@@ -44,10 +45,10 @@ def solve_recycled(
         way = ways["plain"]
         found, sketch = solve(way), None
     elif first and (recycled.due or not site.backwards) and len(ways) > 1:
-        tried = ways if recycled.thorough or not site.backwards else {k: w for k, w in ways.items() if k != "factors" or w is way}
+        thorough = recycled.thorough or not site.backwards
+        tried = {name: w for name, w in ways.items() if thorough or name in (way.name, "shared", pool.usual)}
         known = {way.name: found.needed if found.status == AdjointStatus.CONVERGED else None}
-        best = cheapest(linear.vjp, q, tried, known, problem)
-        pool.decide_adjoint(best)
+        best = choose(pool, costs_of(linear.vjp, q, tried, known, problem), thorough)
         site.reuse(best == "factors")
         if best != way.name:
             way = ways[best]
@@ -84,18 +85,31 @@ def _known(call: AdjointCall, recycled: Recycled, pool: Pool, ways: dict[str, Wa
 
 
 @torch.no_grad()
-def cheapest(vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[str, int | None], problem: AdjointProblem) -> str:
-    """The way whose products and own arithmetic are fewest; the plain one unless another saves something. `known`: products
-    of ways that were gone already, None for one that missed."""
+def costs_of(
+    vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[str, int | None], problem: AdjointProblem
+) -> dict[str, float]:
+    """Operations of the ways, products and their own; without those that miss. `known`: products of ways that were gone already,
+    None for one that missed."""
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
     with FlopCounterMode(display=False) as counter:
         vjp(q)
     product = counter.get_total_flops() + ELEMENT_FLOPS * q.numel()
     needed = {name: known[name] if name in known else products(vjp, q, way, problem) for name, way in ways.items()}
-    costs = {name: count * product + own_cost(ways[name], q, count) for name, count in needed.items() if count is not None}
     log.info("adjoint: products %s", needed)
-    return min(costs, key=lambda name: costs[name] * (1.0 if name == "plain" else 1 / SAVING), default="plain")
+    return {name: count * product + own_cost(ways[name], q, count) for name, count in needed.items() if count is not None}
+
+
+def choose(pool: Pool, costs: dict[str, float], thorough: bool) -> str:
+    """The way to go on with: the pool's, where that saves something against what would be done without it. That is settled by a
+    thorough decision only, as often as it is where nothing is recycled."""
+    if thorough:
+        others = {name: cost for name, cost in costs.items() if name != "shared"}
+        pool.usual = min(others, key=lambda name: others[name], default="plain")
+    without = costs.get(pool.usual, math.inf)
+    best = "shared" if costs.get("shared", math.inf) < SAVING * without else pool.usual
+    pool.decide_adjoint(best)
+    return best
 
 
 def products(vjp: VJP, q: Tensor, way: Way, problem: AdjointProblem) -> int | None:
