@@ -116,7 +116,7 @@ class Pool:
 
     def sketch(self, pairs: int, seed: int) -> Sketch:
         """Where the pairs of a solve go, of which a sample is expected to have so many."""
-        return Sketch(sums_for(pairs), seed)
+        return Sketch(sums_for(pairs), pairs, seed)
 
     def feed_forward(self, sketch: Sketch) -> None:
         self.forward = _fed(self.forward, sketch)

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deq_compile.region")
 
-# What an element of the state costs beside an evaluation's matrix arithmetic, and what a stored step adds in the solver.
-ELEMENT_FLOPS, STEP_FLOPS = 100.0, 8.0
-# A thin product runs at half the speed of a square one, and the residual that goes through it is written twice more.
-THIN_COST, THIN_ELEMENT = 2.0, 50.0
+# In operations of a large matrix product: what an evaluation costs beside its own, for each element of the state and for its
+# calls (40 us at 1e5 operations a us, as in worth.py), and what a stored step adds in the solver. A thin product runs at a third of
+# the speed of a square one, takes 10 us of calls, and what goes through it is read and written twice more.
+ELEMENT_FLOPS, CALL_FLOPS, STEP_FLOPS = 100.0, 4e6, 8.0
+THIN_COST, THIN_ELEMENT, THIN_CALLS = 3.0, 100.0, 1e6
 # What has to be saved: counts of one batch are not those of the next.
 SAVING = 0.97
 
@@ -118,6 +119,10 @@ def length(found: Solution) -> float:
 
 def cost(evaluations: float, body: float, z: Tensor, rank: int) -> float:
     """Operations of a solve for states like z (B, D); `rank` of the shared inverse it takes, 0 for none."""
-    thin = (4.0 * THIN_COST * rank + THIN_ELEMENT if rank else 0.0) * z.numel()
     steps = 0.5 * STEP_FLOPS * evaluations**2 * z.numel()
-    return evaluations * (body + ELEMENT_FLOPS * z.numel() + thin) + steps
+    return evaluations * (body + ELEMENT_FLOPS * z.numel() + CALL_FLOPS + thin(rank, z)) + steps
+
+
+def thin(rank: int, z: Tensor) -> float:
+    """Operations of taking states like z (B, D) through a shared inverse of that rank."""
+    return (4.0 * THIN_COST * rank + THIN_ELEMENT) * z.numel() + THIN_CALLS if rank else 0.0

@@ -59,11 +59,9 @@ class Shared:
         return g.addmm_(torch.mm(g, self.Yt), self.A, alpha=-1)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """S and Y (r, D), as they were when it was made, weighted by `sigma`."""
+        """S and Y (r, D), as they were when it was made; the rows of S are orthonormal."""
         Y = self.Yt.T
-        S = (_ridged(Y) @ self.A.double()).to(Y.dtype) - Y
-        weights = self.sigma.to(S.dtype)[:, None]
-        return S * weights, Y * weights
+        return (_ridged(Y).to(Y.dtype) @ self.A).sub_(Y), Y
 
 
 def rank_for(D: int) -> int:
@@ -73,24 +71,32 @@ def rank_for(D: int) -> int:
 
 def compress(S: Tensor, Y: Tensor, rank: int, old: Shared | None = None) -> Shared | None:
     """The shared inverse of some pairs, S and Y (P, D), and of an older one with the same weight; None where they say nothing
-    that could be trusted."""
-    size = torch.linalg.vector_norm(S)
+    that could be trusted. Beside S and Y nothing is made that has more than r rows."""
+    gram = (S @ S.T).double()
+    size = gram.diagonal().sum().sqrt()
     if not bool(size > 0) or not bool(torch.isfinite(size)) or not bool(torch.isfinite(Y).all()):
         return None
-    S, Y = S / size, Y / size
+    gram /= size**2
+    before: tuple[Tensor, Tensor] | None = None
     if old is not None:
-        before, changes = old.pairs()
-        scale = torch.linalg.vector_norm(before)
-        S, Y = torch.cat([S, before / scale]), torch.cat([Y, changes / scale])
-    values, vectors = torch.linalg.eigh((S @ S.T).double())
+        before, weights = old.pairs(), old.sigma / torch.linalg.vector_norm(old.sigma)
+        mixed = (S @ before[0].T).double() * weights / size
+        own = (before[0] @ before[0].T).double() * weights[:, None] * weights
+        gram = torch.cat([torch.cat([gram, mixed], 1), torch.cat([mixed.T, own], 1)])
+    values, vectors = torch.linalg.eigh(gram)
     kept = min(rank, int((values > LEAST_SHARE**2 * values[-1]).sum()))
     if not kept:
         return None
     sigma = values[-kept:].sqrt()
-    turn = (vectors[:, -kept:] / sigma).T.to(S.dtype)
-    S, Y = turn @ S, turn @ Y
-    factor, info = torch.linalg.cholesky_ex(_ridged(Y))
-    A = torch.cholesky_solve((S + Y).double(), factor).to(S.dtype)
+    turn = (vectors[:, -kept:] / sigma).T
+    fresh = (turn[:, : len(S)] / size).to(S.dtype)
+    S, Y = fresh @ S, fresh @ Y
+    if before is not None:
+        older = (turn[:, -len(weights) :] * weights).to(S.dtype)
+        S.addmm_(older, before[0])
+        Y.addmm_(older, before[1])
+    inverse, info = torch.linalg.inv_ex(_ridged(Y))
+    A = inverse.to(S.dtype) @ S.add_(Y)
     bound = torch.linalg.vector_norm(A) * torch.linalg.vector_norm(Y) / kept
     return Shared(A, Y.T.contiguous(), sigma) if int(info) == 0 and bool(bound <= RUNAWAY) else None  # NaN is not
 

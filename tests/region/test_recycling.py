@@ -45,7 +45,7 @@ def learnt(body: Body, batches: int = 3) -> Shared:
     """What some batches say of the inverse Jacobian."""
     found = None
     for i in range(batches):
-        sketch = Sketch(4, i)
+        sketch = Sketch(4, 4, i)
         solve(lambda z, i=i: body(z, batch(i)), torch.zeros(6, D).double(), tol=1e-8, sketch=sketch)  # type: ignore[misc]
         rows = sketch.rows()
         assert rows is not None
@@ -135,7 +135,7 @@ def test_stopping_is_judged_by_the_residual_itself() -> None:
 def test_pairs_that_are_not_finite_or_run_away_never_enter() -> None:
     S, Y = torch.randn(2, 5, D).double()
     for bad in (float("nan"), float("inf"), 1e6):
-        sketch, clean = Sketch(3, 0), Sketch(3, 0)
+        sketch, clean = Sketch(3, 1, 0), Sketch(3, 1, 0)
         spoilt = Y.clone()
         spoilt[2] = bad
         sketch.add(S, spoilt)
@@ -175,7 +175,6 @@ def test_counting_decides_and_turns_on_what_pays(monkeypatch: pytest.MonkeyPatch
 def test_counting_turns_off_what_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "DECIDED_AT", (3,))
     monkeypatch.setattr("deq_compile.region.recycling.THIN_COST", 1e6)
-    monkeypatch.setattr("deq_compile.region.backwards.recycled.THIN_COST", 1e6)
     solves, _ = train(6, recycle="auto")
     assert not any(s.recycled or s.recycled_adjoint for s in solves)
 

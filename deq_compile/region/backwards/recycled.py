@@ -15,7 +15,7 @@ from deq_compile.region.backward import AdjointCall
 from deq_compile.region.backwards.policy import ELEMENT_FLOPS, OPERATOR_COST, operator_flops
 from deq_compile.region.body import Linearised
 from deq_compile.region.pool import Pool, Recycled, Way
-from deq_compile.region.recycling import SAVING, THIN_COST, drop
+from deq_compile.region.recycling import CALL_FLOPS, SAVING, drop, thin
 from deq_compile.region.status import AdjointStatus
 
 log = logging.getLogger("deq_compile.region")
@@ -94,7 +94,7 @@ def costs_of(
 
     with FlopCounterMode(display=False) as counter:
         vjp(q)
-    product = counter.get_total_flops() + ELEMENT_FLOPS * q.numel()
+    product = counter.get_total_flops() + ELEMENT_FLOPS * q.numel() + CALL_FLOPS
     needed = {name: known[name] if name in known else products(vjp, q, way, problem) for name, way in ways.items()}
     log.info("adjoint: products %s", needed)
     return {name: count * product + own_cost(ways[name], q, count) for name, count in needed.items() if count is not None}
@@ -126,4 +126,4 @@ def own_cost(way: Way, q: Tensor, count: int) -> float:
     """Operations of a way beside its products."""
     cost = OPERATOR_COST * operator_flops(way.factors.n, q.shape[1], count + 1) if way.factors is not None else 0.0
     shared = way.shared if way.factors is None else way.factors.shared
-    return cost if shared is None else cost + 4.0 * THIN_COST * shared.rank * q.numel() * (count + 1)
+    return cost if shared is None else cost + thin(shared.rank, q) * (count + 1)
