@@ -1,6 +1,6 @@
 """``python -m bench recycle``: what factors of earlier batches save: evaluations and products over training, and whole steps.
 
-"training": the nine bodies of the gradient study are trained with recycle="auto"; every fourth step the same problem, with the
+"training": the nine bodies of the gradient study are trained with recycle="auto"; in every step the same problem, with the
 same weights, batch and loss, is also solved by a region that recycles nothing. "steps": CPU time of whole training steps with and
 without, in turns, on three problems of the tables, trained. One thread. Finished rows are in --json after each, and those of an
 interrupted run with the same settings are kept by --resume.

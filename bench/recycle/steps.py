@@ -119,7 +119,8 @@ def measure(name: str, trained: int, timed: int, recycle: str = "auto") -> dict[
     ratios = [a / b for a, b in zip(lanes["never"].seconds[trained:], lanes[recycle].seconds[trained:], strict=True)]
     skipped = trained // 10
     return {
-        "problem": name, "trained": trained, "timed": timed, "recycle": recycle, "ms never": 1e3 * before, f"ms {recycle}": 1e3 * after,
+        "problem": name, "trained": trained, "timed": timed, "recycle": recycle,
+        "ms never": 1e3 * before, f"ms {recycle}": 1e3 * after,
         "speed-up": before / after, "quartiles": statistics.quantiles(ratios, n=4),
         "mean speed-up": sum(lanes["never"].seconds[trained:]) / sum(lanes[recycle].seconds[trained:]),
         **{f"evaluations {mode}": statistics.mean(lane.evaluations[skipped:]) for mode, lane in lanes.items()},

@@ -19,9 +19,6 @@ from deq_compile.testing import jac_reg
 
 LEARNING_RATE = 1e-3
 CAP = 60
-# Steps at which the same problem is solved without, too: every so many. Their number is odd to those of the decisions.
-ASKED_EVERY, ASKED_AT = 4, 1
-
 Body = Callable[[Tensor], Tensor]
 
 
@@ -35,7 +32,7 @@ def without(f: Body, z0: Tensor, **options: Any) -> Tensor:
 
 
 def row(body: str, seed: int, tol: float, recycle: str, steps: int | None = None) -> dict[str, Any]:
-    """One training. Means over all of its steps, those that decide included; without over the steps that were asked."""
+    """One training: means over all of its steps, those that decide included, with and without."""
     recipe = RECIPES[body]
     deq_compile.reset()
     torch.manual_seed(seed)
@@ -46,49 +43,59 @@ def row(body: str, seed: int, tol: float, recycle: str, steps: int | None = None
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
     options = {"tol": tol, "max_iter": CAP, "verify": "first"}
     mine: list[SolveRecord] = []
-    theirs: list[tuple[int, SolveRecord]] = []
+    theirs: list[SolveRecord] = []
+    counts: list[list[int]] = []  # products, with and without: also those by which is decided, and one for the parameters
     begin, loss = time.process_time(), torch.zeros(())
-    for i in range(steps or recipe.steps):
+    for _ in range(steps or recipe.steps):
         chosen = torch.randint(0, TRAINING_SAMPLES, (BATCH,))
         x, y = inputs[chosen], labels[chosen]
 
-        def f(z: Tensor, x: Tensor = x) -> Tensor:
-            return module(z, x)
+        counts.append([0, 0])
+
+        def f(z: Tensor, x: Tensor = x, count: list[int] = counts[-1]) -> Tensor:
+            image = module(z, x)
+            if image.requires_grad:
+                image.register_hook(lambda _: _count(count))
+            return image
 
         z0 = torch.zeros(BATCH, recipe.width)
-        if i % ASKED_EVERY == ASKED_AT:
-            with record_solves() as solves:
-                F.cross_entropy(head(without(f, z0, **options)), y).backward()
-            theirs.append((i, solves[0]))
+        with record_solves() as solves:
+            F.cross_entropy(head(without(f, z0, **options)), y).backward()
+        theirs.append(solves[0])
         optimizer.zero_grad()
+        counts[-1].reverse()
         with record_solves(tensors=bool(recipe.regularise)) as solves:
             loss = F.cross_entropy(head(with_it(f, z0, recycle=recycle, **options)), y)
             loss.backward()
         if recipe.regularise and solves[0].z is not None:
-            (recipe.regularise * jac_reg(f, solves[0].z)).backward()
+            (recipe.regularise * jac_reg(lambda z, x=x: module(z, x), solves[0].z)).backward()  # type: ignore[misc]
             solves[0].z = solves[0].w = solves[0].cotangent = None
         mine.append(solves[0])
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
     return {
         "body": body, "seed": seed, "tol": tol, "recycle": recycle, "steps": len(mine), "loss": float(loss.detach()),
-        **_compared("evaluations", [s.evaluations for s in mine], [(i, s.evaluations) for i, s in theirs],
+        **_compared("evaluations", [s.evaluations for s in mine], [s.evaluations for s in theirs],
                     [s.recycled for s in mine]),
-        **_compared("products", [s.vjps or 0 for s in mine], [(i, s.vjps or 0) for i, s in theirs],
+        **_compared("products", [n for n, _ in counts], [n for _, n in counts],
                     [bool(s.recycled_adjoint) for s in mine]),
         "reused": statistics.mean(bool(s.reused) for s in mine),
         "converged": statistics.mean(s.converged for s in mine),
-        "converged without": statistics.mean(s.converged for _, s in theirs),
+        "converged without": statistics.mean(s.converged for s in theirs),
         "seconds": time.process_time() - begin,
     }  # fmt: skip
 
 
-def _compared(what: str, mine: list[int], theirs: list[tuple[int, int]], used: list[bool]) -> dict[str, Any]:
-    """Means of a count: of all steps, without, and of the steps with and without where it was on; and how often that was."""
-    on = [(mine[i], n) for i, n in theirs if used[i]]
+def _count(products: list[int]) -> None:
+    products[0] += 1
+
+
+def _compared(what: str, mine: list[int], theirs: list[int], used: list[bool]) -> dict[str, Any]:
+    """Means of a count with and without, of all steps and of those where it was on; and how often that was."""
+    on = [(m, n) for m, n, was in zip(mine, theirs, used, strict=True) if was]
     return {
         what: statistics.mean(mine),
-        f"{what} without": statistics.mean(n for _, n in theirs),
+        f"{what} without": statistics.mean(theirs),
         f"{what} share on": statistics.mean(used),
         f"{what} where on": statistics.mean(m for m, _ in on) if on else None,
         f"{what} where on, without": statistics.mean(n for _, n in on) if on else None,

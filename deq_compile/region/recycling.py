@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("deq_compile.region")
 
 # In operations of a large matrix product: what an evaluation costs beside its own, for each element of the state and for its
-# calls (40 us at 1e5 operations a us, as in worth.py), and what a stored step adds in the solver. A thin product runs at a third of
-# the speed of a square one, takes 10 us of calls, and what goes through it is read and written twice more.
+# calls (40 us at 1e5 operations a us, as in worth.py), and what a stored step adds in the solver. A thin product runs at a third
+# of the speed of a square one, takes 10 us of calls, and what goes through it is read and written twice more.
 ELEMENT_FLOPS, CALL_FLOPS, STEP_FLOPS = 100.0, 4e6, 8.0
 THIN_COST, THIN_ELEMENT, THIN_CALLS = 3.0, 100.0, 1e6
 # What has to be saved: counts of one batch are not those of the next.

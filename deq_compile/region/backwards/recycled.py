@@ -48,7 +48,7 @@ def solve_recycled(
         thorough = recycled.thorough or not site.backwards
         tried = {name: w for name, w in ways.items() if thorough or name in (way.name, "shared", pool.usual)}
         known = {way.name: found.needed if found.status == AdjointStatus.CONVERGED else None}
-        best = choose(pool, costs_of(linear.vjp, q, tried, known, problem), thorough)
+        best = choose(pool, linear.vjp, q, tried, known, problem)
         site.reuse(best == "factors")
         if best != way.name:
             way = ways[best]
@@ -85,31 +85,37 @@ def _known(call: AdjointCall, recycled: Recycled, pool: Pool, ways: dict[str, Wa
 
 
 @torch.no_grad()
-def costs_of(
-    vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[str, int | None], problem: AdjointProblem
-) -> dict[str, float]:
-    """Operations of the ways, products and their own; without those that miss. `known`: products of ways that were gone already,
-    None for one that missed."""
+def choose(pool: Pool, vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[str, int | None], problem: AdjointProblem) -> str:
+    """The way to go on with: the pool's, where that saves something against what would be done without it. That in turn is
+    settled where the forward's factors and the plain way are both among `ways`, as it is where nothing is recycled.
+
+    Args:
+        known: products of ways that were gone already, None for one that missed.
+    """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
     with FlopCounterMode(display=False) as counter:
         vjp(q)
-    product = counter.get_total_flops() + ELEMENT_FLOPS * q.numel() + CALL_FLOPS
+    product = counter.get_total_flops() + ELEMENT_FLOPS * q.numel()
     needed = {name: known[name] if name in known else products(vjp, q, way, problem) for name, way in ways.items()}
     log.info("adjoint: products %s", needed)
-    return {name: count * product + own_cost(ways[name], q, count) for name, count in needed.items() if count is not None}
+    if {"plain", "factors"} <= {*ways}:
+        pool.usual = _usual(ways["factors"], q, needed["plain"], needed["factors"], product)
 
+    def cost(name: str) -> float:
+        count = needed.get(name)
+        return math.inf if count is None else count * (product + CALL_FLOPS) + own_cost(ways[name], q, count)
 
-def choose(pool: Pool, costs: dict[str, float], thorough: bool) -> str:
-    """The way to go on with: the pool's, where that saves something against what would be done without it. That is settled by a
-    thorough decision only, as often as it is where nothing is recycled."""
-    if thorough:
-        others = {name: cost for name, cost in costs.items() if name != "shared"}
-        pool.usual = min(others, key=lambda name: others[name], default="plain")
-    without = costs.get(pool.usual, math.inf)
-    best = "shared" if costs.get("shared", math.inf) < SAVING * without else pool.usual
+    best = "shared" if cost("shared") < SAVING * cost(pool.usual) else pool.usual
     pool.decide_adjoint(best)
     return best
+
+
+def _usual(factors: Way, q: Tensor, plain: int | None, reused: int | None, product: float) -> str:
+    """Whether the forward's factors are used where there is no pool; see :func:`~.policy.factors_pay`."""
+    if plain is None or reused is None:
+        return "factors"
+    return "factors" if (plain - reused) * product > own_cost(factors, q, reused) else "plain"
 
 
 def products(vjp: VJP, q: Tensor, way: Way, problem: AdjointProblem) -> int | None:
