@@ -46,6 +46,11 @@ class Way:
     factors: Factors | None = None
     shared: Shared | None = None
 
+    @property
+    def recycles(self) -> bool:
+        """Whether something of earlier batches is in it: factors of a forward that began so hold it too."""
+        return self.shared is not None or (self.factors is not None and self.factors.shared is not None)
+
 
 @dataclasses.dataclass
 class Recycled:
@@ -138,13 +143,15 @@ class Pool:
         self.way = way
         self._empty_if_idle()
 
-    def drop(self) -> None:
-        """A solve with it has missed: begin again, and decide again before it is used."""
-        self.forward = self.adjoint = None
+    def drop(self, what: str) -> None:
+        """A solve with the shared inverse for "forward" or "adjoint" has missed: make it anew, decide before it is used."""
+        setattr(self, what, None)
         self.dropped += 1
         if not self.always:
-            self.pays = False
-            self.way = None if self.way is None else self.usual
+            if what == "forward":
+                self.pays = False
+            else:
+                self.way = self.usual
             self.again = self.calls + min(AFTER_MISS << (self.dropped - 1), DECIDE_EVERY)
 
     def gain(self, evaluations: int) -> None:

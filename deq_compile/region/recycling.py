@@ -69,8 +69,8 @@ def missed(found: Solution) -> bool:
 
 
 def drop(site: Site, pool: Pool, what: str) -> None:
-    pool.drop()
-    log.info("region %s at %s: the %s missed with recycled factors, which are dropped", site.key, site.spec.where, what)
+    pool.drop(what)
+    log.info("region %s at %s: a solve missed with what the %s had recycled, which is dropped", site.key, site.spec.where, what)
     site.stand()
 
 
@@ -91,10 +91,11 @@ def _both(call: Call, pool: Pool, shared: Shared) -> Solution:
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton
 
     site, z0 = call.site, call.z0
-    with FlopCounterMode(display=False) as counter:
-        plain = call.solved(z0, site.tol)
+    plain = call.solved(z0, site.tol)
+    with FlopCounterMode(display=False) as counter:  # not around the solve: the body may be compiled there
+        call.body(plain.z)
+    body = counter.get_total_flops()
     recycled = call.solved(z0, site.tol, shared=shared)
-    body = counter.get_total_flops() / max(plain.evaluations, 1)
     without, with_it = cost(length(plain), body, z0, 0), cost(length(recycled), body, z0, shared.rank)
     # a step is a forward and about as many products, each of which is two evaluations
     pool.note_cost(2 * compressing(z0.shape[1], ROWS), 3 * without)

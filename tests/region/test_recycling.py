@@ -283,3 +283,29 @@ def test_a_compiled_loop_recycles_and_explain_says_so() -> None:
     assert solves[3].recycled
     assert solves[3].recycled_adjoint
     assert "factors of earlier batches serve the forward and the adjoint" in str(report)
+
+
+def test_a_miss_drops_what_missed_and_nothing_else() -> None:
+    pool = pools.Pool(always=False)
+    shared = learnt(Body())
+    pool.forward = pool.adjoint = shared
+    pool.pays, pool.way, pool.calls = True, "shared", 60
+    pool.drop("forward")
+    assert pool.forward is None
+    assert pool.adjoint is shared
+    assert (pool.pays, pool.way) == (False, "shared")
+    assert [call for call in range(61, 400) if _decides(pool, call)] == [100, 200]
+    pool.drop("adjoint")
+    assert (pool.adjoint, pool.way) == (None, "plain")
+    assert pool.idle()
+
+
+def _decides(pool: pools.Pool, call: int) -> bool:
+    pool.calls = call
+    return pool.due()
+
+
+def test_no_refinement_asked_for_is_no_miss() -> None:
+    solves, _ = train(4, recycle="always", backward_max_iter=0)
+    assert all(s.recycled for s in solves[1:])
+    assert all(s.vjps == 1 for s in solves)

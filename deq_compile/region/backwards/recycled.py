@@ -15,12 +15,14 @@ from deq_compile.region.backward import AdjointCall
 from deq_compile.region.backwards.policy import ELEMENT_FLOPS, OPERATOR_COST, operator_flops
 from deq_compile.region.body import Linearised
 from deq_compile.region.pool import Pool, Recycled, Way
-from deq_compile.region.recycling import CALL_FLOPS, SAVING, drop, thin
+from deq_compile.region.recycling import SAVING, drop, thin
 from deq_compile.region.status import AdjointStatus
 
 log = logging.getLogger("deq_compile.region")
 
 USUAL_PRODUCTS = 8
+# The calls of a product and of the move behind it, in operations: 80 us, as in worth.py.
+CALL_FLOPS = 8e6
 
 
 def solve_recycled(
@@ -40,8 +42,8 @@ def solve_recycled(
         return solve_adjoint(linear.vjp, linear.vjp_full, q, way.factors, asked)
 
     found = solve(way, sketch=sketch)
-    if way.shared is not None and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR):
-        drop(site, pool, "adjoint")
+    if way.recycles and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR):
+        drop(site, pool, "forward" if way.shared is None else "adjoint")
         way = ways["plain"]
         found, sketch = solve(way), None
     elif first and (recycled.due or not site.backwards) and len(ways) > 1:

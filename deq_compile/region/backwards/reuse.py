@@ -54,7 +54,7 @@ class Reuse(Backward):
     ) -> tuple[AdjointSolution, Way]:
         """The adjoint, and the way it was preconditioned; `asks`: it may be asked which way pays."""
         site, problem = call.site, _problem(call, q)
-        if asks and call.recycled is not None and q.numel():
+        if asks and call.recycled is not None and q.numel() and site.spec.config.backward_max_iter > 0:
             try:
                 return solve_recycled(linear, q, call, call.recycled, problem)
             finally:
