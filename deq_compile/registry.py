@@ -60,6 +60,8 @@ class Registry(Generic[T]):
         Raises:
             ValueError: there is none; the message lists those that there are.
         """
+        if name in self._items:  # every call of a region asks
+            return self._items[name]
         known = self._known()
         if name in known:
             return known[name]

@@ -8,17 +8,20 @@ from typing import Any
 
 from deq_compile.report import Reason, Skipped
 
-from . import dynamo, sites
+from . import dynamo, sites, varying
 
 _BACKWARD = "`torch.autograd.grad`"  # in the loop of a hook that stays, of which more is said elsewhere
 LONGEST = 160  # letters of what Dynamo says
 
 
 def call_handler(original: Callable[..., Any], in_loop: Callable[[Any], bool]) -> Callable[..., Any]:
-    """A translator's `call_function` that tells of calls which Dynamo cannot trace."""
+    """A translator's `call_function` that tells of calls which Dynamo cannot trace, and of ranges that no graph can hold."""
 
     @functools.wraps(original)
     def call_function(self: Any, fn: Any, args: Any, kwargs: Any) -> Any:
+        if sites.ours(self):
+            with sites.guarded(self, "looking at the count of a loop"):
+                varying.range_called(self, fn, args)
         try:
             return original(self, fn, args, kwargs)
         except dynamo.DynamoException as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _UNCONDITIONAL = {"JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE", "JUMP_BACKWARD_NO_INTERRUPT"}
+_IN_A_CALL = ("PRECALL", "CALL", "GET_ITER", "NOP", "CACHE", "PUSH_NULL", "STORE_FAST")
 _RAISES = {"RAISE_VARARGS", "RERAISE"}
 _ENDS = {"RETURN_VALUE", "RETURN_CONST"} | _RAISES
 
@@ -70,6 +71,33 @@ class Code:
         """Whether an instruction can be reached from itself."""
         i = self.index.get(id(inst))
         return i is not None and i in self._reach(self.successors, i, set(range(len(self.instructions))))
+
+    def counts_a_loop(self, inst: Any) -> bool:
+        """Whether what an instruction gives is the argument of a `range` that a `for` runs through, or a name for that."""
+        i = self.index.get(id(inst))
+        if i is None:
+            return False
+        name = None
+        for later in self.instructions[i + 1 :]:
+            if later.opname == "STORE_FAST":
+                name = later.argval
+            if not later.opname.startswith(_IN_A_CALL):
+                break
+            if later.opname == "GET_ITER":
+                return any(before.argval == "range" for before in self.instructions[max(0, i - 12) : i])
+        return name is not None and any(
+            later.opname == "LOAD_FAST" and later.argval == name and self._into_a_range(k)
+            for k, later in enumerate(self.instructions)
+        )
+
+    def _into_a_range(self, k: int) -> bool:
+        """Whether the value loaded at k is the last argument of a `range` that is iterated at once."""
+        after = []
+        for later in self.instructions[k + 1 :]:
+            after.append(later.opname)
+            if not later.opname.startswith(_IN_A_CALL):
+                break
+        return "GET_ITER" in after and any(before.argval == "range" for before in self.instructions[max(0, k - 4) : k])
 
     def exit_of(self, inst: Any) -> Exit | None:
         """What a conditional jump leaves: the innermost loop that holds one of its sides and not the other."""

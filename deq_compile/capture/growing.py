@@ -36,11 +36,18 @@ def _handler(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _grows(tx: Any, value: Any, owner: Any, name: str) -> bool:
     """Whether a number that this call has read from an object is written to it, and a region stands in the graph."""
-    lasting = getattr(owner, "source", None) is not None
-    number = observations.number(value) is not None or isinstance(value, dynamo.SymNodeVariable)
-    if not lasting or not number or not observations.read_before(tx, (effects.ATTRIBUTES[0], id(owner), name)):
+    if getattr(owner, "source", None) is None or not any(
+        node.target in (markers.leave, markers.may_exit) for node in tx.output.graph.nodes
+    ):
         return False
-    return any(node.target in (markers.leave, markers.may_exit) for node in tx.output.graph.nodes) and not _inside(tx)
+    value = _looked_at(value)
+    number = observations.number(value) is not None or isinstance(value, dynamo.SymNodeVariable)
+    return number and observations.read_before(tx, (effects.ATTRIBUTES[0], id(owner), name)) and not _inside(tx)
+
+
+def _looked_at(value: Any) -> Any:
+    """A sum of numbers that Dynamo has put off looking at (torch 2.14), and so has not guarded yet; it would at the end."""
+    return value.realize() if type(value).__name__ == "ComputedLazyConstantVariable" else value
 
 
 def _inside(tx: Any) -> bool:

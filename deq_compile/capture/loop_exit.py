@@ -28,7 +28,7 @@ from typing import Any
 from deq_compile import markers
 from deq_compile.report import Reason, Skipped
 
-from . import breaks, counters, decisions, dynamo, effects, known, observations, said, sites
+from . import breaks, counters, decisions, dynamo, effects, known, observations, said, sites, varying
 from .bytecode import Exit, code_of
 
 _JUMPS = (
@@ -72,6 +72,8 @@ def install() -> Callable[[], None]:
             if number is not None:
                 return dynamo.build(tx, number.item())
             in_loop = not (tx.one_graph or dynamo.config.capture_scalar_outputs) and _in_loop(tx)
+            if not in_loop:
+                varying.number_read(tx)
         if not in_loop:
             return method_item(self, tx, *args, **kwargs)
         with dynamo.numbers_of_tensors(tx):

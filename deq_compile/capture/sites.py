@@ -143,9 +143,9 @@ def refuse(tx: Any, site: str, skipped: Skipped) -> None:
 
 
 def tell(tx: Any, skipped: Skipped) -> None:
-    """Have something said in the report of the backend that is being traced for."""
+    """Have something said in the report of the backend that is being traced for: one reason of a kind for a place."""
     told = _refusals.setdefault(_teller(tx), [])
-    if skipped not in told:
+    if not any((known.reason, known.location) == (skipped.reason, skipped.location) for known in told):
         told.append(skipped)
 
 

@@ -37,7 +37,7 @@ def pool_of(call: Call) -> Pool | None:
     """The pool of a call that may use it: one that records gradients, on a CPU, by a solver that takes it."""
     site = call.site
     pool = site.pool
-    if pool is None or not site.spec.grad or site.follows or call.inside or not call.solver.recycles:
+    if pool is None or not site.spec.grad or site.follows or call.inside or call.solver.recycling is None:
         return None
     return pool if call.z0.numel() and not on_gpu(call.z0.device) else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +53,7 @@ class SavedForBackward:
     recycled: Recycled | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Ticket:
+class Ticket(NamedTuple):
     """What goes from a forward to its backward as numbers.
 
     kept    iterations of the loop where its own result was given, 0 elsewhere
@@ -213,8 +213,7 @@ def _record(call: Call, solution: Solution | None, z: Tensor, factors: Factors |
     return records.open_record(record)
 
 
-@dataclasses.dataclass(frozen=True)
-class BackwardInputs:
+class BackwardInputs(NamedTuple):
     """What a forward's backward gets to see.
 
     states    the flat state in one dimension, or the state tensors
@@ -276,9 +275,11 @@ class _Backward:
         self.z = self.layout.held(self.inputs.states)
         # Not a closure over self: what a backward holds has to go when it ends, so that its memory, still warm, is used again.
         self.deferred = Deferred(functools.partial(self.runner.linearise, self.z, self.operands, self.needs))
-        self.deferred.found = self.inputs.saved.linear if self.needs == spec.needs else None
-        linear = self.deferred if self.watch is None else TimedLinearised(self.deferred.get(), self.watch)
         saved = self.inputs.saved
+        known = self.deferred.found = saved.linear if self.needs == spec.needs else None
+        linear: Linearised = known or self.deferred
+        if self.watch is not None:
+            linear = TimedLinearised(self.deferred.get(), self.watch)
         call = AdjointCall(site, saved.factors, self.inside, self._factors_again, self._captured, saved.recycled)
         found = adjoint(mode, linear, self.q, call, self.inputs.ticket.serial, self.watch)
         if self.inside or gradient_is_the_loops(site, linear, found):  # inside nothing may be asked of the device

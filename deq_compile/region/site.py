@@ -184,15 +184,14 @@ class Site:
     backwards adjoint solves so far
     steps     evaluations that solves needed lately: what the next one makes room for
     pending   captured solves whose outcome nobody has asked for yet, oldest first
-    prepared  facts about the last forward's arguments, and what runs the body for those (call.Prepared)
+    prepared  facts about the last call, and what serves for those: what runs the body; problem, adjoint_problem: what is asked
     engine    what the iterations ran on at the last call, and why on nothing better
     place     the loop as all ranks of a distributed run name it (agree.py)
     finding   what this site has said to the other ranks; None where it has said nothing
     votes     whether what it finds counts for the other ranks
     has_captures  whether captured solves are held for it
     way_out   how the loop can be given back to stock Dynamo, where solving it cannot pay
-    pool      what training calls know of the inverse Jacobian, from batch to batch; None where nothing is recycled
-    standing  what a report may ask for, for as long as somebody has it, the site gone or not
+    standing  what a report may ask for, for as long as somebody has it, the site gone or not; pool: what outlives a training step
     """
 
     def __init__(self, key: str, spec: RegionSpec) -> None:
@@ -215,10 +214,11 @@ class Site:
         self.steps = FIRST_STEPS
         self.warned = self.warned_of_gradient = False
         self.pending: list[Solution] = []
-        self.prepared: tuple[Any, Any] | None = None
+        self.prepared: tuple[Any, Any] = (None, None)
+        self.problem: tuple[Any, Any] = (None, None)
+        self.adjoint_problem: tuple[Any, Any] = (None, None)
         self.engine, self.engine_reason = "loop", ""
-        self.has_captures = False
-        self.place, self.votes = "", True
+        self.has_captures, self.place, self.votes = False, "", True
         self.finding: str | None = None
         self.pool = None if config.recycle == "never" else Pool(always=config.recycle == "always")
         self.standing = Standing()

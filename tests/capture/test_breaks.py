@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -57,6 +58,36 @@ def timed(x: Tensor) -> Tensor:
     return z
 
 
+def drawn(x: Tensor) -> Tensor:
+    z = torch.zeros_like(x)
+    for _ in range(random.randint(8, 40)):  # here
+        z = f(z, x)
+    return z
+
+
+def drawn_by_torch(x: Tensor) -> Tensor:
+    z = torch.zeros_like(x)
+    for _ in range(int(torch.randint(8, 40, (1,)))):  # here
+        z = f(z, x)
+    return z
+
+
+def drawn_before(x: Tensor) -> Tensor:
+    count = torch.randint(8, 40, (1,)).item()  # here
+    z = torch.zeros_like(x)
+    for _ in range(count):
+        z = f(z, x)
+    return z
+
+
+def read_for_another_end(x: Tensor) -> Tensor:
+    size = torch.randint(8, 40, (1,)).item()
+    z = torch.zeros_like(x)
+    for _ in range(30):
+        z = f(z, x)
+    return z * size
+
+
 def _in_a_call(z: Tensor, x: Tensor) -> Tensor:
     new = f(z, x)
     if new.norm() > 5:  # here
@@ -95,6 +126,24 @@ def test_the_line_that_ends_the_graph(
     told = next(s for s in report.skipped if s.reason is reason)
     assert (told.location.file, told.location.line) == (__file__, line_of(holder))
     assert word in str(told)
+
+
+@pytest.mark.parametrize("model", [drawn, drawn_by_torch, drawn_before])
+def test_a_count_that_varies_is_told(model: Callable[..., Any]) -> None:
+    """A graph holds one count, and is compiled again for the next: what to write instead is said at the first call."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        report = explain(model, inner="eager")(torch.randn(4, 8))
+    (told,) = [s for s in report.skipped if s.reason in {Reason.VARYING, Reason.NOT_TRACED}]
+    assert (told.reason, told.location.line) == (Reason.VARYING, line_of(model))
+    assert "deq_compile.fixed_point" in str(told)
+
+
+def test_a_number_that_counts_no_loop_is_no_count() -> None:
+    torch._dynamo.reset()
+    report = explain(read_for_another_end, inner="eager")(torch.randn(4, 8))
+    assert [s.reason for s in report.skipped] == []
+    assert len(report.regions) == 1
 
 
 def test_where_there_is_no_loop_it_says_so() -> None:

@@ -10,7 +10,7 @@ class Loop(nn.Module):
     def __init__(self, width: int = 17) -> None:
         super().__init__()
         self.W, self.U = nn.Linear(width, width), nn.Linear(width, width)
-        nn.init.orthogonal_(self.W.weight, gain=0.25)
+        nn.init.orthogonal_(self.W.weight, gain=0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         z = torch.zeros_like(x)

@@ -44,7 +44,7 @@ def engines() -> tuple[list[str], str]:
 
 def test_chunks_serve_where_while_is_refused_after_its_captures(device: type[RehearsalDevice]) -> None:
     """All of `while` was recorded; its graphs are gone when `chunks` begins, and the pool with them."""
-    model, x = Loop(5), torch.randn(2, 5)
+    model, x = Loop(5), torch.randn(1, 5)
     want = gradient(compiled(model, engine="loop", verify="first"), model, x)
     device.refuse["while_graph"] = graphs.Refused("the captured body has nodes of type Host")
     call = compiled(model, verify="first")
@@ -61,7 +61,7 @@ def test_chunks_serve_where_while_is_refused_after_its_captures(device: type[Reh
     ("stage", "at"), [*(("invalidated", at) for at in range(FORWARD + ADJOINT)), ("begin", 0), ("work", 1), ("instantiate", 3)]
 )
 def test_chunks_serve_whichever_capture_of_while_fails(stage: str, at: int, device: type[RehearsalDevice]) -> None:
-    model, x = Loop(5), torch.randn(2, 5)
+    model, x = Loop(5), torch.randn(1, 5)
     want = gradient(compiled(model, engine="loop", verify="first"), model, x)
     forward = at < FORWARD
     device.faults[at] = Fault(stage, RuntimeError("operation not permitted when stream is capturing\nmore"))
@@ -81,7 +81,7 @@ def test_chunks_serve_whichever_capture_of_while_fails(stage: str, at: int, devi
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_loop_serves_where_nothing_can_be_captured(stage: str, device: type[RehearsalDevice]) -> None:
     """And a region that is captured after it gets the best engine."""
-    model, x = Loop(5), torch.randn(2, 5)
+    model, x = Loop(5), torch.randn(1, 5)
     device.faults.update(dict.fromkeys(range(2), Fault(stage)))
     call = compiled(model)
     forwards(call, x)
@@ -89,14 +89,14 @@ def test_the_loop_serves_where_nothing_can_be_captured(stage: str, device: type[
     assert engines() == (["loop"], "; ".join(reasons))
     device.rules.random()
     other = Loop(6)
-    forwards(compiled(other), torch.randn(2, 6))
+    forwards(compiled(other), torch.randn(1, 6))
     assert engines()[0] == ["loop", "while"]
 
 
 @pytest.mark.parametrize("last", [3, 4], ids=["before", "chunk"])
 def test_an_adjoint_that_cannot_be_captured_runs_in_the_loop(last: int, device: type[RehearsalDevice]) -> None:
     """`while` fails in its first capture, `chunks` in one of its two; the forward keeps its engine."""
-    model, x = Loop(5), torch.randn(2, 5)
+    model, x = Loop(5), torch.randn(1, 5)
     want = gradient(compiled(model, engine="loop", verify="first"), model, x)
     device.faults.update({FORWARD: Fault("invalidated"), last: Fault("work")})
     call = compiled(model, verify="first")
@@ -112,7 +112,7 @@ def test_an_adjoint_that_cannot_be_captured_runs_in_the_loop(last: int, device: 
 
 
 def test_an_interruption_comes_through_and_breaks_nothing(device: type[RehearsalDevice]) -> None:
-    model, x = Loop(5), torch.randn(2, 5)
+    model, x = Loop(5), torch.randn(1, 5)
     device.faults[0] = Fault("work", KeyboardInterrupt())
     call = compiled(model)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_an_interruption_comes_through_and_breaks_nothing(device: type[Rehearsal
 def test_the_loop_serves_where_memory_is_wanting(
     what: tuple[Any, str], device: type[RehearsalDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, x = Loop(5), torch.randn(2, 5)
+    model, x = Loop(5), torch.randn(1, 5)
 
     def full(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -145,7 +145,7 @@ def test_the_loop_serves_where_memory_is_wanting(
 def test_an_error_while_operands_are_brought_in_frees_the_solve(
     device: type[RehearsalDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, x = Loop(5), torch.randn(2, 5)
+    model, x = Loop(5), torch.randn(1, 5)
     call = compiled(model)
     forwards(call, x)
     (held,) = graphs.held(graphs.CapturedForward)
@@ -167,7 +167,7 @@ def test_an_error_while_operands_are_brought_in_frees_the_solve(
 @pytest.mark.parametrize("kind", [graphs.CapturedForward, graphs.CapturedAdjoint], ids=["forward", "adjoint"])
 def test_the_loop_serves_where_a_launch_is_refused(kind: Any, device: type[RehearsalDevice]) -> None:
     """The first launch of a graph takes memory of its own."""
-    model, x = Loop(5), torch.randn(2, 5)
+    model, x = Loop(5), torch.randn(1, 5)
     call = compiled(model, verify="first")
     for _ in range(3):
         want = gradient(call, model, x)
@@ -186,7 +186,7 @@ def test_the_loop_serves_where_a_launch_is_refused(kind: Any, device: type[Rehea
 
 def test_another_stream_waits_for_the_warming_up(device: type[RehearsalDevice]) -> None:
     """A solve that is made and not used yet counts as one at work: its buffers are being written on its maker's stream."""
-    model, x = Loop(5), torch.randn(2, 5)
+    model, x = Loop(5), torch.randn(1, 5)
     call = compiled(model)
     with torch.no_grad():
         call(x)

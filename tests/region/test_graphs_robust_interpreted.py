@@ -55,7 +55,7 @@ def launches(device: type[RehearsalDevice], monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("wanted", ["loop", "while", "chunks"])
 def test_launches_happen_under_the_states_device(wanted: str, launches: list[bool]) -> None:
     """Triton launches on the current device, whichever that is."""
-    model, x = Loop(), torch.randn(2, 5)
+    model, x = Loop(), torch.randn(1, 5)
     call = torch.compile(model, backend="deq", options={**OPTIONS, "engine": wanted, "verify": "first"})
     for _ in range(3):
         train(call, x)
@@ -67,7 +67,7 @@ def test_launches_happen_under_the_states_device(wanted: str, launches: list[boo
 
 def test_a_declared_fixed_point_launches_under_the_states_device(launches: list[bool], device: type[RehearsalDevice]) -> None:
     """In eager mode; the function itself runs under the caller's."""
-    model, x = Loop(), torch.randn(2, 5)
+    model, x = Loop(), torch.randn(1, 5)
     seen: list[int] = []
 
     def f(z: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ def test_a_declared_fixed_point_launches_under_the_states_device(launches: list[
 def test_operands_elsewhere_stay_in_the_loop(device: type[RehearsalDevice]) -> None:
     """A number on the CPU would be read once and for all, by the capture."""
     device.on_host = staticmethod(lambda tensor: tensor.dim() == 0)
-    model, x = Loop(), torch.randn(2, 5)
+    model, x = Loop(), torch.randn(1, 5)
     call = torch.compile(model, backend="deq", options=OPTIONS)
     with torch.no_grad():
         for number in (1.0, 0.5, 0.25):
@@ -99,7 +99,7 @@ def test_operands_elsewhere_stay_in_the_loop(device: type[RehearsalDevice]) -> N
 
 def test_capturing_draws_no_random_numbers(device: type[RehearsalDevice], monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither forwards nor adjoints: the loop engine draws none either, so masks of a dropout are the same with both."""
-    model, x = Loop(), torch.randn(2, 5)
+    model, x = Loop(), torch.randn(1, 5)
     call = torch.compile(model, backend="deq", options={**OPTIONS, "verify": "first"})
     state = torch.get_rng_state()
     for _ in range(3):
@@ -110,7 +110,7 @@ def test_capturing_draws_no_random_numbers(device: type[RehearsalDevice], monkey
 
 def test_a_flag_may_decide_about_the_loop(device: type[RehearsalDevice], monkeypatch: pytest.MonkeyPatch) -> None:
     """Bitwise the same, forward and backward; `explain` and the log say which structure ran."""
-    model, x = Loop(), torch.randn(2, 5)
+    model, x = Loop(), torch.randn(1, 5)
     options = {**OPTIONS, "verify": "first", "engine": "while"}
 
     def three(call: Any) -> list[Tensor]:
@@ -150,13 +150,13 @@ def test_an_adjoint_keeps_no_operand_alive(device: type[RehearsalDevice], monkey
     from deq_compile.region.graphs import operands as module
 
     monkeypatch.setattr(module, "SMALL_BYTES", 90)  # W.weight, 100 bytes, is read in place
-    model, x = Loop(), torch.randn(2, 5)
+    model, x = Loop(), torch.randn(1, 5)
     call = torch.compile(model, backend="deq", options={**OPTIONS, "verify": "first"})
     for _ in range(3):
         train(call, x)
     (held,) = graphs.held(graphs.CapturedAdjoint)
     assert held.operands.fixed
-    linear, w = held.linear, torch.randn(2, 5)
+    linear, w = held.linear, torch.randn(1, 5)
     want = linear.vjp_full(w)
     given = list(held.operands.tensors)
     fixed = {given[i].untyped_storage().data_ptr() for i in held.operands.fixed}

@@ -74,15 +74,22 @@ class Reuse(Backward):
 
 def _problem(call: AdjointCall, q: Tensor) -> AdjointProblem:
     site, config = call.site, call.site.spec.config
-    return AdjointProblem(
-        tol=site.backward_tol,
-        max_iter=max(1, config.backward_max_iter),
-        expected=site.expected_vjps,
-        body_eps=site.spec.body_eps,
-        skip=skipped_pairs(site),
-        watched=not call.inside,
-        estimate=records.recording() and not on_gpu(q.device),
-    )
+    estimate = records.recording() and not on_gpu(q.device)
+    facts = site.backward_tol, site.expected_vjps, call.inside, estimate
+    known = site.adjoint_problem
+    if known[0] != facts:
+        asked = AdjointProblem(
+            tol=site.backward_tol,
+            max_iter=max(1, config.backward_max_iter),
+            expected=site.expected_vjps,
+            body_eps=site.spec.body_eps,
+            skip=skipped_pairs(site),
+            watched=not call.inside,
+            estimate=estimate,
+        )
+        known = site.adjoint_problem = facts, asked
+    found: AdjointProblem = known[1]
+    return found
 
 
 def skipped_pairs(site: Site) -> int:

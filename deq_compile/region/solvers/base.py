@@ -39,7 +39,7 @@ class Problem:
         watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
         anderson_memory, anderson_damping: m and beta of "anderson"; others may read them as they like.
         stop: (z, f(z)) -> whether the whole batch may stop here; ``tol`` and the floor stop single samples beside it.
-        shared: an inverse Jacobian to begin with, in place of the identity, for a solver that takes one (``recycles``).
+        shared: an inverse Jacobian to begin with, in place of the identity, for a solver that takes one (``recycling``).
         sketch: where such a solver takes down what it passes.
 
     Raises:
@@ -85,7 +85,8 @@ class Solver(abc.ABC):
     plain           whether it takes the user's own iterates, z <- f(z)
     stays           whether the solution is where f was evaluated last, once every sample has converged: what that evaluation
                     saves then serves the backward
-    recycles        whether it can begin with an inverse Jacobian that others have learnt, and tell what it learns itself
+    recycling       the same solver as one that begins with an inverse Jacobian that others have learnt, and tells what it learns
+                    itself; None: there is none
     """
 
     name: str
@@ -93,7 +94,7 @@ class Solver(abc.ABC):
     captures: ClassVar[bool] = False
     plain: ClassVar[bool] = False
     stays: ClassVar[bool] = False
-    recycles: ClassVar[bool] = False
+    recycling: ClassVar[Solver | None] = None
 
     @abc.abstractmethod
     def start(self, z0: Tensor, problem: Problem) -> tuple[Progress, Tensor]:

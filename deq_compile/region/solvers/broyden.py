@@ -1,4 +1,4 @@
-"""Good Broyden with H_0 = -I, or a shared H_0 (:mod:`deq_compile.kernels.broyden`), whose factors the backward uses."""
+"""Good Broyden with H_0 = -I (:mod:`deq_compile.kernels.broyden`), whose factors the backward uses; and with a shared H_0."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Broyden(Solver):
     """z <- z - H (f(z) - z) with a limited-memory H."""
 
     name = "broyden"
-    leaves_factors = captures = stays = recycles = True
+    leaves_factors = captures = stays = True
 
     def start(self, z0: Tensor, problem: Problem) -> tuple[Progress, Tensor]:
         memory = problem.max_iter if problem.memory is None else problem.memory
@@ -26,29 +26,38 @@ class Broyden(Solver):
         )  # fmt: skip
         if not problem.watched:
             state.unwatched()
-        state.shared, state.sketch = problem.shared, problem.sketch
         return state, state.iterate(z0)
 
-    def step(self, progress: Progress, z: Tensor, f: Tensor, *, last: bool) -> None:
-        assert isinstance(progress, BroydenState)
-        shared, sketch = progress.shared, progress.sketch
-        if shared is None and sketch is None:
-            broyden.step(progress, z, f, last=last)
-            return
-        if progress.spare is None:
-            progress.spare = workspace.empty(z.shape, z.dtype)
-        f = f.to(z.dtype)
-        g = torch.sub(f, z, out=progress.spare)
-        if sketch is not None:
-            sketch.note(z, g)
-        if shared is None:
-            broyden.step(progress, z, f, last=last)
-        else:
-            broyden.step_preconditioned(progress, z, f, shared.apply_(g), last=last)
+    step = staticmethod(broyden.step)  # type: ignore[assignment]  # the function itself: a call less in every iteration
 
     def factors(self, progress: Progress) -> Factors | None:
         assert isinstance(progress, BroydenState)
         return progress
 
 
+class Recycling(Broyden):
+    """The same with what others have learnt: it begins with `problem.shared`, and tells `problem.sketch` what it passes."""
+
+    captures = False
+
+    def start(self, z0: Tensor, problem: Problem) -> tuple[Progress, Tensor]:
+        state, z = super().start(z0, problem)
+        assert isinstance(state, BroydenState)
+        state.shared, state.sketch, state.spare = problem.shared, problem.sketch, workspace.empty(z0.shape, z0.dtype)
+        return state, z
+
+    def step(self, progress: Progress, z: Tensor, f: Tensor, *, last: bool) -> None:  # type: ignore[override]
+        assert isinstance(progress, BroydenState)
+        assert progress.spare is not None
+        f = f.to(z.dtype)
+        g = torch.sub(f, z, out=progress.spare)
+        if progress.sketch is not None:
+            progress.sketch.note(z, g)
+        if progress.shared is None:
+            broyden.step(progress, z, f, last=last)
+        else:
+            broyden.step_preconditioned(progress, z, f, progress.shared.apply_(g), last=last)
+
+
 BROYDEN = SOLVERS.register(Broyden())
+Broyden.recycling = Recycling()

@@ -1,0 +1,28 @@
+"""Loops whose count is another one at every call, `for _ in range(random.randint(8, 40))`: told, for a graph holds one count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deq_compile.report import Reason, Skipped
+
+from . import dynamo, sites
+from .bytecode import code_of
+
+_FIX = "z = deq_compile.fixed_point(lambda z: f(z, x), z0) in the loop's place, if the fixed point is meant"
+
+
+def range_called(tx: Any, function: Any, args: Any) -> None:
+    """Tell of a `range` up to a number that Python draws in every call."""
+    if getattr(function, "fn", None) is range and any(isinstance(a, dynamo.UnspecializedPythonVariable) for a in args):
+        _tell(tx, "a random number")
+
+
+def number_read(tx: Any) -> None:
+    """Tell of a number read from a tensor, at the instruction at work, where it says how often a loop runs."""
+    if code_of(tx).counts_a_loop(tx.current_instruction):
+        _tell(tx, "a number read from a tensor")
+
+
+def _tell(tx: Any, what: str) -> None:
+    sites.tell(tx, Skipped(Reason.VARYING, sites.location(tx), f"{what}; {_FIX}"))
