@@ -27,7 +27,7 @@ from . import steps, training
 
 PARTS = ("training", "steps")
 TOLERANCES = (1e-4, 1e-2)
-PROBLEMS = ("mlp1024", "conv", "transformer")
+PROBLEMS = ("mlp1024", "mlp1024-orthogonal", "conv", "transformer")
 QUICK_STEPS = 30
 
 
