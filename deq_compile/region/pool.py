@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 
 from torch import Tensor
 
@@ -69,6 +70,24 @@ class Recycled:
     way: str | None = None
 
 
+class Watch:
+    """Whether what was decided is still as good as what was decided against was then: training changes the body."""
+
+    WEIGHT = 0.25  # of a count in the running mean
+
+    def __init__(self) -> None:
+        self.limit = self.recent = math.inf
+
+    def decided(self, without: float, with_it: float) -> None:
+        """Note the counts, evaluations or products, of a decision."""
+        self.limit, self.recent = without, with_it
+
+    def doubts(self, count: int) -> bool:
+        """Note a count with the pool in use; whether such counts have passed what they were without."""
+        self.recent += self.WEIGHT * (count - self.recent)
+        return self.recent > self.limit
+
+
 class Pool:
     """The shared inverses of one region.
 
@@ -94,6 +113,8 @@ class Pool:
         self.tally = 0.0, 0.0  # operations without and with, over the decisions so far
         self.saved = 0.0  # evaluations, since the last decision
         self.again = 0  # a call that decides beside the usual ones
+        self.watch_forward, self.watch_adjoint = Watch(), Watch()
+        self.doubted, self.settled = 0, 0  # how often, and until which call it is not again
         self.rests = False  # whether the next usual ones are left out, but for those every so many
 
     def due(self) -> bool:
@@ -132,7 +153,7 @@ class Pool:
     def decide_forward(self, without: float, with_it: float, saving: float) -> None:
         """Decide by operations without and with, of which the share `saving` may be left at most. inf: that solve missed.
         Where the plain one does, those with the pool will too, and be made twice."""
-        missed = not (without < float("inf") and with_it < float("inf"))
+        missed = not (math.isfinite(without) and math.isfinite(with_it))
         if not missed:
             self.tally = MEMORY * self.tally[0] + without, MEMORY * self.tally[1] + with_it
         self.pays = not missed and self.tally[1] <= saving * self.tally[0]
@@ -167,6 +188,13 @@ class Pool:
             self.pays, self.rests = False, True
             self._empty_if_idle()
         return bool(self.pays)
+
+    def reconsider(self) -> None:
+        """Decide at the next call, unless that was asked for not long ago."""
+        if self.calls >= self.settled and not self.always:
+            self.again = self.calls
+            self.settled = self.calls + (AFTER_MISS << self.doubted)
+            self.doubted += 1
 
     def note_cost(self, compressing: float, step: float) -> None:
         """Feed so often that compressing is a small part of the steps between, both in operations."""

@@ -59,6 +59,8 @@ def solve_recycled(call: Call, pool: Pool) -> Solution:
             found, sketch = _without(call, pool, found), None
         elif used is not None:
             pool.gain(found.evaluations)
+            if pool.watch_forward.doubts(found.evaluations):
+                pool.reconsider()
     if sketch is not None:
         pool.feed_forward(sketch)
     return found
@@ -100,6 +102,7 @@ def _both(call: Call, pool: Pool, shared: Shared) -> Solution:
     # a step is a forward and about as many products, each of which is two evaluations
     pool.note_cost(2 * compressing(z0.shape[1], ROWS), 3 * without)
     pool.decide_forward(math.inf if missed(plain) else without, math.inf if missed(recycled) else with_it, SAVING)
+    pool.watch_forward.decided(plain.evaluations, recycled.evaluations)
     pays = bool(pool.pays)
     log.info(
         "region %s at %s: %d evaluations, %d with recycled factors: the forward goes on %s them",

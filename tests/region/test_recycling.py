@@ -308,3 +308,18 @@ def test_no_refinement_asked_for_is_no_miss() -> None:
     solves, _ = train(4, recycle="always", backward_max_iter=0)
     assert all(s.recycled for s in solves[1:])
     assert all(s.vjps == 1 for s in solves)
+
+
+def test_what_has_become_worse_is_decided_again() -> None:
+    """But not at once again: each time it may be twice as long."""
+    pool, watch = pools.Pool(always=False), pools.Watch()
+    watch.decided(without=10, with_it=7)
+    assert not any(watch.doubts(8) for _ in range(20))
+    assert any(watch.doubts(14) for _ in range(6))
+    asked = []
+    for call in range(101, 400):
+        pool.calls = call
+        pool.reconsider()
+        if pool.due() and call % 200:
+            asked.append(call)
+    assert asked == [101, 141, 221, 381]

@@ -56,6 +56,8 @@ def solve_recycled(
             way = ways[best]
             found = solve(way)
         site.stand()
+    elif first and way.shared is not None and pool.watch_adjoint.doubts(found.needed):
+        pool.reconsider()
     if first:
         recycled.way = way.name
     if sketch is not None:
@@ -110,6 +112,7 @@ def choose(pool: Pool, vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[st
 
     best = "shared" if cost("shared") < SAVING * cost(pool.usual) else pool.usual
     pool.decide_adjoint(best)
+    pool.watch_adjoint.decided(needed.get(pool.usual) or math.inf, needed.get("shared") or math.inf)
     return best
 
 
