@@ -140,9 +140,9 @@ class Pool:
         if any(shared is not None and not shared.fits(z) for shared in (self.forward, self.adjoint)):
             self.forward = self.adjoint = None
 
-    def sketch(self, pairs: int, seed: int) -> Sketch:
+    def sketch(self, pairs: int, seed: int, body_eps: float | None = None) -> Sketch:
         """Where the pairs of a solve go, of which a sample is expected to have so many."""
-        return Sketch(sums_for(pairs), pairs, seed)
+        return Sketch(sums_for(pairs), pairs, seed, body_eps)
 
     def feed_forward(self, sketch: Sketch) -> None:
         self.forward = _fed(self.forward, sketch)

@@ -48,7 +48,7 @@ def solve_recycled(call: Call, pool: Pool) -> Solution:
     pool.keep_to(call.z0)
     shared, feeds, due = pool.forward, pool.feeds(), pool.due()
     call.recycled = Recycled(pool.adjoint, due, pool.thorough(), pool.calls if feeds else None)
-    sketch = pool.sketch(site.steps, pool.calls) if feeds else None
+    sketch = pool.sketch(site.steps, pool.calls, site.spec.body_eps) if feeds else None
     pool.calls += 1
     if due and shared is not None:
         found = _both(call, pool, shared)

@@ -90,7 +90,7 @@ def move(state: GcrState, jw: Tensor, *, last: bool = False, look: bool = False)
 def _precede(state: GcrState, shared: Shared) -> None:
     """The trial w = x + M r becomes x + P M r, for the samples that go on."""
     assert state.spare is not None
-    weights = torch.sub(state.w, state.x, out=state.spare) @ shared.Yt
+    weights = shared.weights(torch.sub(state.w, state.x, out=state.spare))
     if state.frozen:
         weights.masked_fill_((state.done != RUNNING)[:, None], 0.0)
     state.w.addmm_(weights, shared.A, alpha=-1)

@@ -56,7 +56,11 @@ class Shared:
 
     def apply_(self, g: Tensor) -> Tensor:
         """P g for g (B, D), in its place."""
-        return g.addmm_(torch.mm(g, self.Yt), self.A, alpha=-1)
+        return g.addmm_(self.weights(g), self.A, alpha=-1)
+
+    def weights(self, g: Tensor) -> Tensor:
+        """(B, r): Y g. Into a tensor of our own, which an autocast of the user's leaves alone."""
+        return torch.mm(g, self.Yt, out=g.new_empty((g.shape[0], self.rank)))
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """S and Y (r, D), as they were when it was made; the rows of S are orthonormal."""
@@ -72,6 +76,11 @@ def rank_for(D: int) -> int:
 def compress(S: Tensor, Y: Tensor, rank: int, old: Shared | None = None) -> Shared | None:
     """The shared inverse of some pairs, S and Y (P, D), and of an older one with the same weight; None where they say nothing
     that could be trusted. Beside S and Y nothing is made that has more than r rows."""
+    with torch.autocast(S.device.type, enabled=False):  # the user's
+        return _compress(S, Y, rank, old)
+
+
+def _compress(S: Tensor, Y: Tensor, rank: int, old: Shared | None) -> Shared | None:
     gram = (S @ S.T).double()
     size = gram.diagonal().sum().sqrt()
     if not bool(size > 0) or not bool(torch.isfinite(size)) or not bool(torch.isfinite(Y).all()):

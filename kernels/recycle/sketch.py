@@ -14,8 +14,9 @@ from .. import workspace
 # Rows of a sketch: what the Gram matrix is made of.
 ROWS = 64
 LEAST_SUMS, MOST_SUMS = 2, 8
-# A step between iterates that agree to so many of their units has no digits that say anything of the Jacobian.
-NOISE_EPS = 1e3
+# A step between iterates that agree to so many of their units has no digits that say anything of the Jacobian; of the units that
+# the body computes in, where those are coarser.
+NOISE_EPS, NOISE_BODY = 1e3, 10.0
 # A pair by which the residual changes so many times as much as the iterate is a runaway's.
 RUNAWAY = 1e3
 # A pair counts 1 / (1 + FAR e), e being its residual against the largest of the solve: far from the fixed point the Jacobian is
@@ -34,9 +35,11 @@ class Sketch:
     sums   of each iteration
     pairs  a sample that are expected: what room is made for at first
     seed   of the signs: equal seeds, equal sums
+    body_eps  of the precision that the body computes in; None: that of the state's dtype
     """
 
-    def __init__(self, sums: int, pairs: int, seed: int) -> None:
+    def __init__(self, sums: int, pairs: int, seed: int, body_eps: float | None = None) -> None:
+        self.body_eps = body_eps or 0.0
         self.sums, self.room = sums, sums * max(pairs, 1)
         self.generator = torch.Generator().manual_seed(seed)
         self.count = 0
@@ -53,7 +56,9 @@ class Sketch:
         else:
             before, g_before, norm_before = self._last
             far = torch.maximum(norm, norm_before) / self._largest
-            least = NOISE_EPS * torch.finfo(z.dtype).eps * torch.linalg.vector_norm(before, dim=1)
+            least = max(NOISE_EPS * torch.finfo(z.dtype).eps, NOISE_BODY * self.body_eps) * torch.linalg.vector_norm(
+                before, dim=1
+            )
             # In the place of what is not needed any more: new tensors of this size would be faulted in.
             self.add(torch.sub(z, before, out=before), torch.sub(g, g_before, out=g_before), far, least)
         self._last = before.copy_(z), g_before.copy_(g), norm

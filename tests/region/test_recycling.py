@@ -323,3 +323,17 @@ def test_what_has_become_worse_is_decided_again() -> None:
         if pool.due() and call % 200:
             asked.append(call)
     assert asked == [101, 141, 221, 381]
+
+
+def test_an_autocast_of_the_users_is_no_matter_of_the_pool() -> None:
+    deq_compile.reset()
+    body = Body(torch.float32)
+    with record_solves() as solves:
+        for i in range(3):
+            x = batch(i, torch.float32)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                z = fixed_point(lambda z: body(z, x).float(), torch.zeros(6, D), recycle="always", tol=2e-2)  # noqa: B023
+            z.sum().backward()
+    assert solves[2].recycled
+    assert solves[2].recycled_adjoint
+    assert solves[2].residual <= 2e-2
