@@ -47,7 +47,8 @@ def solve_recycled(call: Call, pool: Pool) -> Solution:
     site = call.site
     pool.keep_to(call.z0)
     shared, feeds, due = pool.forward, pool.feeds(), pool.due()
-    call.recycled = Recycled(pool.adjoint, due, pool.thorough(), pool.calls if feeds else None)
+    thorough = pool.thorough() and site.spec.config.verify == "periodic"  # as where nothing is recycled
+    call.recycled = Recycled(pool.adjoint, due, thorough, pool.calls if feeds else None)
     sketch = pool.sketch(site.steps, pool.calls, site.spec.body_eps) if feeds else None
     pool.calls += 1
     if due and shared is not None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# By the study (python -m bench recycle): rank 32 saves hardly more evaluations than 16, at twice the price; beyond a quarter of
-# the dimension more rank is noise. The ridge makes no difference between 1e-3 and 1e-1.
+# Rank 32 saves hardly more evaluations than 16, at twice the price, and beyond a quarter of the dimension more rank is noise. The
+# ridge makes no difference between 1e-3 and 1e-1 (NOTES.md, "Factors that outlive the step").
 RANK = 16
 RIDGE = 1e-2
 

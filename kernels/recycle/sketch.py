@@ -1,7 +1,7 @@
 """Secant pairs of one batch as random sign sums over its samples: a few rows an iteration, whatever the size of the batch.
 
 What samples have in common adds up in such a sum, and what they differ in does not. Sums of one batch are fewer than its pairs by
-the batch's size, and, added to those of earlier batches, do as well (python -m bench recycle --study).
+the batch's size, and, added to those of earlier batches, do as well (NOTES.md, "Factors that outlive the step").
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NOISE_EPS, NOISE_BODY = 1e3, 10.0
 # A pair by which the residual changes so many times as much as the iterate is a runaway's.
 RUNAWAY = 1e3
 # A pair counts 1 / (1 + FAR e), e being its residual against the largest of the solve: far from the fixed point the Jacobian is
-# another. Without it a normalised body that starts at 0 had a third more evaluations with recycling, with it 40 % fewer.
+# another, of a normalised body that starts at 0 above all.
 FAR = 3.0
 
 
