@@ -48,13 +48,16 @@ class Written:
         gains = any(site.way_out is not None and small(site.way_out.work, site.spec.grad) for site in sites)
         if not gains or any(module.graph is not graph for module, graph in self.inner):  # the body of a checkpoint was rewritten
             return False
-        values = [node.meta.get("example_value") for node in self.graph.nodes if node.op == "placeholder"]
-        if not all(isinstance(v, FakeTensor) and all(isinstance(s, int) for s in v.shape) for v in values):
-            return False
-        return not any(is_marker(node.target) for node in self.graph.nodes)
+        return fixed_sizes(self.graph) and not any(is_marker(node.target) for node in self.graph.nodes)
 
     def module(self) -> fx.GraphModule:
         return fx.GraphModule(self.gm, self.graph, class_name="AsWritten")
+
+
+def fixed_sizes(graph: fx.Graph) -> bool:
+    """Whether the inputs of a graph are plain tensors whose sizes do not change."""
+    values = [node.meta.get("example_value") for node in graph.nodes if node.op == "placeholder"]
+    return all(isinstance(v, FakeTensor) and all(isinstance(s, int) for s in v.shape) for v in values)
 
 
 def turning(

@@ -12,11 +12,12 @@ from .as_written import Written, turning
 from .caches import reset
 from .capture import install, sites
 from .config import Options
-from .inner import CompiledFn, compile_rest
+from .inner import CompiledFn, compile_rest, usable
 from .region.site import own
 from .report import Report
 from .rewrite import rewrite_if_possible
 from .torch_parts import known_backends, register_backend
+from .undecided import compiled_when_decided, undecided
 
 
 class Backend:
@@ -53,8 +54,15 @@ class Backend:
         for site in made:
             site.votes = self.votes
         config = outer.resolve()
-        compiled = compile_rest(gm, example_inputs, config, mode)
-        return own(turning(compiled, made, written, lambda graph, inputs: compile_rest(graph, inputs, config, mode)), made)
+
+        def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> CompiledFn:
+            return compile_rest(graph, inputs, config, mode)
+
+        if usable(config, example_inputs).inner == "inductor" and undecided(gm, made, written):
+            compiled = compiled_when_decided(gm, example_inputs, made, written, compile_graph)
+        else:
+            compiled = compile_graph(gm, example_inputs)
+        return own(turning(compiled, made, written, compile_graph), made)
 
     def reset(self) -> None:
         """What `torch._dynamo.reset()` calls of every backend that it has seen."""

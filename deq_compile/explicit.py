@@ -12,19 +12,25 @@ from torch import Tensor
 
 from .config import Options
 from .region.eager import solve_eagerly
-from .region.surroundings import NO_TANGENT, NotHere, any_tangent, plain, values_are_known
+from .region.surroundings import NotHere, plain, values_are_known
 from .solve_info import COLUMNS, SolveInfo
 from .structure import Structure, flatten, unflatten
-from .torch_parts import forward_mode
+from .torch_parts import AGAIN, graph_task, lost
 
 S = TypeVar("S")
 
 
 @overload
-def fixed_point(f: Callable[[S], S], z0: S, /, *, return_info: Literal[False] = ..., **options: Any) -> S: ...
+def fixed_point(
+    f: Callable[[S], S], z0: S, /, *, return_info: Literal[False] = ..., derivatives: int = ..., **options: Any
+) -> S: ...
 @overload
-def fixed_point(f: Callable[[S], S], z0: S, /, *, return_info: Literal[True], **options: Any) -> tuple[S, SolveInfo]: ...
-def fixed_point(f: Callable[[S], S], z0: S, /, *, return_info: bool = False, **options: Any) -> S | tuple[S, SolveInfo]:
+def fixed_point(
+    f: Callable[[S], S], z0: S, /, *, return_info: Literal[True], derivatives: int = ..., **options: Any
+) -> tuple[S, SolveInfo]: ...
+def fixed_point(
+    f: Callable[[S], S], z0: S, /, *, return_info: bool = False, derivatives: int = 1, **options: Any
+) -> S | tuple[S, SolveInfo]:
     """The fixed point z* = f(z*), found from z0 by the solver of the compiler, with the implicit gradient.
 
     Works in plain eager mode. Inside a model compiled with this backend it becomes a region of the whole graph; another
@@ -37,6 +43,9 @@ def fixed_point(f: Callable[[S], S], z0: S, /, *, return_info: bool = False, **o
         z0: a tensor, or a pytree of tensors (lists, tuples, dicts, named tuples, dataclasses), real floating point. Where all of
             them have one size in dimension 0, that is taken for a batch if f keeps its rows apart (`batch`).
         return_info: whether to return what the solve came to as well.
+        derivatives: how many times the result can be differentiated, by the implicit gradient each time: 2 for Hessians, gradient
+            penalties and forces in a loss. Each beyond the first costs one more evaluation of f. Not in a compiled model, where
+            the call is left outside of the graph.
         options: as in `deq_compile.config.Options`; those that speak of loops (`min_repeats`, `semantics`, `verify`, ...)
             mean nothing here, nor does `inner` in eager mode.
 
@@ -49,16 +58,18 @@ def fixed_point(f: Callable[[S], S], z0: S, /, *, return_info: bool = False, **o
         ValueError: an unknown option or bad value, or an f that changes structure, shape, dtype or device of its argument.
         TypeError: a state that is no tensor, not real floating point, or a wrapper of other tensors (DTensor, ...); an f that
             cannot be called.
-        RuntimeError: a double backward, forward-mode AD, a torch.func transform or a tracer around it. Under fake and meta
-            tensors f is evaluated once, for shapes.
+        RuntimeError: one backward more than `derivatives`, or through a tangent of forward-mode AD (which itself is right, of
+            first order); a torch.func transform or a tracer around it. Under fake and meta tensors f is evaluated once, for
+            shapes.
     """
     if torch.compiler.is_dynamo_compiling():  # not by our backend, or where it found no region: outside of the graph
-        return _outside(f, z0, return_info, options)
-    return _eager(f, z0, return_info, options)
+        return outside(f, z0, return_info, derivatives, options)
+    return _eager(f, z0, return_info, derivatives, options)
 
 
-def _eager(f: Callable[[S], S], z0: S, return_info: bool, options: dict[str, Any]) -> Any:
+def _eager(f: Callable[[S], S], z0: S, return_info: bool, derivatives: int, options: dict[str, Any]) -> Any:
     check_flag(return_info)
+    _check_derivatives(derivatives)
     config = Options.from_options(options).resolve()
     check_callable(f)
     leaves, structure = flatten(z0)
@@ -74,9 +85,7 @@ def _eager(f: Callable[[S], S], z0: S, return_info: bool, options: dict[str, Any
     if not known:
         once = unflatten(body([leaf.detach() for leaf in leaves]), structure)
         return (once, SolveInfo.of(leaves[0].new_zeros((rows, COLUMNS), dtype=torch.float32))) if return_info else once
-    if forward_mode() and any_tangent([*leaves, *body([leaf.detach() for leaf in leaves])]):
-        raise NotHere(NO_TANGENT)
-    found = solve_eagerly(body, leaves, config, key=getattr(f, "__code__", type(f)), where=_caller())
+    found = solve_eagerly(body, leaves, config, key=getattr(f, "__code__", type(f)), where=_caller(), derivatives=derivatives)
     solved = unflatten(found.states, structure)
     return (solved, SolveInfo.of(found.result.solve_info().expand(rows, -1))) if return_info else solved
 
@@ -85,7 +94,7 @@ _WHY = "deq_compile.fixed_point: only backend='deq' makes it a part of the graph
 _disabled: Callable[..., Any] | None = None  # once Dynamo is there
 
 
-def _outside(*given: Any) -> Any:
+def outside(*given: Any) -> Any:
     """`_eager`, outside of the graph of whoever traces."""
     global _disabled
     if _disabled is None:  # Dynamo traces this: torch 2.11 warns of a list's `append`
@@ -100,6 +109,13 @@ if "torch._dynamo" in sys.modules:
 def check_flag(return_info: Any) -> None:
     if not isinstance(return_info, bool):
         raise TypeError(f"fixed_point: expected return_info to be True or False, got {return_info!r}")
+
+
+def _check_derivatives(derivatives: Any) -> None:
+    if isinstance(derivatives, bool) or not isinstance(derivatives, int) or derivatives < 1:
+        raise ValueError(f"fixed_point: expected derivatives to be an integer of at least 1, got {derivatives!r}")
+    if derivatives > 1 and graph_task is None:
+        raise NotHere(f"fixed_point: derivatives={derivatives} is not possible, {lost()[AGAIN]}. Fix: derivatives=1")
 
 
 def check_callable(f: Any) -> None:

@@ -55,7 +55,10 @@ def _way_out(loop: Loop, spec: RegionSpec) -> WayOut:
     assert loop.body is not None
     out = WayOut(work_of(loop.body, loop.tests))
     if loop.passages and spec.own_tests and spec.own_loop_cap is not None and spec.config.verify == "periodic":
-        out.leave = sites.way_out([str(site) for site, _ in loop.passages], Skipped(Reason.TOO_CHEAP, loop.location))
+        places = [str(site) for site, _ in loop.passages]
+        out.leave = sites.way_out(places, Skipped(Reason.TOO_CHEAP, loop.location))
+        if out.leave is not None:
+            out.settle, out.settled = sites.settling(places)
     return out
 
 

@@ -78,6 +78,7 @@ COPIES = "copying the operands of a captured graph in one call (it takes longer)
 COPIED = "freeing a region as soon as its last backward is done, where hooks copy saved tensors (it lives as long as its model)"
 PLACES = "errors that say why fixed_point cannot stand inside of a tracer or a transform"
 TANGENTS = "a quick test for forward-mode AD (it takes longer)"
+AGAIN = "differentiating fixed_point more than once"
 VIEWS = "gradients of regions without a last copy"
 ASSERTED = "loops beside assertions about sizes"
 CLASSES = "the decorator on a class of modules"
@@ -149,6 +150,10 @@ qualified_name = _part("torch.fx.node", "_get_qualified_name", "", _qualified)
 assert_scalar = _part("torch", "ops.aten._assert_scalar.default", ASSERTED, None)
 check_size = _part("torch", "_check", ASSERTED, None)
 _base_of = _part("torch", "Tensor._base", VIEWS, None)
+
+
+# The number of the backward that the engine is at in this thread.
+graph_task = _part("torch._C", "_current_graph_task_id", AGAIN, None)
 
 
 def is_view(tensor: torch.Tensor) -> bool:

@@ -7,15 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from deq_compile import markers
-from deq_compile.explicit import check_callable, check_flag, fixed_point
+from deq_compile.explicit import check_callable, check_flag, fixed_point, outside
 from deq_compile.solve_info import SolveInfo
 from deq_compile.structure import flatten, unflatten
 
 from . import calls
 
 
-def _traced(site: str, f: Any, z0: Any, return_info: bool = False, **options: Any) -> Any:
+def _traced(site: str, f: Any, z0: Any, return_info: bool = False, derivatives: int = 1, **options: Any) -> Any:
     """What Dynamo traces in place of `fixed_point` for our backend."""
+    if derivatives != 1:  # torch refuses a second backward through a compiled graph
+        return outside(f, z0, return_info, derivatives, options)
     check_flag(return_info)
     pairs = tuple((name, value) for name, value in options.items())
     check_callable(f)

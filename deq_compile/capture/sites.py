@@ -23,10 +23,12 @@ _refusals: weakref.WeakKeyDictionary[Any, list[Skipped]] = weakref.WeakKeyDictio
 
 
 class _Marks:
-    """One attribute for each loop that was followed: whether it has been given back. Frames are guarded on theirs."""
+    """One attribute for each loop that was followed: whether it has been given back, or is there to stay. Frames are guarded on
+    theirs."""
 
 
 _MARKS = _Marks()
+_SETTLED = "settled"
 _serials: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _next_serial = itertools.count()
 _reached: weakref.WeakKeyDictionary[Any, dict[str, list[str]]] = weakref.WeakKeyDictionary()  # a site, and it from fewer frames
@@ -134,6 +136,20 @@ def way_out(places: Sequence[str], skipped: Skipped) -> Callable[[], None] | Non
             setattr(_MARKS, _mark(owner, site), True)
 
     return leave
+
+
+def settling(places: Sequence[str]) -> tuple[Callable[[], None], bool]:
+    """What has the frame of loops that are there to stay traced again when it is called next, and whether that has been. To be
+    asked where :func:`way_out` gives one."""
+    key = _key(dynamo.current())
+    names, owner = [_mark(key, site) for site in places], weakref.ref(key)
+
+    def settle() -> None:
+        if owner() is not None:
+            for name in names:
+                setattr(_MARKS, name, _SETTLED)
+
+    return settle, all(getattr(_MARKS, name) == _SETTLED for name in names)
 
 
 def refuse(tx: Any, site: str, skipped: Skipped) -> None:

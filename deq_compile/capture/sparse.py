@@ -266,6 +266,12 @@ def unused(regions: int) -> list[str]:
     return list(found)
 
 
+def taken() -> bool:
+    """Whether a sparse matrix is in the graph at work."""
+    tx = dynamo.current()
+    return tx is not None and bool(tx.output.__dict__.get("_deq_compile_sparse"))
+
+
 # ---- traced by Dynamo from here on
 
 

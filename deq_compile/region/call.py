@@ -13,7 +13,7 @@ from deq_compile.kernels.recycle import Shared, Sketch
 from . import graphs, records
 from .agree import look
 from .backward import BACKWARDS
-from .body import Runner, runner_for
+from .body import EagerRunner, Runner, runner_for
 from .forward import Solution, solve
 from .kept import OwnLoop, own_loop
 from .layout import Layout
@@ -172,15 +172,22 @@ def prepare(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], si
     """What runs a graph's body for these shapes; that of the last call mostly does, and that is seen without hashing it."""
 
     def body(layout: Layout) -> Callable[[Tensor], Tensor]:
-        runner = runner_for(site.spec.body, layout, operands, sizes)
+        runner = runner_of(site, layout, operands, sizes)
         return lambda z: runner.apply(z, operands)
 
     rows = decide_rows(site, state0, body)
     metas = [(o.shape, o.stride(), o.dtype, o.device) for o in operands]
-    facts = [s.shape for s in state0], rows, metas, list(sizes)
+    facts = [s.shape for s in state0], rows, metas, list(sizes), site.uncompiled
     known = site.prepared
     if known[0] != facts:
         layout = site.spec.layout(facts[0], rows)
-        known = site.prepared = facts, Prepared(rows, layout, runner_for(site.spec.body, layout, operands, sizes))
+        known = site.prepared = facts, Prepared(rows, layout, runner_of(site, layout, operands, sizes))
     prepared: Prepared = known[1]
     return prepared
+
+
+def runner_of(site: Site, layout: Layout, operands: Sequence[Tensor], sizes: Sequence[int]) -> Runner:
+    """What runs a region's body for these shapes."""
+    if site.uncompiled:
+        return EagerRunner(site.spec.body, layout, sizes)
+    return runner_for(site.spec.body, layout, operands, sizes)

@@ -223,7 +223,7 @@ class _Once(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         raise RuntimeError(
             "a double backward through a fixed-point region is not implemented: the implicit gradient would have to be "
-            "differentiated in turn. Fix: leave the region out of the compiled part, or run the loop in eager mode"
+            "differentiated in turn. Fix: deq_compile.fixed_point(f, z0, derivatives=2) in eager mode, or the loop itself there"
         )
 
 

@@ -18,8 +18,8 @@ from . import backwards, graphs, records
 from .adjoint import AdjointSolution
 from .backward import BACKWARDS, AdjointCall, Backward
 from .backwards.reuse import skipped_pairs
-from .body import Deferred, Linearised, Runner, runner_for
-from .call import Call, problem_of
+from .body import Deferred, Linearised, Runner
+from .call import Call, problem_of, runner_of
 from .comparison import compare, compare_call
 from .forward import Solution, or_plain, solve
 from .kept import OwnLoop, Trajectory, loop_gradient, own_loop
@@ -263,7 +263,7 @@ class _Backward:
             self.runner, self.operands = linear.source
         else:
             self.operands = spec.arranged(inputs.operands)
-            self.runner = runner_for(spec.body, self.layout, self.operands, inputs.sizes)
+            self.runner = runner_of(site, self.layout, self.operands, inputs.sizes)
         self.inside = graphs.capturing()
 
     def gradients(self) -> tuple[list[Tensor] | None, list[Tensor | None]]:

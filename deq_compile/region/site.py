@@ -189,7 +189,7 @@ class Site:
     place     the loop as all ranks of a distributed run name it (agree.py)
     finding   what this site has said to the other ranks; None where it has said nothing
     votes     whether what it finds counts for the other ranks
-    has_captures  whether captured solves are held for it
+    has_captures  whether captured solves are held for it; uncompiled: whether its body runs as it is, for now
     way_out   how the loop can be given back to stock Dynamo, where solving it cannot pay
     standing  what a report may ask for, for as long as somebody has it, the site gone or not; pool: what outlives a training step
     """
@@ -218,7 +218,7 @@ class Site:
         self.problem: tuple[Any, Any] = (None, None)
         self.adjoint_problem: tuple[Any, Any] = (None, None)
         self.engine, self.engine_reason = "loop", ""
-        self.has_captures, self.place, self.votes = False, "", True
+        self.has_captures, self.uncompiled, self.place, self.votes = False, False, "", True
         self.finding: str | None = None
         self.pool = None if config.recycle == "never" else Pool(always=config.recycle == "always")
         self.standing = Standing()
@@ -325,7 +325,7 @@ class Site:
             self.stand()
 
 
-_STAYS = ("place", "votes", "way_out", "has_captures", "standing")  # when a site begins again
+_STAYS = ("place", "votes", "way_out", "has_captures", "uncompiled", "standing")  # when a site begins again
 _sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 _owned: weakref.WeakKeyDictionary[Any, tuple[Site, ...]] = weakref.WeakKeyDictionary()  # by graph module or function
 _awaited: OrderedDict[int, Site] = OrderedDict()

@@ -37,8 +37,8 @@ _FAKE: tuple[type, ...] = () if isinstance(FakeTensor, Absent) else (FakeTensor,
 _WRAPPED = tuple(test for test in (is_wrapper_subclass, is_functorch_wrapped) if not isinstance(test, Absent))
 
 NO_TANGENT = (
-    "a fixed point has no forward-mode derivative: the tangent that f's inputs carry would be lost. Fix: reverse mode "
-    "(torch.autograd.grad, torch.autograd.functional.jacobian), or the loop itself in eager mode"
+    "a compiled fixed point has no forward-mode derivative: the tangent that f's inputs carry would be lost. Fix: reverse mode "
+    "(torch.autograd.grad, torch.autograd.functional.jacobian), or deq_compile.fixed_point in eager mode"
 )
 NO_VMAP = (
     "torch.func.vmap around a compiled fixed-point region is not implemented. Fix: vmap inside of the compiled function, or a "

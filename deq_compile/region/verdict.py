@@ -178,6 +178,19 @@ def measure_gradient(site: Site, found: AdjointSolution, attempt: Callable[[floa
     return found
 
 
+def warn_of_tangent(site: Site, converged: bool, residual: float) -> None:
+    """Say, once, that a tangent of forward-mode AD missed the adjoint's tolerance; it goes out as it is."""
+    if converged or site.warned_of_gradient:
+        return
+    site.warned_of_gradient = True
+    warnings.warn(
+        f"fixed point at {site.spec.where}: its tangent missed backward_tol={site.backward_tol:g}, with a residual of "
+        f"{residual:.1e}; it is returned as it is. Raise backward_max_iter or backward_tol, or make f contract",
+        RegionWarning,
+        stacklevel=2,
+    )
+
+
 def warn_of_gradient(site: Site, found: AdjointSolution) -> None:
     """Say, once, that the implicit gradient missed its tolerance where no loop stands behind it, or none may (`verify="never"`):
     it goes out as it is. Elsewhere `gradient_is_the_loops` sees to it."""

@@ -28,6 +28,9 @@ STEP, MOVE = 40.0, 80.0
 OPERATION, OPERATION_BACKWARD = 1.5, 3.0
 # What surrounds an iteration of a loop that is kept, and its product; and the share of a step that may be lost to it.
 KEPT, SHARE = 25.0, 0.03
+# How many times a loop's cost a solve has to come to, for the loop to be given back: that is one more compilation, and at par it
+# gains nothing.
+CLEARLY = 1.15
 # A microsecond's work.
 FLOPS, ELEMENTS = 1e5, 8e3
 
@@ -48,12 +51,19 @@ class Work:
 
 @dataclass
 class WayOut:
-    """What decides whether a region is given up for the loop as the user wrote it. `leave` has its frame traced again, with the
-    loop left to stock Dynamo; None where that is out of the question."""
+    """What decides whether a region is given up for the loop as the user wrote it.
+
+    leave    has its frame traced again, with the loop left to stock Dynamo; None where that is out of the question
+    settle   has its frame traced again, with `settled` set: the region is there to stay
+    weighed  whether it has been asked if solving the loop pays; left: whether it was given up
+    """
 
     work: Work
     leave: Callable[[], None] | None = None
+    settle: Callable[[], None] | None = None
+    settled: bool = False
     weighed: bool = False
+    left: bool = False
 
 
 def weigh(site: Site, found: Result) -> None:
@@ -71,7 +81,8 @@ def weigh(site: Site, found: Result) -> None:
         "region %s at %s: %d iterations take %.0f us, %d evaluations and %d products of a solve %.0f us, as estimated",
         site.key, site.spec.where, site.checked, own, found.solution.evaluations, site.expected_vjps or 0, ours,
     )  # fmt: skip
-    if ours > own:
+    if ours > CLEARLY * own:
+        out.left = True
         out.leave()
         site.decide("kept", None)
 

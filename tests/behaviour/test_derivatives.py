@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from torch.autograd.functional import hessian, hvp, jacobian, vhp
 from torch.utils.flop_counter import FlopCounterMode
 
-from deq_compile import fixed_point, record_solves
+from deq_compile import RegionWarning, fixed_point, record_solves
 from tests.helpers import compiled
 
 with torch.random.fork_rng():
@@ -178,14 +178,28 @@ def tangent(f: Model, grad: bool) -> Tensor:
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("grad", [True, False])
 def test_forward_mode(grad: bool) -> None:
-    """A fixed point has no loop to send tangents through; a region of fixed count has."""
-    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
-        tangent(declared, grad)
+    """That of a declared fixed point is a fixed point as well; a region of fixed count sends tangents through its loop."""
+    torch.testing.assert_close(tangent(declared, grad), tangent(loop, grad), rtol=1e-6, atol=1e-7)
+    assert tangent(lambda x: fixed_point(lambda z: 0.5 * z + 1, 0 * x.detach()), grad) is None
     run, _ = compiled(loop, fullgraph=False)  # torch 2.14 compiles nothing that carries tangents
     run(X)
     torch.testing.assert_close(tangent(run, grad), tangent(loop, grad))
     with forward_ad.dual_level():  # nothing carries a tangent
         torch.testing.assert_close(declared(X), loop(X), rtol=1e-6, atol=1e-7)
+
+
+def test_nobody_differentiates_a_tangent_in_silence() -> None:
+    x = X.clone().requires_grad_()
+    with forward_ad.dual_level():
+        y = forward_ad.unpack_dual(declared(forward_ad.make_dual(x, torch.cos(X))))
+        torch.testing.assert_close(torch.autograd.grad(y.primal.sum(), x)[0], torch.autograd.grad(loop(x).sum(), x)[0])
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(y.tangent.sum(), x)
+
+
+def test_a_tangent_that_is_not_reached_is_said() -> None:
+    with pytest.warns(RegionWarning, match="its tangent missed backward_tol"):
+        tangent(lambda x: declared(x, backward_max_iter=1, max_iter=3, tol=0.5), grad=False)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")

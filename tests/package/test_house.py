@@ -16,7 +16,7 @@ LAYERS = (
     ("deq_compile/__init__", "deq_compile/testing"),
     ("deq_compile/api",),
     ("deq_compile/backend", "deq_compile/caches", "deq_compile/onlooker"),
-    ("deq_compile/rewrite", "deq_compile/as_written"),
+    ("deq_compile/rewrite", "deq_compile/as_written", "deq_compile/undecided"),
     ("deq_compile/capture", "deq_compile/lower"),
     ("deq_compile/passes", "deq_compile/families"),
     ("deq_compile/scope", "deq_compile/inner", "deq_compile/markers"),
