@@ -12,6 +12,7 @@ from bench.gradients import cli as gradients
 from bench.language import cli as language
 from bench.multistable import cli as multistable
 from bench.reach import cli as reach
+from bench.recycle import cli as recycle
 from bench.roofline import cli as roofline
 from bench.scaling import cli as scaling
 from bench.tables import cli as tables
@@ -29,6 +30,7 @@ COMMANDS = {
     "multistable": multistable,
     "overhead": overhead,
     "reach": reach,
+    "recycle": recycle,
     "roofline": roofline,
     "scaling": scaling,
     "step": step,

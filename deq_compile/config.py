@@ -67,6 +67,9 @@ class Options:
     ``backward_max_iter``      40             cap on the vector-Jacobian products of the refinement
     ``reuse``                  "auto"         whether the adjoint is preconditioned with the forward's factors: "always", "never";
                                               "auto": on a CPU where that has been seen to save more than it costs
+    ``recycle``                "never"        whether training calls begin with what earlier batches have learnt of
+                                              the inverse Jacobian, forward and adjoint: "always", "never"; "auto":
+                                              where that has been seen to save more than it costs. On a CPU
     ``factor_dtype``           None           dtype of the stored steps; None: the state's
     ``batch``                  "auto"         "rows": dim 0 is a batch; "whole": one coupled system;
                                               "auto": probed once
@@ -104,6 +107,7 @@ class Options:
     backward_tol: float | None = None
     backward_max_iter: int | None = None
     reuse: str | None = None
+    recycle: str | None = None
     factor_dtype: torch.dtype | None = None
     batch: str | None = None
     min_repeats: int | None = None
@@ -226,6 +230,7 @@ class Config:
     backward_tol: float
     backward_max_iter: int
     reuse: str
+    recycle: str
     factor_dtype: torch.dtype | None
     batch: str
     min_repeats: int

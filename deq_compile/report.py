@@ -86,7 +86,8 @@ class Standing:
     the last measured max over samples of |z_N - z*| / |z*|, None before a verification or where none is asked for. `engine` is
     what the iterations ran on at the last call ("loop", "chunks", "while"; see region/engine), `engine_reason` why on nothing
     better. `reuse` tells whether the backward makes use of the forward's factors, `gradient_error` how far its gradients of the
-    operands were off when last measured, relative to those at a tenth of the tolerance.
+    operands were off when last measured, relative to those at a tenth of the tolerance. `recycle` says in words what begins with
+    factors of earlier batches; empty where the option is off.
     """
 
     status: str = "pending"
@@ -95,6 +96,7 @@ class Standing:
     engine_reason: str = ""
     gradient_error: float | None = None
     reuse: bool = True
+    recycle: str = ""
 
 
 @dataclasses.dataclass
@@ -142,6 +144,10 @@ class Region:
     def reuse(self) -> bool:
         return self.standing.reuse
 
+    @property
+    def recycle(self) -> str:
+        return self.standing.recycle
+
 
 @dataclasses.dataclass
 class Report:
@@ -186,6 +192,7 @@ class Report:
         lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
         idle = "without the forward's factors, which cost more than they save"
         lines += [f"backward    {r.location}: {idle}" for r in self.regions if not r.reuse]
+        lines += [f"recycled    {r.location}: factors of earlier batches serve {r.recycle}" for r in self.regions if r.recycle]
         lines += [
             f"gradient    {r.location}: off by {r.gradient_error:.0e}, against a tenth of the adjoint's tolerance"
             for r in self.regions

@@ -18,6 +18,7 @@ from torch import Tensor
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.gcr import GcrState, move, new_state
 from deq_compile.kernels.iteration import MAX_ITER, NONFINITE
+from deq_compile.kernels.recycle import Shared, Sketch
 from deq_compile.kernels.reuse import apply_transpose, multisecant
 from deq_compile.region.modes import without_grad
 from deq_compile.region.solvers import FLOOR_EPS
@@ -47,6 +48,7 @@ class AdjointSolution:
         residuals: (B,) the same of each sample.
         status: how it ended.
         reused: whether the forward's factors had a part in it.
+        recycled: whether the shared inverse of earlier batches had.
         error: estimate of |w - w*| / |w| over the batch, where it was asked for; see :func:`estimated_error`.
     """
 
@@ -58,6 +60,7 @@ class AdjointSolution:
     residuals: Tensor
     status: AdjointStatus
     reused: bool = False
+    recycled: bool = False
     error: float | None = None
 
     def after(self, vjps: int) -> AdjointSolution:
@@ -79,6 +82,8 @@ class AdjointProblem:
         watched: whether a device may be asked how far it is. False: ``max_iter`` VJPs and one more, whatever they come to; the
             batch's residual is not known (NaN), and the status says nothing.
         estimate: whether to estimate the error of w too.
+        shared: about (I - J^T)^-1 for all samples, which preconditions where there are no factors.
+        sketch: what takes in the iteration's own pairs when it has ended.
 
     Raises:
         ValueError: ``max_iter`` < 1.
@@ -91,6 +96,8 @@ class AdjointProblem:
     skip: int = 0
     watched: bool = True
     estimate: bool = False
+    shared: Shared | None = None
+    sketch: Sketch | None = None
 
     def __post_init__(self) -> None:
         if self.max_iter < 1:
@@ -122,16 +129,35 @@ def solve_adjoint(
     """
     problem = problem or AdjointProblem(**settings)
     if math.isinf(problem.tol):
-        found = _one_vjp(vjp_full, apply_transpose(factors, q) if factors is not None else q.clone(), q)
+        found = _one_vjp(vjp_full, _raw(factors, q), q)
         return replace(found, reused=factors is not None)
-    operator = multisecant(factors, problem.skip) if factors is not None else None
-    memory = min(problem.max_iter, MEMORY)
-    adjoint = new_state(q, operator, memory, tol=problem.tol, floor=problem.floor(q.dtype), capacity=problem.expected)
+    adjoint = begin(q, factors, problem, problem.expected)
     if not problem.watched:
         return _unwatched(vjp, vjp_full, adjoint, problem.max_iter)
     found = _refine(vjp, vjp_full, adjoint, problem.max_iter, 1 if problem.expected is None else problem.expected)
+    if problem.sketch is not None:
+        problem.sketch.take(adjoint.basis[..., : q.shape[1]], adjoint.n)
     error = estimated_error(adjoint, found) if problem.estimate and q.numel() else None
-    return replace(found, reused=factors is not None, error=error)
+    return replace(found, reused=factors is not None, recycled=adjoint.shared is not None, error=error)
+
+
+def begin(q: Tensor, factors: Factors | None, problem: AdjointProblem, capacity: int | None) -> GcrState:
+    """The iteration before its first VJP. Factors of a solve that began with a shared inverse stand for M P^-T: to make M of them
+    takes P^T, and no other shared inverse."""
+    operator = multisecant(factors, problem.skip) if factors is not None else None
+    shared = problem.shared
+    if factors is not None:
+        shared = None if factors.shared is None else factors.shared.T
+    memory = min(problem.max_iter, MEMORY)
+    return new_state(q, operator, memory, tol=problem.tol, floor=problem.floor(q.dtype), capacity=capacity, shared=shared)
+
+
+def _raw(factors: Factors | None, q: Tensor) -> Tensor:
+    """-H^T q by the forward's own inverse H."""
+    if factors is None:
+        return q.clone()
+    w = apply_transpose(factors, q)
+    return w if factors.shared is None else factors.shared.T.apply_(w)
 
 
 def estimated_error(adjoint: GcrState, found: AdjointSolution) -> float:

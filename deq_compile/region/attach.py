@@ -32,6 +32,7 @@ from .backward import BACKWARDS, AdjointCall
 from .body import Linearised
 from .layout import Layout
 from .op import once
+from .pool import Recycled
 from .run import adjoint
 from .site import Site
 from .surroundings import for_each_of_batch, is_batched
@@ -44,12 +45,14 @@ _twins: weakref.WeakKeyDictionary[Site, Site] = weakref.WeakKeyDictionary()
 
 @dataclasses.dataclass(frozen=True)
 class Attachment:
-    """What is known of a fixed point: its region, how its state lies, what its solve has left, the number of its record."""
+    """What is known of a fixed point: its region, how its state lies, what its solve has left, the number of its record, and
+    what earlier batches have left."""
 
     site: Site
     layout: Layout
     factors: Factors | None = None
     serial: int = 0
+    recycled: Recycled | None = None
 
 
 def attach(f: Body, z: Tensor, known: Attachment, derivatives: int) -> list[Tensor]:
@@ -144,7 +147,7 @@ class _Node(Linearised):
         """What goes on to the attached evaluation of f, for the cotangents of the fixed point."""
         layout, site = self.known.layout, self.known.site
         given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, self.inputs, strict=True)]
-        call = AdjointCall(site, self.known.factors, inside=graphs.capturing())
+        call = AdjointCall(site, self.known.factors, inside=graphs.capturing(), recycled=self.known.recycled)
         w = adjoint(BACKWARDS[site.spec.config.backward], self, layout.flatten(given), call, self.known.serial).w
         return layout.unflatten(w)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor
 
 from deq_compile.kernels.broyden import Factors
+from deq_compile.region.pool import Recycled
 from deq_compile.registry import BACKWARDS
 
 __all__ = ["BACKWARDS", "AdjointCall", "Backward"]
@@ -28,6 +29,7 @@ class AdjointCall:
     factors   of the forward, where the mode wants them and they have arrived
     inside    whether somebody captures the stream: nothing may be asked of the device
     again     makes the factors of a forward whose own did not arrive, by solving once more
+    recycled  what earlier batches have left, as the forward found it; None where nothing is recycled
     captured  the same adjoint as a captured graph would give it; None where none serves
     """
 
@@ -36,6 +38,7 @@ class AdjointCall:
     inside: bool = False
     again: Callable[[], Factors | None] = lambda: None
     captured: Callable[[Factors | None], AdjointSolution | None] = lambda factors: None
+    recycled: Recycled | None = None
 
 
 class Backward(abc.ABC):

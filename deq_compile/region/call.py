@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from deq_compile.kernels.device import on_gpu
+from deq_compile.kernels.recycle import Shared, Sketch
 
 from . import graphs, records
 from .agree import look
@@ -16,6 +17,8 @@ from .body import EagerRunner, Runner, runner_for
 from .forward import Solution, solve
 from .kept import OwnLoop, own_loop
 from .layout import Layout
+from .pool import Recycled
+from .recycling import pool_of, solve_recycled
 from .site import Site
 from .solvers import PLAIN, SOLVERS, Problem, Solver
 from .stop import any_of
@@ -42,6 +45,7 @@ class Call:
 
     inside  whether somebody captures the caller's stream: nothing may be asked of the device
     z0      (B, D) where the iteration begins
+    recycled  what earlier batches have left for the backward
     """
 
     def __init__(
@@ -70,15 +74,19 @@ class Call:
         self.stop = any_of(spec.stop, self.layout, (*operands, *sizes))
         self.own_stop = any_of(spec.own_tests, self.layout, (*operands, *sizes))
         self._solve = solve
+        self.recycled: Recycled | None = None
         if self.watch is not None:
             self.body, self._solve = self.watch.timed("body", self.body), self.watch.timed("solver", solve)
 
     def solved(
-        self, start: Tensor, tol: float, *, solver: Solver | None = None, max_iter: int | None = None, tested: bool = True
-    ) -> Solution:
+        self, start: Tensor, tol: float, *, solver: Solver | None = None, max_iter: int | None = None, tested: bool = True,
+        shared: Shared | None = None, sketch: Sketch | None = None,
+    ) -> Solution:  # fmt: skip
         """A solve from `start` (B, D) with the region's settings, but for those given; by `tol` alone without `tested`."""
         site = self.site
         problem = problem_of(site, tol=tol, watched=not self.inside, stop=self.stop if tested else None)
+        if shared is not None or sketch is not None:
+            problem = dataclasses.replace(problem, shared=shared, sketch=sketch)
         if max_iter is not None:
             problem = dataclasses.replace(problem, max_iter=max_iter)
         found = self._solve(self.body, start, problem, solver=solver or SOLVERS[site.spec.config.solver])
@@ -99,7 +107,8 @@ class Call:
             solution = captured.solve(self.z0, self.operands, leaves=site.spec.stores_steps)
             if solution is not None:
                 return solution
-        return self.solved(self.z0, site.tol)
+        pool = pool_of(self)
+        return self.solved(self.z0, site.tol) if pool is None else solve_recycled(self, pool)
 
     def own(self, linearised: bool) -> OwnLoop:
         """The user's own loop. `linearised`: with the body linearised at each iterate, as the loop itself would save it."""

@@ -116,6 +116,8 @@ def solve(
     if isinstance(solver, str):
         solver = SOLVERS[solver]
     problem = problem or Problem(**settings)
+    if problem.shared is not None or problem.sketch is not None:
+        solver = solver.recycling or solver
     progress, z = solver.start(z0, problem)
     _iterate(f, z, progress, problem.max_iter, solver.step, problem.stop)
     return Solution.of(progress, solver.factors(progress))

@@ -33,6 +33,7 @@ class SolveRecord:
     adjoint_residual_batch  and the same with norms over the whole batch: the quantity refinement stops on
     adjoint_message the adjoint solver's word
     reused         whether the backward made use of the forward's factors; None until it has run
+    recycled       whether the solve began with what earlier batches had left; `recycled_adjoint` whether the adjoint did
     adjoint_error  estimate of |w - w*| / |w| over the batch, from the adjoint's own iteration; None where it made none
     gradient_error relative error of the operands' gradients when it was last measured, against a tenth of the tolerance
     bytes          held from forward to backward for the stored steps and coefficients
@@ -56,6 +57,8 @@ class SolveRecord:
     adjoint_residual_batch: float | None = None
     adjoint_message: str = ""
     reused: bool | None = None
+    recycled: bool = False
+    recycled_adjoint: bool | None = None
     adjoint_error: float | None = None
     gradient_error: float | None = None
     bytes: int = 0
@@ -72,6 +75,7 @@ class SolveRecord:
         self.residual_mean = float(solution.residual.mean())
         self.converged = float(converged(solution.status).double().mean())
         self.message = message_of(solution.status)
+        self.recycled = solution.state is not None and solution.state.shared is not None
 
 
 @dataclasses.dataclass(eq=False)  # two recorders with equal contents are two
@@ -181,6 +185,7 @@ def complete_adjoint(serial: int, q: Tensor, found: AdjointSolution, gradient_er
         adjoint_residual_batch=float(found.residual),
         adjoint_message=found.status.message,
         reused=found.reused,
+        recycled_adjoint=found.recycled,
         adjoint_error=found.error,
         gradient_error=gradient_error,
     )

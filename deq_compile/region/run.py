@@ -23,6 +23,7 @@ from .call import Call, problem_of, runner_of
 from .comparison import compare, compare_call
 from .forward import Solution, or_plain, solve
 from .kept import OwnLoop, Trajectory, loop_gradient, own_loop
+from .pool import Recycled
 from .site import Site
 from .solvers import SOLVERS
 from .stop import any_of
@@ -43,11 +44,13 @@ class SavedForBackward:
     linear   the body linearised at the fixed point, where the last evaluation gave that too
     loop     the body linearised at every iterate of a loop that was kept
     factors  of the solve, where the adjoint makes use of them
+    recycled what earlier batches have left for the adjoint
     """
 
     linear: Linearised | None = None
     loop: Sequence[Linearised] = ()
     factors: Factors | None = None
+    recycled: Recycled | None = None
 
 
 class Ticket(NamedTuple):
@@ -135,7 +138,7 @@ def run(call: Call) -> Result:
         if first is None or z is not first.z:
             linear = image = None
         given = _given(call, z, image)
-        saved = SavedForBackward(linear, factors=_factors(site, solution))
+        saved = SavedForBackward(linear, factors=_factors(site, solution, call.recycled), recycled=call.recycled)
     serial = 0 if call.inside else _record(call, solution, z, saved.factors, kept)
     return Result(z, given, solution, own, kept, serial, saved)
 
@@ -186,9 +189,10 @@ def _where_it_missed(call: Call, solution: Solution) -> Solution | None:
     return None if missed and cap is not None else solution
 
 
-def _factors(site: Site, solution: Solution) -> Factors | None:
+def _factors(site: Site, solution: Solution, recycled: Recycled | None) -> Factors | None:
     """What the backward is going to use of a solve."""
-    wanted = site.spec.stores_steps and (site.reuses or site.reuse_due())
+    due = site.reuse_due() or (recycled is not None and recycled.due)
+    wanted = site.spec.stores_steps and (site.reuses or due)
     return solution.state.alone() if wanted and solution.state is not None else None
 
 
@@ -271,11 +275,12 @@ class _Backward:
         self.z = self.layout.held(self.inputs.states)
         # Not a closure over self: what a backward holds has to go when it ends, so that its memory, still warm, is used again.
         self.deferred = Deferred(functools.partial(self.runner.linearise, self.z, self.operands, self.needs))
-        known = self.deferred.found = self.inputs.saved.linear if self.needs == spec.needs else None
+        saved = self.inputs.saved
+        known = self.deferred.found = saved.linear if self.needs == spec.needs else None
         linear: Linearised = known or self.deferred
         if self.watch is not None:
             linear = TimedLinearised(self.deferred.get(), self.watch)
-        call = AdjointCall(site, self.inputs.saved.factors, self.inside, self._factors_again, self._captured)
+        call = AdjointCall(site, saved.factors, self.inside, self._factors_again, self._captured, saved.recycled)
         found = adjoint(mode, linear, self.q, call, self.inputs.ticket.serial, self.watch)
         if self.inside or gradient_is_the_loops(site, linear, found):  # inside nothing may be asked of the device
             return None, found.payload

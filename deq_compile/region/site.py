@@ -31,6 +31,7 @@ from .backward import BACKWARDS
 from .body import BodySpec
 from .forward import Solution
 from .layout import Layout, channels_last, flat_dtype, layout_of
+from .pool import Pool
 from .solvers import SOLVERS
 from .stop import StopTest
 from .worth import WayOut
@@ -190,7 +191,7 @@ class Site:
     votes     whether what it finds counts for the other ranks
     has_captures  whether captured solves are held for it; uncompiled: whether its body runs as it is, for now
     way_out   how the loop can be given back to stock Dynamo, where solving it cannot pay
-    standing  what a report may ask for, for as long as somebody has it, the site gone or not
+    standing  what a report may ask for, for as long as somebody has it, the site gone or not; pool: what outlives a training step
     """
 
     def __init__(self, key: str, spec: RegionSpec) -> None:
@@ -217,9 +218,9 @@ class Site:
         self.problem: tuple[Any, Any] = (None, None)
         self.adjoint_problem: tuple[Any, Any] = (None, None)
         self.engine, self.engine_reason = "loop", ""
-        self.has_captures = self.uncompiled = False
-        self.place, self.votes = "", True
+        self.has_captures, self.uncompiled, self.place, self.votes = False, False, "", True
         self.finding: str | None = None
+        self.pool = None if config.recycle == "never" else Pool(always=config.recycle == "always")
         self.standing = Standing()
         self.way_out: WayOut | None = None
         self.stand()
@@ -235,6 +236,7 @@ class Site:
         now = self.standing
         now.status, now.distance, now.reuse = self.verdict, self.distance, self.reuses
         now.engine, now.engine_reason, now.gradient_error = self.engine, self.engine_reason, self.gradient_error
+        now.recycle = "" if self.pool is None else str(self.pool)
 
     @property
     def solving(self) -> str:
@@ -316,10 +318,8 @@ class Site:
         self.follows = self.follows or verdict == "follow"
         verdict = self.solving if verdict == "solve" else verdict
         if verdict != self.verdict or distance is not None:
-            log.log(
-                logging.INFO if verdict != self.verdict else logging.DEBUG,
-                "region %s at %s: %s (distance %s)", self.key, self.spec.where, verdict, distance,
-            )  # fmt: skip
+            level = logging.INFO if verdict != self.verdict else logging.DEBUG
+            log.log(level, "region %s at %s: %s (distance %s)", self.key, self.spec.where, verdict, distance)
             self.verdict = verdict
             self.distance = distance if distance is not None else self.distance
             self.stand()

@@ -3,7 +3,7 @@
 The one place where an implementation is chosen: callers use the names below and never an implementation's module.
 """
 
-from .dispatch import advance, new_state, step, step_residual
+from .dispatch import advance, new_state, step, step_preconditioned, step_residual
 from .state import BroydenState, Factors, coefficient_width, factors_of, row_width
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "new_state",
     "row_width",
     "step",
+    "step_preconditioned",
     "step_residual",
 ]

@@ -36,6 +36,13 @@ def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, 
     _observe_and_advance(state, z, g, stop_norm, None, last)
 
 
+def step_preconditioned(state: BroydenState, z: Tensor, f: Tensor, moved: Tensor, *, last: bool = False) -> None:
+    """:func:`step` that judges f - z and moves by `moved` (B, D), which is P (f - z): an inverse that begins with H_0 = -P."""
+    f = f.to(z.dtype)
+    norm, scale = torch.linalg.vector_norm(f - z, dim=1), torch.linalg.vector_norm(f, dim=1).add_(NORM_EPS)
+    _observe_and_advance(state, z, moved, norm, scale, last, f)
+
+
 def _observe_and_advance(
     state: BroydenState, z: Tensor, g: Tensor, norm: Tensor, scale: Tensor | None, last: bool, f: Tensor | None = None
 ) -> None:

@@ -6,7 +6,7 @@
 
 #include <omp.h>
 
-enum Flag : i64 { LAST = 1, NO_OBSERVATION = 2, RESIDUAL_GIVEN = 4 };
+enum Flag : i64 { LAST = 1, NO_OBSERVATION = 2, RESIDUAL_GIVEN = 4, PRECONDITIONED = 8 };
 
 template <class T>
 struct Broyden {
@@ -208,9 +208,11 @@ static bool observe(const Broyden<T>& s, i64 b, T* z, T stop, T scale, i64 evalu
   return false;
 }
 
-// One sample: residual, stopping test, step. Returns whether it still runs.
+// One sample: residual, stopping test, step. Returns whether it still runs. moved: what to move by in place of f - z, where another
+// inverse than -I begins.
 template <class T>
-static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms, i64 evaluation, i64 flags, bool split) {
+static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms, const T* moved, i64 evaluation, i64 flags,
+                   bool split) {
   static thread_local Scratch<T> w;
   w.fit(s.ld, chunks_of(s.D));
   i64 D = s.D, n = s.n[b];
@@ -242,6 +244,7 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
     const T* image = flags & RESIDUAL_GIVEN ? nullptr : f;
     if (!observe<T>(s, b, z, stop, scale, evaluation, flags & LAST, improved, norm, ceiling, image)) return false;
   }
+  if (moved) std::memcpy(g, moved, sizeof(T) * D);
   advance<T>(s, w, b, z, g, improved, split);
   return true;
 }
@@ -249,11 +252,14 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
 template <class T>
 static i64 step(Broyden<T>* s, T* z, const T* f, const T* norms, i64 evaluation, i64 flags) {
   i64 active = 0;
+  const T* moved = flags & PRECONDITIONED ? norms : nullptr;  // (B, D)
+  if (moved) norms = nullptr;
   bool rows = s->B >= s->threads;  // else the threads share the chunks of one row after the other
 #pragma omp parallel for num_threads(s->threads) reduction(+ : active) if (s->threads > 1 && rows)
   for (i64 b = 0; b < s->B; b++)
     if (s->done[b] == RUNNING)
-      active += sample<T>(*s, b, z + b * s->D, f + b * s->D, norms, evaluation, flags, s->threads > 1 && !rows);
+      active += sample<T>(*s, b, z + b * s->D, f + b * s->D, norms, moved ? moved + b * s->D : nullptr, evaluation, flags,
+                          s->threads > 1 && !rows);
   if (!active) s->converged = std::count(s->done, s->done + s->B, int8_t(CONVERGED));
   return active;
 }

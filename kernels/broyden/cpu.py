@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import native, workspace
 from .state import BroydenState, Factors, coefficient_width, new_factors
 
-_LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN = 1, 2, 4
+_LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN, _PRECONDITIONED = 1, 2, 4, 8
 
 
 def describe(factors: Factors) -> native.Broyden:
@@ -88,10 +88,10 @@ class CpuState(native.Parts, BroydenState):
 
     def alone(self) -> Factors:
         if self.grown:  # the first block may go
-            return Factors(S=self.S, C=self.C, n=self.n.clone(), slots_written=self.slots_written)
+            return Factors(S=self.S, C=self.C, n=self.n.clone(), slots_written=self.slots_written, shared=self.shared)
         struct = self.struct
         struct.arena = self.arena  # or its memory would go where all tensors of it are empty
-        return Factors(S=self.S, C=self.C, n=self.n, slots_written=self.slots_written, native=struct)
+        return Factors(S=self.S, C=self.C, n=self.n, slots_written=self.slots_written, native=struct, shared=self.shared)
 
     def shaped(self, name: str, flat: Tensor) -> Tensor:
         B, D = self.z_best.shape
@@ -143,6 +143,10 @@ class CpuState(native.Parts, BroydenState):
     def step_residual(self, z: Tensor, g: Tensor, stop_norm: Tensor, *, last: bool = False) -> None:
         self.evaluations += 1
         self._call(z, g, stop_norm, _RESIDUAL_GIVEN | (_LAST if last else 0))
+
+    def step_preconditioned(self, z: Tensor, f: Tensor, moved: Tensor, *, last: bool = False) -> None:
+        self.evaluations += 1
+        self._call(z, f, moved, _PRECONDITIONED | (_LAST if last else 0))
 
     def advance(self, z: Tensor, g: Tensor) -> None:
         self._call(z, g, None, _RESIDUAL_GIVEN | _NO_OBSERVATION)

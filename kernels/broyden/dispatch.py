@@ -84,6 +84,17 @@ def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, 
         aten.step_residual(state, z, g, stop_norm, last=last)
 
 
+def step_preconditioned(state: BroydenState, z: Tensor, f: Tensor, moved: Tensor, *, last: bool = False) -> None:
+    """:func:`step` of an inverse that begins with H_0 = -P: f - z is judged, ``moved`` = P (f - z), (B, D), is what is moved by.
+    What is stored are the factors of the preconditioned problem. On a CPU, or in ATen."""
+    if isinstance(state, CpuState):
+        state.step_preconditioned(z, f, moved, last=last)
+    elif isinstance(state, TritonState):
+        raise NotImplementedError("expected a state that ATen or C++ works on: the Triton step takes no preconditioned residual")
+    else:
+        aten.step_preconditioned(state, z, f, moved, last=last)
+
+
 def advance(state: BroydenState, z: Tensor, g: Tensor) -> None:
     """One Broyden step from ``z`` with residual ``g`` (both (B, D)), for the samples that still run; nothing is observed."""
     if isinstance(state, _OWN):

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import workspace
 from ..device import on_gpu
 from ..iteration import Progress, progress_fields
+from ..recycle import Shared, Sketch
 
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -33,6 +34,7 @@ class Factors:
         n: (B,) int32, number of steps stored; n - 1 of them have a row in C.
         slots_written: number of slots of S that have ever been written.
         native: what an implementation remembers of the tensors above.
+        shared: P = -H_0 where the solve did not begin with H_0 = -I: H is then the one above, times P.
     """
 
     S: Tensor
@@ -40,6 +42,7 @@ class Factors:
     n: Tensor
     slots_written: int = 0
     native: Any = None
+    shared: Shared | None = None
 
     @property
     def memory(self) -> int:
@@ -60,17 +63,21 @@ class BroydenState(Progress, Factors):
         eta: Powell's guard: an update whose denominator is below eta in magnitude is damped; 0 for the textbook's.
         count: steps stored by every sample that still runs; equals its ``n``.
         guarded: whether samples were frozen before a restart, so that slots below ``slots_written`` may be in use.
+        sketch: where the iteration takes down what it passes.
+        spare: (B, D) for the residual where `shared` or `sketch` asks for it: a new tensor an iteration would be faulted in.
     """
 
     eta: float
     count: int = 0
     guarded: bool = False
+    sketch: Sketch | None = None
+    spare: Tensor | None = None
 
     def unwatched(self) -> None:
         """Do not ask a device how far it is: the iteration goes on to its cap, as somebody else's capture needs."""
 
     def alone(self) -> Factors:
-        return Factors(S=self.S, C=self.C, n=self.n, slots_written=self.slots_written)
+        return Factors(S=self.S, C=self.C, n=self.n, slots_written=self.slots_written, shared=self.shared)
 
     def iterate(self, z0: Tensor) -> Tensor:
         """The iterate to begin with: (B, D), contiguous, equal to the ``z0`` of this state and no other's."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..iteration import Progress
+from ..recycle import Shared
 from ..reuse.multisecant import Multisecant
 
 # A new image counts as dependent on the basis when orthogonalising leaves less than this many eps of it.
@@ -41,6 +42,8 @@ class GcrState(Progress):
         batch: |r(w)| / |q| over the batch, of the last VJP; where nothing may synchronise, when the host last looked.
         count: pairs in the basis of every sample that still runs (the lockstep implementation's own).
         converged: whether the batch's residual reached `tol`.
+        shared: P, which comes before M in every trial: w = x + P M r.
+        spare: (B, D) for the step that it is applied to.
     """
 
     q: Tensor
@@ -57,6 +60,8 @@ class GcrState(Progress):
     batch: float = 0.0
     count: int = 0
     converged: bool = False
+    shared: Shared | None = None
+    spare: Tensor | None = None
 
     def unwatched(self) -> None:
         """Do not ask a device how far it is: the iteration goes on to its cap, as somebody else's capture needs."""

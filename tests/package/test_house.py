@@ -27,7 +27,7 @@ LAYERS = (
     ("deq_compile/option_rules", "deq_compile/registry", "deq_compile/torch_parts"),
 )  # fmt: skip
 # The same among the kernels: solvers know the factors of Broyden's, all know the iteration, nobody knows the solvers.
-KERNELS = (("gcr",), ("reuse",), ("broyden", "anderson"), ("iteration",),
+KERNELS = (("gcr",), ("reuse",), ("broyden", "anderson"), ("iteration", "recycle"),
            ("native", "tiles", "tuned", "workspace", "folder", "device", "triton_shared"))  # fmt: skip
 
 

@@ -36,10 +36,10 @@ def factors_pay(vjp: VJP, q: Tensor, factors: Factors, found: AdjointSolution, p
     if not adjoint.converged:
         return True
     product = counter.get_total_flops() / plain + ELEMENT_FLOPS * q.numel()
-    return (plain - found.needed) * product > OPERATOR_COST * _operator_flops(factors.n, q.shape[1], found.needed + 1)
+    return (plain - found.needed) * product > OPERATOR_COST * operator_flops(factors.n, q.shape[1], found.needed + 1)
 
 
-def _operator_flops(n: Tensor, D: int, applications: int) -> float:
+def operator_flops(n: Tensor, D: int, applications: int) -> float:
     """Operations of making M for each sample, and of applying it so many times."""
     steps = n.double()
     return float((steps * steps * D + 4 * steps**3 + 4 * steps * D * applications).sum())

@@ -13,7 +13,9 @@ from deq_compile.region import records
 from deq_compile.region.adjoint import AdjointProblem, AdjointSolution, solve_adjoint
 from deq_compile.region.backward import BACKWARDS, AdjointCall, Backward
 from deq_compile.region.backwards.policy import factors_pay
+from deq_compile.region.backwards.recycled import solve_recycled
 from deq_compile.region.body import Linearised
+from deq_compile.region.pool import Way
 from deq_compile.region.site import Site
 from deq_compile.region.verdict import measure_gradient
 
@@ -31,37 +33,43 @@ class Reuse(Backward):
         if factors is None and raw and site.spec.stores_steps:  # then the gradient is made of them
             factors = call.again()
         asked = not (raw or call.inside)
-        # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
-        asks = factors is not None and asked and not on_gpu(q.device)
-        due = asks and site.reuse_due()
-        if asks and not (due or site.reuses):
-            factors = None
         measures = asked and q.numel() > 0 and site.gradient_due()
         if on_gpu(q.device) and asked and not measures and (found := call.captured(factors)) is not None:
             site.expected_vjps = found.needed
             return dataclasses.replace(found, reused=factors is not None)
-        found = self._solve(linear, q, call, factors, due)
+        # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
+        found, way = self._solve(linear, q, call, factors, asks=asked and not on_gpu(q.device))
         if measures:
-            factors = factors if found.reused else None
 
             def attempt(tol: float) -> AdjointSolution:
-                problem = dataclasses.replace(_problem(call, q), tol=tol, expected=None)
-                return solve_adjoint(linear.vjp, linear.vjp_full, q, factors, problem)
+                problem = dataclasses.replace(_problem(call, q), tol=tol, expected=None, shared=way.shared)
+                return solve_adjoint(linear.vjp, linear.vjp_full, q, way.factors, problem)
 
             found = measure_gradient(site, found, attempt)
         site.expected_vjps = found.needed
         return found
 
-    def _solve(self, linear: Linearised, q: Tensor, call: AdjointCall, factors: Factors | None, due: bool) -> AdjointSolution:
-        """The adjoint; where that is `due`, made without the factors as well, to see whether they pay."""
+    def _solve(
+        self, linear: Linearised, q: Tensor, call: AdjointCall, factors: Factors | None, asks: bool
+    ) -> tuple[AdjointSolution, Way]:
+        """The adjoint, and the way it was preconditioned; `asks`: it may be asked which way pays."""
         site, problem = call.site, _problem(call, q)
+        if asks and call.recycled is not None and q.numel() and site.spec.config.backward_max_iter > 0:
+            try:
+                return solve_recycled(linear, q, call, call.recycled, problem)
+            finally:
+                site.backwards += 1
+        due = asks and factors is not None and site.reuse_due()
+        if asks and not (due or site.reuses):
+            factors = None
         site.backwards += 1
         found = solve_adjoint(linear.vjp, linear.vjp_full, q, factors, problem)
         if due and factors is not None and q.numel():
             site.reuse(factors_pay(linear.vjp, q, factors, found, problem))
             if not site.reuses:  # this very call's gradient is that of the calls after it
+                factors = None
                 found = solve_adjoint(linear.vjp, linear.vjp_full, q, None, problem)
-        return found
+        return found, Way("plain" if factors is None else "factors", factors)
 
 
 def _problem(call: AdjointCall, q: Tensor) -> AdjointProblem:

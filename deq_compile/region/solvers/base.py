@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.iteration import Progress
+from deq_compile.kernels.recycle import Shared, Sketch
 from deq_compile.registry import SOLVERS
 
 __all__ = ["FLOOR_EPS", "SOLVERS", "Problem", "Solver"]
@@ -38,6 +39,8 @@ class Problem:
         watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
         anderson_memory, anderson_damping: m and beta of "anderson"; others may read them as they like.
         stop: (z, f(z)) -> whether the whole batch may stop here; ``tol`` and the floor stop single samples beside it.
+        shared: an inverse Jacobian to begin with, in place of the identity, for a solver that takes one (``recycling``).
+        sketch: where such a solver takes down what it passes.
 
     Raises:
         ValueError: ``stop_mode`` or ``max_iter`` is not as above.
@@ -55,6 +58,8 @@ class Problem:
     anderson_memory: int = 5
     anderson_damping: float = 1.0
     stop: Callable[[Tensor, Tensor], bool] | None = None
+    shared: Shared | None = None
+    sketch: Sketch | None = None
 
     def __post_init__(self) -> None:
         if self.stop_mode not in STOP_MODES:
@@ -80,6 +85,8 @@ class Solver(abc.ABC):
     plain           whether it takes the user's own iterates, z <- f(z)
     stays           whether the solution is where f was evaluated last, once every sample has converged: what that evaluation
                     saves then serves the backward
+    recycling       the same solver as one that begins with an inverse Jacobian that others have learnt, and tells what it learns
+                    itself; None: there is none
     """
 
     name: str
@@ -87,6 +94,7 @@ class Solver(abc.ABC):
     captures: ClassVar[bool] = False
     plain: ClassVar[bool] = False
     stays: ClassVar[bool] = False
+    recycling: ClassVar[Solver | None] = None
 
     @abc.abstractmethod
     def start(self, z0: Tensor, problem: Problem) -> tuple[Progress, Tensor]:

@@ -1,10 +1,11 @@
-"""Good Broyden with H_0 = -I (:mod:`deq_compile.kernels.broyden`), whose factors the backward uses."""
+"""Good Broyden with H_0 = -I (:mod:`deq_compile.kernels.broyden`), whose factors the backward uses; and with a shared H_0."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from deq_compile.kernels import broyden
+from deq_compile.kernels import broyden, workspace
 from deq_compile.kernels.broyden import BroydenState, Factors
 from deq_compile.kernels.iteration import Progress
 
@@ -34,4 +35,29 @@ class Broyden(Solver):
         return progress
 
 
+class Recycling(Broyden):
+    """The same with what others have learnt: it begins with `problem.shared`, and tells `problem.sketch` what it passes."""
+
+    captures = False
+
+    def start(self, z0: Tensor, problem: Problem) -> tuple[Progress, Tensor]:
+        state, z = super().start(z0, problem)
+        assert isinstance(state, BroydenState)
+        state.shared, state.sketch, state.spare = problem.shared, problem.sketch, workspace.empty(z0.shape, z0.dtype)
+        return state, z
+
+    def step(self, progress: Progress, z: Tensor, f: Tensor, *, last: bool) -> None:  # type: ignore[override]
+        assert isinstance(progress, BroydenState)
+        assert progress.spare is not None
+        f = f.to(z.dtype)
+        g = torch.sub(f, z, out=progress.spare)
+        if progress.sketch is not None:
+            progress.sketch.note(z, g)
+        if progress.shared is None:
+            broyden.step(progress, z, f, last=last)
+        else:
+            broyden.step_preconditioned(progress, z, f, progress.shared.apply_(g), last=last)
+
+
 BROYDEN = SOLVERS.register(Broyden())
+Broyden.recycling = Recycling()

@@ -1,0 +1,1 @@
+"""What factors of earlier batches save: evaluations and products over training, and the time of whole training steps."""

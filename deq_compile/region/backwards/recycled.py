@@ -1,0 +1,140 @@
+"""An adjoint that begins with what earlier ones have learnt, with the forward's factors, or with neither: what counts least."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from deq_compile.kernels.gcr import move
+from deq_compile.region.adjoint import VJP, AdjointProblem, AdjointSolution, begin, solve_adjoint
+from deq_compile.region.backward import AdjointCall
+from deq_compile.region.backwards.policy import ELEMENT_FLOPS, OPERATOR_COST, operator_flops
+from deq_compile.region.body import Linearised
+from deq_compile.region.pool import Pool, Recycled, Way
+from deq_compile.region.recycling import SAVING, drop, thin
+from deq_compile.region.status import AdjointStatus
+
+log = logging.getLogger("deq_compile.region")
+
+USUAL_PRODUCTS = 8
+# The calls of a product and of the move behind it, in operations: 80 us, as in worth.py.
+CALL_FLOPS = 8e6
+
+
+def solve_recycled(
+    linear: Linearised, q: Tensor, call: AdjointCall, recycled: Recycled, problem: AdjointProblem
+) -> tuple[AdjointSolution, Way]:
+    """The adjoint for cotangents q (B, D), and the way it went. Where the call is due, the ways are tried, and one is chosen."""
+    site, pool = call.site, call.site.pool
+    assert pool is not None
+    ways, first = ways_of(call, recycled, pool), recycled.way is None
+    way = ways[_known(call, recycled, pool, ways)]
+    sketch = None
+    if first and recycled.seed is not None:
+        sketch = pool.sketch(site.expected_vjps or USUAL_PRODUCTS, recycled.seed)
+
+    def solve(way: Way, **changes: object) -> AdjointSolution:
+        asked = dataclasses.replace(problem, shared=way.shared, **changes)  # type: ignore[arg-type]
+        return solve_adjoint(linear.vjp, linear.vjp_full, q, way.factors, asked)
+
+    found = solve(way, sketch=sketch)
+    if way.recycles and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR):
+        drop(site, pool, "forward" if way.shared is None else "adjoint")
+        way = ways["plain"]
+        found, sketch = solve(way), None
+    elif first and (recycled.due or not site.backwards) and len(ways) > 1:
+        thorough = recycled.thorough or not site.backwards
+        tried = {name: w for name, w in ways.items() if thorough or name in (way.name, "shared", pool.usual)}
+        known = {way.name: found.needed if found.status == AdjointStatus.CONVERGED else None}
+        best = choose(pool, linear.vjp, q, tried, known, problem)
+        site.reuse(best == "factors")
+        if best != way.name:
+            way = ways[best]
+            found = solve(way)
+        site.stand()
+    elif first and way.shared is not None and pool.watch_adjoint.doubts(found.needed):
+        pool.reconsider()
+    if first:
+        recycled.way = way.name
+    if sketch is not None:
+        pool.feed_adjoint(sketch)
+    return found, way
+
+
+def ways_of(call: AdjointCall, recycled: Recycled, pool: Pool) -> dict[str, Way]:
+    """What the options leave open, by name; "plain" is always there."""
+    reuse = call.site.spec.config.reuse
+    ways = {"plain": Way("plain")}
+    if recycled.adjoint is not None:
+        ways["shared"] = Way("shared", shared=recycled.adjoint)
+    if call.factors is not None and reuse != "never":
+        ways["factors"] = Way("factors", factors=call.factors)
+    return ways
+
+
+def _known(call: AdjointCall, recycled: Recycled, pool: Pool, ways: dict[str, Way]) -> str:
+    """The way to go, as far as it is known: that of the first backward of this call, of the options, or that was decided on."""
+    wanted = recycled.way or pool.way
+    if recycled.way is None and call.site.spec.config.reuse == "always":
+        wanted = "factors"
+    elif recycled.way is None and pool.always:
+        wanted = "shared"
+    if wanted in ways:
+        return wanted
+    return "factors" if "factors" in ways and call.site.reuses else "plain"
+
+
+@torch.no_grad()
+def choose(pool: Pool, vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[str, int | None], problem: AdjointProblem) -> str:
+    """The way to go on with: the pool's, where that saves something against what would be done without it. That in turn is
+    settled where the forward's factors and the plain way are both among `ways`, as it is where nothing is recycled.
+
+    Args:
+        known: products of ways that were gone already, None for one that missed.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
+    with FlopCounterMode(display=False) as counter:
+        vjp(q)
+    product = counter.get_total_flops() + ELEMENT_FLOPS * q.numel()
+    needed = {name: known[name] if name in known else products(vjp, q, way, problem) for name, way in ways.items()}
+    log.info("adjoint: products %s", needed)
+    if {"plain", "factors"} <= {*ways}:
+        pool.usual = _usual(ways["factors"], q, needed["plain"], needed["factors"], product)
+
+    def cost(name: str) -> float:
+        count = needed.get(name)
+        return math.inf if count is None else count * (product + CALL_FLOPS) + own_cost(ways[name], q, count)
+
+    best = "shared" if cost("shared") < SAVING * cost(pool.usual) else pool.usual
+    pool.decide_adjoint(best)
+    pool.watch_adjoint.decided(needed.get(pool.usual) or math.inf, needed.get("shared") or math.inf)
+    return best
+
+
+def _usual(factors: Way, q: Tensor, plain: int | None, reused: int | None, product: float) -> str:
+    """Whether the forward's factors are used where there is no pool; see :func:`~.policy.factors_pay`."""
+    if plain is None or reused is None:
+        return "factors"
+    return "factors" if (plain - reused) * product > own_cost(factors, q, reused) else "plain"
+
+
+def products(vjp: VJP, q: Tensor, way: Way, problem: AdjointProblem) -> int | None:
+    """Products that a way takes; None where it misses the tolerance."""
+    adjoint = begin(q, way.factors, dataclasses.replace(problem, shared=way.shared), None)
+    count = 0
+    while adjoint.running and not adjoint.converged:
+        count += 1
+        move(adjoint, vjp(adjoint.w), last=count == problem.max_iter)
+    return count if adjoint.converged else None
+
+
+def own_cost(way: Way, q: Tensor, count: int) -> float:
+    """Operations of a way beside its products."""
+    cost = OPERATOR_COST * operator_flops(way.factors.n, q.shape[1], count + 1) if way.factors is not None else 0.0
+    shared = way.shared if way.factors is None else way.factors.shared
+    return cost if shared is None else cost + thin(shared.rank, q) * (count + 1)
