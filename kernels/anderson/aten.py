@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..iteration import RUNNING, Progress, observe_by_masks, progress_fields
+from ..precision import without_autocast
 
 RIDGE_EPS = 10.0
 
@@ -67,6 +68,7 @@ def new_state(
     )
 
 
+@without_autocast
 def step(state: AndersonState, z: Tensor, f: Tensor, *, last: bool = False) -> None:
     """Observe f = body(z), then move every sample that still runs. In place; nothing goes to the host but `active`, now and then.
 

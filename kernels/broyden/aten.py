@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ..iteration import NORM_EPS, RUNNING, observe
+from ..precision import without_autocast
 from .state import BroydenState
 
 
+@without_autocast
 def step(state: BroydenState, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
     """Observe f = body(z), then move every sample that still runs to its next Broyden iterate. In place.
 
@@ -31,11 +33,13 @@ def step(state: BroydenState, z: Tensor, f: Tensor, *, stop_norm: Tensor | None 
     _observe_and_advance(state, z, g, norm, scale, last, f)
 
 
+@without_autocast
 def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, *, last: bool = False) -> None:
     """:func:`step` where the residual ``g`` (B, D) itself is known: f = z + g would cost its last digits."""
     _observe_and_advance(state, z, g, stop_norm, None, last)
 
 
+@without_autocast
 def step_preconditioned(state: BroydenState, z: Tensor, f: Tensor, moved: Tensor, *, last: bool = False) -> None:
     """:func:`step` that judges f - z and moves by `moved` (B, D), which is P (f - z): an inverse that begins with H_0 = -P."""
     f = f.to(z.dtype)
@@ -86,6 +90,7 @@ def _steps_and_residual(state: BroydenState, g: Tensor) -> Tensor:
     return state.S[:, : n + 1]
 
 
+@without_autocast
 def advance(state: BroydenState, z: Tensor, g: Tensor) -> None:
     """One Broyden step from ``z`` with residual ``g``, for the samples that still run. In place, without a host sync.
 

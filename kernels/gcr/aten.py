@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from ..iteration import RUNNING, observe
+from ..precision import without_autocast
 from ..reuse.multisecant import Multisecant, apply_aten
 from .state import DEPENDENT_EPS, GcrState
 
 
+@without_autocast
 def new_aten_state(
     q: Tensor, operator: Multisecant | None, memory: int, progress: dict[str, Any], w: Tensor | None = None
 ) -> GcrState:
@@ -28,6 +30,7 @@ def new_aten_state(
     )  # fmt: skip
 
 
+@without_autocast
 def move(state: GcrState, jw: Tensor, last: bool) -> None:
     """:func:`~.dispatch.move`."""
     s = state

@@ -9,6 +9,7 @@ from .. import native, workspace
 from ..broyden.state import COMPUTE_DTYPES, row_width
 from ..device import on_gpu, triton_kernels
 from ..iteration import RUNNING, progress_fields
+from ..precision import without_autocast
 from ..recycle import Shared
 from ..reuse.multisecant import Multisecant
 from ..tiles import offsets_fit
@@ -87,6 +88,7 @@ def move(state: GcrState, jw: Tensor, *, last: bool = False, look: bool = False)
         _precede(state, state.shared)
 
 
+@without_autocast
 def _precede(state: GcrState, shared: Shared) -> None:
     """The trial w = x + M r becomes x + P M r, for the samples that go on."""
     assert state.spare is not None

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..precision import without_autocast
+
 # Rank 32 saves hardly more evaluations than 16, at twice the price, and beyond a quarter of the dimension more rank is noise. The
 # ridge makes no difference between 1e-3 and 1e-1 (NOTES.md, "Factors that outlive the step").
 RANK = 16
@@ -54,6 +56,7 @@ class Shared:
         """Whether it is made for states like z (B, D)."""
         return self.A.shape[1] == z.shape[1] and self.A.dtype == z.dtype and self.A.device == z.device
 
+    @without_autocast
     def apply_(self, g: Tensor) -> Tensor:
         """P g for g (B, D), in its place."""
         return g.addmm_(self.weights(g), self.A, alpha=-1)
@@ -62,6 +65,7 @@ class Shared:
         """(B, r): Y g. Into a tensor of our own, which an autocast of the user's leaves alone."""
         return torch.mm(g, self.Yt, out=g.new_empty((g.shape[0], self.rank)))
 
+    @without_autocast
     def pairs(self) -> tuple[Tensor, Tensor]:
         """S and Y (r, D), as they were when it was made; the rows of S are orthonormal."""
         Y = self.Yt.T
@@ -73,6 +77,7 @@ def rank_for(D: int) -> int:
     return min(RANK, max(1, D // 4))
 
 
+@without_autocast
 def compress(S: Tensor, Y: Tensor, rank: int, old: Shared | None = None) -> Shared | None:
     """The shared inverse of some pairs, S and Y (P, D), and of an older one with the same weight; None where they say nothing
     that could be trusted. Beside S and Y nothing is made that has more than r rows."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import workspace
+from ..precision import without_autocast
 
 # Rows of a sketch: what the Gram matrix is made of.
 ROWS = 64
@@ -72,6 +73,7 @@ class Sketch:
                 p, image = p.masked_fill(~there[:, None], 0.0), image.masked_fill(~there[:, None], 0.0)
             self.add(p, image, negative=True)
 
+    @without_autocast
     def add(
         self, S: Tensor, Y: Tensor, far: Tensor | None = None, least: Tensor | None = None, *, negative: bool = False
     ) -> None:

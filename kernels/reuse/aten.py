@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ..broyden.state import Factors
+from ..precision import without_autocast
 
 
+@without_autocast
 def apply_transpose(factors: Factors, x: Tensor) -> Tensor:
     """-H^T x for x (B, D) in the compute dtype; see :func:`~.dispatch.apply_transpose`."""
     pairs = factors.slots_written - 1

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import workspace
 from ..broyden.state import Factors, coefficient_width
+from ..precision import without_autocast
 
 RIDGE = 0.03
 RIDGE_FAR = 3.0
@@ -57,6 +58,7 @@ def empty_weights(factors: Factors) -> Tensor:
     return workspace.empty(shape, C.dtype) if C.device.type == "cpu" else C.new_empty(shape)
 
 
+@without_autocast
 def gram_torch(S: Tensor, n: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, k, k) in `dtype`: S S^T of the first n rows of each sample, zero elsewhere. S (B, k, D)."""
     if S.dtype == dtype:
@@ -70,6 +72,7 @@ def gram_torch(S: Tensor, n: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(used[:, :, None] & used[:, None], G, 0.0)  # select: what is not in use may be NaN
 
 
+@without_autocast
 def weights_from_gram(G: Tensor, C: Tensor, n: Tensor, skip: int = 0) -> Tensor:
     """W (B, k, k) in float64, from the Gram matrix (B, k, k) of the steps and the coefficients C; sync-free.
 
@@ -119,6 +122,7 @@ def multisecant_aten(factors: Factors, skip: int = 0, G: Tensor | None = None) -
     return Multisecant(S=factors.S, V=V, n=factors.n, slots_written=k)
 
 
+@without_autocast
 def apply_aten(operator: Multisecant, x: Tensor) -> Tensor:
     """M x for x (B, D) in the compute dtype."""
     k = operator.slots_written
