@@ -187,7 +187,7 @@ def test_nothing_is_held_when_the_graph_is_gone() -> None:
         penalty(solved)
         forwards_by_two_backwards(solved)
         counts.append(alive())
-    assert counts[1] == counts[2] == counts[3]
+    assert counts[3] <= counts[1]  # what others have left may go meanwhile
 
 
 def test_backwards_in_two_threads() -> None:
