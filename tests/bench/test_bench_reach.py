@@ -20,6 +20,7 @@ from torch._inductor import compile_fx
 from bench.reach import child, cli, conduct, sources, table, ways
 from bench.reach.drivers import MODELS
 from bench.reach.manifest import Model, whole
+from deq_compile.kernels.folder import VARIABLE, private
 
 CODE = '''"""Published code: a weight-tied layer, and a script that runs when it is imported."""
 import torch
@@ -307,6 +308,7 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(
 @pytest.mark.slow
 def test_a_repository_from_end_to_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conduct, "TURNS", 3)
+    monkeypatch.setenv(VARIABLE, str(private()))  # its own cache is cold: the C++ kernels would be compiled for each run of tests
     assert cli.main(arguments(tmp_path, "--models", "tied")) == 0
     found = json.loads((tmp_path / "r.json").read_text())["rows"][0]
     assert [region["status"] for region in found["deq"]["regions"]] == ["solve"]
