@@ -1,4 +1,4 @@
-"""Numbers that grow from call to call, beside a region: `self.calls += 1`, `meter.update(k)`.
+"""Numbers that grow from call to call, beside a region: `self.calls += 1`, `self.seen["batches"] += 1`, `meter.update(k)`.
 
 Dynamo guards the number that it read, so that every call would compile the model anew, until it gives it up. Where a graph holds
 a region, it ends before such a statement: the region is compiled once, and the statement is Python's.
@@ -17,16 +17,29 @@ from . import dynamo, effects, observations, sites
 
 def install() -> Callable[[], None]:
     """Patch the translators; returns what takes the patch out again."""
-    return dynamo.patch_instructions({"STORE_ATTR": _handler})
+    made = {"STORE_ATTR": (2, _attribute), "STORE_SUBSCR": (3, _item)}
+    return dynamo.patch_instructions(
+        {opcode: functools.partial(_handler, taken=taken, written=written) for opcode, (taken, written) in made.items()}
+    )
 
 
-def _handler(original: Callable[..., Any]) -> Callable[..., Any]:
+def _attribute(tx: Any, inst: Any) -> tuple[Any, Any, Any]:
+    """What is written, to which object, and under which name."""
+    return tx.stack[-2], tx.stack[-1], inst.argval
+
+
+def _item(tx: Any, inst: Any) -> tuple[Any, Any, Any]:
+    key = tx.stack[-1]
+    return tx.stack[-3], tx.stack[-2], key.as_python_constant() if isinstance(key, dynamo.ConstantVariable) else None
+
+
+def _handler(original: Callable[..., Any], taken: int, written: Callable[..., tuple[Any, Any, Any]]) -> Callable[..., Any]:
     @functools.wraps(original)
     def handle(self: Any, inst: Any) -> Any:
         grows = False
-        if len(self.stack) >= 2 and not self.one_graph and sites.ours(self):
-            with sites.guarded(self, "looking at an attribute that is written"):
-                grows = _grows(self, self.stack[-2], self.stack[-1], inst.argval)
+        if len(self.stack) >= taken and not self.one_graph and sites.ours(self):
+            with sites.guarded(self, "looking at a number that is written"):
+                grows = _grows(self, *written(self, inst))
         if grows:
             dynamo.build(self, dynamo.graph_break).call_function(self, [], {})
         return original(self, inst)
@@ -34,7 +47,7 @@ def _handler(original: Callable[..., Any]) -> Callable[..., Any]:
     return handle
 
 
-def _grows(tx: Any, value: Any, owner: Any, name: str) -> bool:
+def _grows(tx: Any, value: Any, owner: Any, name: Any) -> bool:
     """Whether a number that this call has read from an object is written to it, and a region stands in the graph."""
     if getattr(owner, "source", None) is None or not any(
         node.target in (markers.leave, markers.may_exit) for node in tx.output.graph.nodes

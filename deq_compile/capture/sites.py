@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from deq_compile.markers import NOT_THE_USERS, PACKAGE
-from deq_compile.report import Location, Skipped
+from deq_compile.report import Location, Reason, Skipped
 from deq_compile.torch_parts import Absent
 from deq_compile.unexpected import survive
 
@@ -159,10 +159,15 @@ def refuse(tx: Any, site: str, skipped: Skipped) -> None:
 
 
 def tell(tx: Any, skipped: Skipped) -> None:
-    """Have something said in the report of the backend that is being traced for: one reason of a kind for a place."""
+    """Have something said in the report of the backend that is being traced for."""
     told = _refusals.setdefault(_teller(tx), [])
-    if not any((known.reason, known.location) == (skipped.reason, skipped.location) for known in told):
+    if skipped not in told:
         told.append(skipped)
+
+
+def has_told(tx: Any, reason: Reason, place: Location) -> bool:
+    """Whether this is said of a place already."""
+    return any((known.reason, known.location) == (reason, place) for known in _refusals.get(_teller(tx), ()))
 
 
 def refusals(backend: Any) -> list[Skipped]:

@@ -45,22 +45,23 @@ _twins: weakref.WeakKeyDictionary[Site, Site] = weakref.WeakKeyDictionary()
 
 @dataclasses.dataclass(frozen=True)
 class Attachment:
-    """What is known of a fixed point: its region, how its state lies, what its solve has left, the number of its record, and
-    what earlier batches have left."""
+    """What is known of a fixed point: its region, how its state lies, what its solve has left, the number of its record,
+    what earlier batches have left, and how many derivatives the user has asked for."""
 
     site: Site
     layout: Layout
     factors: Factors | None = None
     serial: int = 0
     recycled: Recycled | None = None
+    derivatives: int = 1
 
 
-def attach(f: Body, z: Tensor, known: Attachment, derivatives: int) -> list[Tensor]:
+def attach(f: Body, z: Tensor, known: Attachment, levels: int) -> list[Tensor]:
     """The states of the fixed point z (B, D) of `f`, differentiable so many times by what f reads."""
     layout = known.layout
     starts = [s.detach().requires_grad_() for s in layout.unflatten(z)]
     states = [s.view_as(s) for s in starts]  # no leaves: hooks of modules do not expect those under `autograd.grad`
-    for level in range(1, derivatives + 1):
+    for level in range(1, levels + 1):
         node = _Node(known, f, level)
         inputs = states if level == 1 else list(_Gate.apply(node.passage, *states))
         images = list(f(inputs))
@@ -162,7 +163,7 @@ class _Node(Linearised):
         twin = _twins.get(site)
         if twin is None:
             twin = _twins[site] = Site(f"{site.key}-adjoint", site.spec)
-        return attach(equation, layout.flatten(w), Attachment(twin, layout), self.level - 1)
+        return attach(equation, layout.flatten(w), Attachment(twin, layout, derivatives=self.known.derivatives), self.level - 1)
 
 
 class _Implicit(torch.autograd.Function):
@@ -186,7 +187,8 @@ class _Implicit(torch.autograd.Function):
         if records and node.level > 1 and not batched:
             found = node.recorded_adjoint(found, cotangents)
         elif records:
-            found = once(found, (*node.images, *cotangents))
+            more = f"derivatives={node.known.derivatives + 1} in the call of fixed_point, or the loop itself in eager mode"
+            found = once(found, (*node.images, *cotangents), more)
         if node.level > 1:
             passage = node.passage
             passage.note(node.products(found, create_graph=records) if passage.recorded else None)

@@ -69,14 +69,15 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
         with graphs.made_current(here):  # the user's code runs as it would without a solver around it
             return f(states)
 
-    duals, state0 = forward_mode(), primals(state0)
+    duals = forward_mode()
     if duals:  # what f reads may carry tangents: those are no part of the solve
-        values, as_given = as_given, lambda states: primals(values(states))
+        state0, values = primals(state0), as_given
+        as_given = lambda states: primals(values(states))  # noqa: E731
     with graphs.made_current(state0[0].device):
         call = Call(site, state0, (), (), _prepare(site, as_given, state0))
         found, layout = run(call), call.layout
     if torch.is_grad_enabled():
-        known = Attachment(site, layout, found.saved.factors, found.serial, found.saved.recycled)
+        known = Attachment(site, layout, found.saved.factors, found.serial, found.saved.recycled, derivatives)
         states = attach((lambda states: primals(f(states))) if duals else f, found.z, known, derivatives)
     else:
         states = layout.outputs(found.z)

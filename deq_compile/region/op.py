@@ -203,27 +203,32 @@ def _loop_itself(region: str, state0: list[Tensor], operands: list[Tensor], size
     return Outputs(states, torch.tensor((1, 0, 0)), info, held).flat
 
 
-def once(grads: Sequence[Tensor], sources: Iterable[Tensor | None]) -> list[Tensor]:
-    """Gradients that nobody can differentiate with respect to `sources`, or to anything that those were made of.
+IN_EAGER_MODE = "deq_compile.fixed_point(f, z0, derivatives=2) in eager mode, or the loop itself there"
+
+
+def once(grads: Sequence[Tensor], sources: Iterable[Tensor | None], fix: str = IN_EAGER_MODE) -> list[Tensor]:
+    """Gradients that nobody can differentiate with respect to `sources`, or to anything that those were made of; who tries gets
+    `fix` with the error.
 
     Autograd skips a node that leads to none of the inputs it is asked about: the node that raises has to lead to all of them.
     """
     anchors = [s for s in sources if isinstance(s, Tensor) and s.requires_grad]
-    return list(_Once.apply(len(grads), *grads, *anchors)) if anchors and grads else list(grads)
+    return list(_Once.apply(len(grads), fix, *grads, *anchors)) if anchors and grads else list(grads)
 
 
 class _Once(torch.autograd.Function):
     """Passes gradients on, and raises where somebody differentiates them."""
 
     @staticmethod
-    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, count: int, fix: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.fix = fix
         return tuple(g.view_as(g) for g in tensors[:count])
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
         raise RuntimeError(
             "a double backward through a fixed-point region is not implemented: the implicit gradient would have to be "
-            "differentiated in turn. Fix: deq_compile.fixed_point(f, z0, derivatives=2) in eager mode, or the loop itself there"
+            f"differentiated in turn. Fix: {ctx.fix}"
         )
 
 

@@ -47,5 +47,5 @@ def with_tangents(
         warn_of_tangent(site, bool(converged(found.status).all()), float(found.residual.max()))
     tangents = layout.outputs(found.z, fresh=True)
     if torch.is_grad_enabled():
-        tangents = once(tangents, (*primals(f(values)), *states))
+        tangents = once(tangents, (*primals(f(values)), *states), "reverse mode alone, derivatives=2")
     return [forward_ad.make_dual(s, t) for s, t in zip(states, tangents, strict=True)]

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from deq_compile import record_solves
 from tests.helpers import compiled, value_and_grads
-from tests.models.observations import LEFT_ALONE, SERVED, CounterInTheState, LeastIterations, MeterAfter, Told, TraceKept
+from tests.models.observations import (
+    LEFT_ALONE,
+    SERVED,
+    CounterInTheState,
+    DictionaryAfter,
+    LeastIterations,
+    MeterAfter,
+    Told,
+    TraceKept,
+)
 
 CALLS = 30
 # Dynamo asks a tensor that it takes over behind a graph break for its gradient
@@ -83,6 +92,17 @@ def test_a_meter_is_right() -> None:
         total += model.depth
     assert model.meter.count == 5
     assert model.meter.sum == total
+
+
+def test_a_count_in_a_dictionary_compiles_nothing_anew() -> None:
+    torch.manual_seed(0)
+    model = DictionaryAfter()
+    run, report = compiled(model, tol=None, verify="first", fullgraph=False)  # this small a loop is given back to Dynamo
+    for _ in range(30):
+        run(torch.randn(4, 16))
+    assert model.seen == {"calls": 30}
+    assert model.depth == 30
+    assert report.graphs == len(report.regions) == 1
 
 
 def test_iterations_without_a_test_belong_to_the_loop() -> None:

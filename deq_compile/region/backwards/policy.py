@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 
 from deq_compile.kernels.broyden import Factors
-from deq_compile.kernels.gcr import move, new_state
-from deq_compile.region.adjoint import MEMORY, VJP, AdjointProblem, AdjointSolution
+from deq_compile.kernels.gcr import move
+from deq_compile.region.adjoint import VJP, AdjointProblem, AdjointSolution, begin
+from deq_compile.region.recycling import ELEMENT_FLOPS
 from deq_compile.region.status import AdjointStatus
 
-# What a state element costs beside a product's matrix arithmetic: its own elementwise work, and one move of the adjoint.
-ELEMENT_FLOPS = 100
 # An operation of M counts twice: short rows run at half the speed of a matrix product (NOTES.md, "Is M worth it").
 OPERATOR_COST = 2
 
@@ -26,17 +25,21 @@ def factors_pay(vjp: VJP, q: Tensor, factors: Factors, found: AdjointSolution, p
 
     if found.status != AdjointStatus.CONVERGED:
         return True
-    memory = min(problem.max_iter, MEMORY)
-    adjoint = new_state(q, None, memory, tol=problem.tol, floor=problem.floor(q.dtype))
-    plain = 0
     with FlopCounterMode(display=False) as counter:
-        while adjoint.running and not adjoint.converged:
-            plain += 1
-            move(adjoint, vjp(adjoint.w), last=plain == problem.max_iter)
-    if not adjoint.converged:
+        plain = products(vjp, q, None, problem)
+    if plain is None:
         return True
     product = counter.get_total_flops() / plain + ELEMENT_FLOPS * q.numel()
     return (plain - found.needed) * product > OPERATOR_COST * operator_flops(factors.n, q.shape[1], found.needed + 1)
+
+
+def products(vjp: VJP, q: Tensor, factors: Factors | None, problem: AdjointProblem) -> int | None:
+    """Products that an adjoint takes with these factors; None where it misses the tolerance."""
+    adjoint, count = begin(q, factors, problem, None), 0
+    while adjoint.running and not adjoint.converged:
+        count += 1
+        move(adjoint, vjp(adjoint.w), last=count == problem.max_iter)
+    return count if adjoint.converged else None
 
 
 def operator_flops(n: Tensor, D: int, applications: int) -> float:

@@ -9,13 +9,12 @@ import math
 import torch
 from torch import Tensor
 
-from deq_compile.kernels.gcr import move
-from deq_compile.region.adjoint import VJP, AdjointProblem, AdjointSolution, begin, solve_adjoint
+from deq_compile.region.adjoint import VJP, AdjointProblem, AdjointSolution, solve_adjoint
 from deq_compile.region.backward import AdjointCall
-from deq_compile.region.backwards.policy import ELEMENT_FLOPS, OPERATOR_COST, operator_flops
+from deq_compile.region.backwards.policy import OPERATOR_COST, operator_flops, products
 from deq_compile.region.body import Linearised
 from deq_compile.region.pool import Pool, Recycled, Way
-from deq_compile.region.recycling import SAVING, drop, thin
+from deq_compile.region.recycling import ELEMENT_FLOPS, SAVING, drop, thin
 from deq_compile.region.status import AdjointStatus
 
 log = logging.getLogger("deq_compile.region")
@@ -101,7 +100,10 @@ def choose(pool: Pool, vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[st
     with FlopCounterMode(display=False) as counter:
         vjp(q)
     product = counter.get_total_flops() + ELEMENT_FLOPS * q.numel()
-    needed = {name: known[name] if name in known else products(vjp, q, way, problem) for name, way in ways.items()}
+    needed = dict(known)
+    for name, way in ways.items():
+        if name not in needed:
+            needed[name] = products(vjp, q, way.factors, dataclasses.replace(problem, shared=way.shared))
     log.info("adjoint: products %s", needed)
     if {"plain", "factors"} <= {*ways}:
         pool.usual = _usual(ways["factors"], q, needed["plain"], needed["factors"], product)
@@ -121,16 +123,6 @@ def _usual(factors: Way, q: Tensor, plain: int | None, reused: int | None, produ
     if plain is None or reused is None:
         return "factors"
     return "factors" if (plain - reused) * product > own_cost(factors, q, reused) else "plain"
-
-
-def products(vjp: VJP, q: Tensor, way: Way, problem: AdjointProblem) -> int | None:
-    """Products that a way takes; None where it misses the tolerance."""
-    adjoint = begin(q, way.factors, dataclasses.replace(problem, shared=way.shared), None)
-    count = 0
-    while adjoint.running and not adjoint.converged:
-        count += 1
-        move(adjoint, vjp(adjoint.w), last=count == problem.max_iter)
-    return count if adjoint.converged else None
 
 
 def own_cost(way: Way, q: Tensor, count: int) -> float:
