@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from bench import demo, kernels, overhead, step
+from bench.figures import cli as figures
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
 from bench.gradients import cli as gradients
@@ -22,6 +23,7 @@ from bench.tables import compile_time
 COMMANDS = {
     "compile-time": compile_time,
     "demo": demo,
+    "figures": figures,
     "fuzz": fuzz,
     "gpu": gpu,
     "gradients": gradients,
