@@ -1,6 +1,7 @@
 # make demo          train one model three ways (eager, Inductor, deq) on real digits, print the table, write demo.png
 # make test          ruff, mypy, pytest: the gate
 # make test-oldest   the same on torch 2.11 and Python 3.12, in an environment of its own
+# make docs          the site, into build/site; warnings are errors
 # make bench         one training step, the user's eager loop against backend="deq"
 #
 # PYTHON=…           the interpreter that makes .venv (3.10 or newer)
@@ -30,7 +31,7 @@ $(1) -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev]'
 @touch $(@)
 endef
 
-.PHONY: help demo test test-oldest bench lint typecheck clean
+.PHONY: help demo test test-oldest docs bench lint typecheck clean
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
@@ -56,6 +57,10 @@ demo: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	@$(RUN) -m bench step $(ARGS)
+
+docs: $(VENV)/.installed
+	$(RUN) -m sphinx -W --keep-going -q -b html docs build/site
+	@echo "build/site/index.html"
 
 # The linked folders are checked under both names; pyproject.toml says why.
 lint: $(VENV)/.installed

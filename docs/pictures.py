@@ -10,8 +10,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.patches import FancyBboxPatch  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch
 
 WIDTH, HEIGHT, GAP_X, GAP_Y = 2.6, 0.9, 1.0, 0.75
 USER, OURS, TORCH = "#e8e8e8", "#cfe3f7", "#fde2c4"  # whose part it is
@@ -37,15 +37,28 @@ DIAGRAMS = {
             [("region", "region/ at run time", OURS), ("inductor", "Inductor", TORCH), ("rest", "the rest of\nthe model", USER)],
         ],
         [
-            ("model", "dynamo", ""), ("dynamo", "graph", "traces"), ("graph", "passes", "find, judge"), ("passes", "rewrite", "replace"),
+            ("model", "dynamo", ""), ("dynamo", "graph", "traces"),
+            ("graph", "passes", "find, judge"), ("passes", "rewrite", "replace"),
             ("rewrite", "bodies", "extract"), ("rewrite", "rest", ""), ("rest", "inductor", ""), ("bodies", "region", "solve"),
         ],
     ),
     "capture": Diagram(
         [
-            [("loop", "loop with a test", USER), ("call", "call of a solver", USER), ("hook", "hook or\nautograd Function", USER)],
-            [("exits", "exits: the test becomes\na marker", OURS), ("trial", "trial: run once on a\nproblem that is known", OURS), ("tried", "trial: a linear map\nwith a known Jacobian", OURS)],
-            [("told", "what the loop says\nis served from the solve", OURS), ("markers", "markers in one graph", OURS), ("left", "left alone,\nwith a reason", USER)],
+            [
+                ("loop", "loop with a test", USER),
+                ("call", "call of a solver", USER),
+                ("hook", "hook or\nautograd Function", USER),
+            ],
+            [
+                ("exits", "exits: the test becomes\na marker", OURS),
+                ("trial", "trial: run once on a\nproblem that is known", OURS),
+                ("tried", "trial: a linear map\nwith a known Jacobian", OURS),
+            ],
+            [
+                ("told", "what the loop says\nis served from the solve", OURS),
+                ("markers", "markers in one graph", OURS),
+                ("left", "left alone,\nwith a reason", USER),
+            ],
         ],
         [
             ("loop", "exits", ""), ("call", "trial", ""), ("hook", "tried", ""), ("exits", "told", ""), ("told", "markers", ""),
@@ -54,38 +67,74 @@ DIAGRAMS = {
     ),
     "passes": Diagram(
         [
-            [("find", "find\nrepeated segments", OURS), ("judge", "judge\nsafe to solve?", OURS), ("hoist", "hoist\nwhat z does not enter", OURS)],
-            [("skip", "skipped,\nwith a reason", USER), ("replace", "replace\none operator a loop", OURS), ("extract", "extract\nbody, state, operands", OURS)],
+            [
+                ("find", "find\nrepeated segments", OURS),
+                ("judge", "judge\nsafe to solve?", OURS),
+                ("hoist", "hoist\nwhat z does not enter", OURS),
+            ],
+            [
+                ("skip", "skipped,\nwith a reason", USER),
+                ("replace", "replace\none operator a loop", OURS),
+                ("extract", "extract\nbody, state, operands", OURS),
+            ],
         ],
-        [("find", "judge", ""), ("judge", "hoist", "yes"), ("judge", "skip", "no"), ("hoist", "extract", ""), ("extract", "replace", "")],
+        [
+            ("find", "judge", ""), ("judge", "hoist", "yes"), ("judge", "skip", "no"), ("hoist", "extract", ""),
+            ("extract", "replace", ""),
+        ],
     ),
     "decide": Diagram(
         [
             [("call", "a call", USER), ("due", "comparison due?\ncalls 0, 1, 2, 4, 8, …", OURS), ("solve", "solve", OURS)],
-            [("both", "run both: the loop\nand the solve", OURS), ("agree", "same value and\ngradient?", OURS), ("missed", "tolerance\nmissed?", OURS)],
-            [("follow", "follow: the loop's\niterates, further", OURS), ("solved", "solve", OURS), ("kept", "kept: the loop\nas it was", USER)],
+            [
+                ("both", "run both: the loop\nand the solve", OURS),
+                ("agree", "same value and\ngradient?", OURS),
+                ("missed", "tolerance\nmissed?", OURS),
+            ],
+            [
+                ("follow", "follow: the loop's\niterates, further", OURS),
+                ("solved", "solve", OURS),
+                ("kept", "kept: the loop\nas it was", USER),
+            ],
         ],
         [
             ("call", "due", ""), ("due", "solve", "no"), ("due", "both", "yes"), ("both", "agree", ""), ("agree", "kept", "no"),
-            ("both", "follow", "several\nfixed points"), ("solve", "missed", ""), ("missed", "kept", "this call"), ("agree", "solved", "yes"),
+            ("both", "follow", "several\nfixed points"), ("solve", "missed", ""),
+            ("missed", "kept", "this call"), ("agree", "solved", "yes"),
         ],
     ),
     "region": Diagram(
         [
-            [("forward", "forward:\nBroyden from z0", OURS), ("factors", "steps S and products C:\nthe inverse Jacobian", OURS), ("z", "f(z*) goes out", USER)],
-            [("last", "last evaluation:\nthe linearisation", OURS), ("adjoint", "adjoint: w = q + Jᵀ w,\nrefined until r is small", OURS), ("q", "cotangent q comes in", USER)],
+            [
+                ("forward", "forward:\nBroyden from z0", OURS),
+                ("factors", "steps S and products C:\nthe inverse Jacobian", OURS),
+                ("z", "f(z*) goes out", USER),
+            ],
+            [
+                ("last", "last evaluation:\nthe linearisation", OURS),
+                ("adjoint", "adjoint: w = q + Jᵀ w,\nrefined until r is small", OURS),
+                ("q", "cotangent q comes in", USER),
+            ],
             [("grads", "gradients of\nparameters and inputs", USER), ("cert", "certificate:\nadjoint residual", OURS)],
         ],
         [
-            ("forward", "factors", ""), ("factors", "z", ""), ("factors", "adjoint", "reused where\nit pays"), ("forward", "last", ""),
+            ("forward", "factors", ""), ("factors", "z", ""),
+            ("factors", "adjoint", "reused where\nit pays"), ("forward", "last", ""),
             ("last", "adjoint", "VJPs"), ("q", "adjoint", ""), ("adjoint", "cert", ""), ("adjoint", "grads", ""),
         ],
     ),
     "kernels": Diagram(
         [
-            [("iteration", "iteration/: progress, codes,\nthe stopping rule", OURS), ("table", "one table of residual\nsequences", USER)],
+            [
+                ("iteration", "iteration/: progress, codes,\nthe stopping rule", OURS),
+                ("table", "one table of residual\nsequences", USER),
+            ],
             [("aten", "ATen\nreference", TORCH), ("cpp", "C++\nCPU", OURS), ("triton", "Triton\nGPU", OURS)],
-            [("fp64", "float64 tests", USER), ("vector", "vectors as wide\nas the registers", USER), ("aot", "interpreter, ahead-of-time\nbudgets", USER)],
+            [
+                ("fp64", "float64 tests", USER),
+                ("vector", "vectors as wide\nas the registers", USER),
+                ("aot", "interpreter, ahead-of-time\nbudgets", USER),
+            ],
         ],
         [
             ("table", "iteration", "holds"), ("iteration", "aten", ""), ("iteration", "cpp", ""), ("iteration", "triton", ""),
@@ -104,7 +153,9 @@ def draw(diagram: Diagram, path: Path) -> None:
     for down, row in enumerate(diagram.rows):
         for across, (name, text, colour) in enumerate(row):
             x, y = across * (WIDTH + GAP_X), -down * (HEIGHT + GAP_Y)
-            box = FancyBboxPatch((x, y), WIDTH, HEIGHT, boxstyle="round,pad=0.02", facecolor=colour, edgecolor="#555555", linewidth=0.8)
+            box = FancyBboxPatch(
+                (x, y), WIDTH, HEIGHT, boxstyle="round,pad=0.02", facecolor=colour, edgecolor="#555555", linewidth=0.8
+            )
             axes.add_patch(box)
             axes.text(x + WIDTH / 2, y + HEIGHT / 2, text, ha="center", va="center", fontsize=10)
             places[name] = (x + WIDTH / 2, y + HEIGHT / 2)

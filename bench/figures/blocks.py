@@ -88,5 +88,3 @@ def shape(printed: str) -> str:
     """What two runs of a block have in common: numbers, and the spaces that align them, may differ."""
     text = re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?", "#", printed)
     return re.sub(r"[ \t]+", " ", text).strip()
-
-

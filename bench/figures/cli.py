@@ -1,7 +1,7 @@
 """``python -m bench figures``: README.md from its source, with every number from a committed result.
 
---run runs the code blocks of the README and of the site's pages first and keeps what the named ones print; --check changes nothing
-and fails where README.md is not what its source gives.
+--run first runs the code blocks of the README and of the site's pages, and keeps what the named ones print; --check changes
+nothing and fails where README.md is not what its source gives.
 """
 
 from __future__ import annotations

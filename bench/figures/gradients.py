@@ -22,6 +22,8 @@ MODES = {
     "exact": '`backward="exact"` (1e-6)',
 }
 
+FORMS = {"products": ".0f", "cosine": ".4f", "error": ".1g"}  # of the table of modes
+
 
 def modes(name: str = "gradients", tol: float = 1e-4) -> str:
     """One line a mode, ranges over the bodies of seed 0: products, cosine with the exact gradient, relative error."""
@@ -30,7 +32,8 @@ def modes(name: str = "gradients", tol: float = 1e-4) -> str:
     for mode, label in MODES.items():
         mine = [row for row in rows if row["mode"] == mode]
         if mine:
-            lines.append([label, *(span([row[what] for row in mine], form) for what, form in (("products", ".0f"), ("cosine", ".3g"), ("error", ".1g")))])
+            spans = (span([row[what] for row in mine], form) for what, form in FORMS.items())
+            lines.append([label, *spans])
     return markdown(["mode", "products", "cosine", "relative error"], lines)
 
 
@@ -55,7 +58,7 @@ def seeds(name: str = "gradients") -> int:
 
 
 def saved(name: str = "gradients", tol: float = 1e-4, to: str = "1e-2") -> dict[str, float]:
-    """Share of the adjoint's products that the factors save against the same iteration without: mean, least and most of the bodies."""
+    """Share of the products that the factors save against the same iteration without: mean, least and most of the bodies."""
     found = [1 - ratio for ratio in ratios_by_body([row for row in read(name)["quality"] if row["tol"] == tol], to).values()]
     return {"mean": mean(found), "least": min(found), "most": max(found)}
 
@@ -68,7 +71,13 @@ def language(name: str) -> str:
     for case, group in itertools.groupby(read(name)["rows"], key=lambda row: [row[key] for key in keys]):
         rows = list(group)
         found = language_ratios(rows)
-        lines.append([f"{rows[0]['iterations']} iterations, {spoken[case[1]]}", f"{found['as it is']:.2f}×", f"{found['at equal error']:.2f}×"])
+        lines.append(
+            [
+                f"{rows[0]['iterations']} iterations, {spoken[case[1]]}",
+                f"{found['as it is']:.2f}×",
+                f"{found['at equal error']:.2f}×",
+            ]
+        )
     return markdown(["the user's loop and its backward", "at the defaults", "at equal gradient error"], lines)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -62,5 +61,3 @@ def readme() -> str:
 def name_of(page: Path) -> str:
     """How `printed` calls a page: its path below docs, without suffixes; the README's is "README"."""
     return str(page.relative_to(DOCS)).split(".", 1)[0]
-
-

@@ -1,16 +1,18 @@
-"""Views of ``python -m bench tables``, ``scaling`` and ``demo``: Markdown tables of times of training steps, and single figures."""
+"""Views of ``python -m bench tables``, ``scaling`` and ``demo``: times of training steps as tables, and single figures."""
 
 from __future__ import annotations
 
 import functools
+import statistics
 from typing import Any
 
+from bench.demo import format_table
 from bench.scaling import outputs as scaling_outputs
 from bench.tables.methods import all_methods
 from bench.tables.report import MISSING, UNCONVERGED, derive, number, step_ms
 
 from .sources import Row, read
-from .text import markdown
+from .text import markdown, span
 
 PEERS = {
     "eager": "eager loop",
@@ -84,9 +86,10 @@ def headline(name: str) -> str:
         ours = rows["deq"]
         ratios = [number(ours["ratio"].get(key), ".1f", "×") for key in ("inductor", "torchdeq")]
         head = f"{problem}, N = {ours['n_iter']}"
-        lines.append([head, *(_cell(rows.get(key), clock) for key in shown), *ratios, f"{ours['gradient_error']:.0e}", _factors(ours)])
-    heads = [PEERS[key] for key in shown]
-    return markdown(["ms a step", *heads, "… the compiled loop", "… TorchDEQ", "gradient error", "factors in the backward"], lines)
+        error = f"{ours['gradient_error']:.0e}"
+        lines.append([head, *(_cell(rows.get(key), clock) for key in shown), *ratios, error, _factors(ours)])
+    ratios = ["… the compiled loop", "… TorchDEQ"]
+    return markdown(["ms a step", *(PEERS[key] for key in shown), *ratios, "gradient error", "factors in the backward"], lines)
 
 
 def wide(name: str) -> str:
@@ -127,13 +130,13 @@ def scaling(name: str, sweeps: tuple[str, ...] = ("D", "B", "N")) -> str:
     found = read(name)
     points = [(sweep, point) for sweep in sweeps for point in found["sweeps"][sweep]]
     points = list({point: (sweep, point) for sweep, point in points}.values())
-    others = [method for method in ("eager", "torchdeq-broyden", "torchdeq-fixed")]
+    others = ("eager", "torchdeq-broyden", "torchdeq-fixed")
     lines = []
     for sweep, point in points:
         rows = _point(name, sweep, point)
-        own = step_ms(rows.get("deq"), found["clock"])
-        cells = [step_ms(rows.get(method), found["clock"]) for method in others]
-        lines.append([point.replace("mlp-", "").replace("-", ", "), *(number(c / own if c and own else None, ".1f", "×") for c in cells)])
+        own, *cells = (step_ms(rows.get(method), found["clock"]) for method in ("deq", *others))
+        ratios = (number(cell / own if cell and own else None, ".1f", "×") for cell in cells)
+        lines.append([point.replace("mlp-", "").replace("-", ", "), *ratios])
     return markdown(["deq is, times as fast as", *(PEERS[method] for method in others)], lines)
 
 
@@ -141,7 +144,7 @@ def memory(name: str) -> str:
     """One column a point: the peak of a step in MB."""
     found = read(name)
     points = found["sweeps"]["memory"]
-    methods = [m for m in ("eager", "torchdeq-broyden", "torchdeq-fixed", "deq")]
+    methods = ("eager", "torchdeq-broyden", "torchdeq-fixed", "deq")
     lines = []
     for method in methods:
         cells = [number(_point(name, "memory", point).get(method, {}).get("memory_mb"), ".0f") for point in points]
@@ -153,3 +156,28 @@ def peaks(name: str) -> dict[str, float]:
     """Peak MB of a step by ``row/iterations`` of ``bench compile-time``."""
     rows: list[dict[str, Any]] = read(name)["rows"]
     return {f"{row['row']}/{row['iterations']}": float(row["memory_mb"]) for row in rows if "memory_mb" in row}
+
+
+def _demo(name: str) -> dict[str, Row]:
+    rows: dict[str, Row] = read(name)["rows"]
+    return rows
+
+
+def _steady(row: Row) -> float:
+    return statistics.median(row["seconds"][1:])
+
+
+def demo(name: str) -> str:
+    """The table that ``make demo`` prints."""
+    return format_table(_demo(name))
+
+
+def speedup(name: str, against: str) -> float:
+    """How many times as fast a step of the demo is through deq as through another row ("eager", "inductor")."""
+    rows = _demo(name)
+    return _steady(rows[against]) / _steady(rows["deq"])
+
+
+def accuracy(name: str) -> str:
+    """Test accuracy of the demo's rows, in percent: one figure where they agree."""
+    return span([100 * row["accuracy"] for row in _demo(name).values()], ".1f") + " %"
