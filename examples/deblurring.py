@@ -60,7 +60,7 @@ def photograph(name):
     return torch.tensor(load_sample_image(name)).float().mean(2)[None, None] / 255
 
 
-def patches(image, count, size=48):
+def patches(image, count, size):
     """Sharp patches [count, 1, size, size] and blurred, noisy ones."""
     tops = torch.randint(image.shape[2] - size, (count,)).tolist()
     lefts = torch.randint(image.shape[3] - size, (count,)).tolist()
@@ -79,7 +79,7 @@ def psnr(image, sharp):
 
 
 # %%
-def main(steps=40, batch=4, options=None):
+def main(steps=40, batch=4, size=48, options=None):
     """Train on one photograph, restore parts of another; decibels before and after, and what the solves needed."""
     torch.manual_seed(0)
     model = ProximalNet()
@@ -88,11 +88,11 @@ def main(steps=40, batch=4, options=None):
     flower = photograph("flower.jpg")
     with record_solves() as solves:
         for _ in range(steps):
-            sharp, blurred = patches(flower, batch)
+            sharp, blurred = patches(flower, batch, size)
             optimizer.zero_grad()
             F.mse_loss(fast(blurred), sharp).backward()
             optimizer.step()
-    sharp, blurred = patches(photograph("china.jpg")[:, :, 100:300, 200:450], batch)
+    sharp, blurred = patches(photograph("china.jpg")[:, :, 100:300, 200:450], batch, size)
     model.eval()
     with torch.no_grad():
         restored, by_loop = fast(blurred), model(blurred)
