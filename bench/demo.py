@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from bench import machine
 from bench.demo_model import WeightTiedClassifier, batches, digits
+from bench.tables.cli import header
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"eager": "eager loop", "inductor": "torch.compile", "deq": 'torch.compile(backend="deq")'}
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="default: all cores")
     parser.add_argument("--options", type=json.loads, default={}, help="options of the deq backend, as JSON")
     parser.add_argument("--plot", type=Path, default=Path("demo.png"), help="the figure (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the finished rows there")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo", help="folder of the rows' JSON files")
     parser.add_argument("--resume", action="store_true", help="keep finished rows of a run with the same settings")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)  # the child's own call
@@ -293,6 +295,16 @@ def report(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None
             print(f"\n{ROWS[row]} FAILED:\n{result['error']}", file=sys.stderr)
 
 
+def store(args: argparse.Namespace, head: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
+    """Write the rows that finished to ``args.json``, under where, when and with what they were measured."""
+    chosen = {name: getattr(args, name) for name in ("steps", "batch", "width", "loop", "threads", "options")}
+    finished = {row: result for row, result in results.items() if "error" not in result}
+    head = {name: head[name] for name in ("date", "machine", "versions", "commit")}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({**head, "settings": chosen, "rows": finished}, indent=1) + "\n")
+    print(f"rows: {args.json}")
+
+
 def main(args: argparse.Namespace) -> int:
     if args.row:
         return child(args)
@@ -306,6 +318,8 @@ def main(args: argparse.Namespace) -> int:
         f"A weight-tied classifier, z ← tanh(0.9 W z + b + U x) {args.loop} times, width {args.width}, on the "
         f"handwritten digits of scikit-learn:\n{args.steps} steps of {args.batch} samples, {args.threads} threads."
     )
+    torch.set_num_threads(args.threads)  # the head says how many the rows were given
+    head = header(argparse.Namespace(threads=args.threads, repeats=args.steps))
     results: dict[str, dict[str, Any]] = {}
     interrupted = False
     try:
@@ -316,6 +330,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"\ninterrupted; finished rows are in {args.out}, `--resume` takes them up again", file=sys.stderr)
     if results:
         report(args, results)
+    if args.json:
+        store(args, head, results)
     if interrupted:
         return 130
     return 1 if any("error" in result for result in results.values()) else 0
