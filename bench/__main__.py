@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import demo, kernels, overhead, step
+from bench import demo, kernels, overhead, step, watch
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
 from bench.gradients import cli as gradients
@@ -35,6 +35,7 @@ COMMANDS = {
     "scaling": scaling,
     "step": step,
     "tables": tables,
+    "watch": watch,
 }
 
 

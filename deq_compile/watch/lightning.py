@@ -25,18 +25,20 @@ class LightningWatch(_lightning.Callback):
     Args:
         sinks: as for `SolveLogger`; without any, rows go to the trainer's own loggers, as `deq/REGION/NAME`.
         every: steps that a row sums up, at least 1.
+        sample: record only the last of these steps.
     """
 
-    def __init__(self, *sinks: Any, every: int = 1) -> None:
+    def __init__(self, *sinks: Any, every: int = 1, sample: bool = False) -> None:
         super().__init__()
-        SolveLogger(every=every)  # says now what is wrong with it
-        self.targets, self.every = sinks, every
+        SolveLogger(every=every, sample=sample)  # says now what is wrong with it
+        self.targets: tuple[Any, ...] = sinks
+        self.settings: dict[str, Any] = {"every": every, "sample": sample}
         self.log: SolveLogger | None = None
         self._seen = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         sinks = (self.targets or (LoggersSink(trainer),)) if trainer.is_global_zero else ()
-        self.log, self._seen = SolveLogger(*sinks, every=self.every), trainer.global_step
+        self.log, self._seen = SolveLogger(*sinks, **self.settings), trainer.global_step
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if self.log is not None:

@@ -27,23 +27,24 @@ class SolveLogger:
         sinks: where rows go: paths of CSV files, `TensorBoardSink`, `WandbSink`, or any callable that takes a row (a dict with
             the entries of `COLUMNS`).
         every: steps that a row sums up, at least 1.
+        sample: record only the last of these steps, at a fraction of the cost. Rows are of that step alone.
 
     Raises:
         TypeError: a sink that is none of these.
         ValueError: `every` is no positive integer.
     """
 
-    def __init__(self, *sinks: Any, every: int = 1) -> None:
+    def __init__(self, *sinks: Any, every: int = 1, sample: bool = False) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"SolveLogger: expected every to be a positive integer, got {every!r}")
-        self.every = every
+        self.every, self.sample = every, sample
         self.sinks: list[Sink] = [sink_of(sink) for sink in sinks]
         self._names = Names()
         self._running: list[SolveRecord] = []  # of the block that is open now
         self._current: list[SolveRecord] = []  # of this step, from blocks that were paused
         self._finished: list[SolveRecord] = []  # of the steps of this row
         self._block = contextlib.ExitStack()
-        self._recording = False
+        self._wanted, self._recording = False, False
         self._last, self._steps = 0, 0
 
     def start(self) -> SolveLogger:
@@ -53,16 +54,24 @@ class SolveLogger:
 
     def resume(self) -> None:
         """Record again after `pause`. Nothing happens where recording is on."""
-        if not self._recording:
-            self._running = self._block.enter_context(record_solves())
-            self._recording = True
+        self._wanted = True
+        self._adjust()
 
     def pause(self) -> None:
         """Record nothing until `resume`: an evaluation is no part of a training step. The step's own records stay."""
-        if self._recording:
+        self._wanted = False
+        self._adjust()
+
+    def _adjust(self) -> None:
+        """Begin or end to record, as this step asks for."""
+        due = self._wanted and (not self.sample or self._steps == self.every - 1)
+        if due and not self._recording:
+            self._running = self._block.enter_context(record_solves())
+        elif self._recording and not due:
             self._block.close()
             self._current += self._running
-            self._running, self._recording = [], False
+            self._running = []
+        self._recording = due
 
     def step(self, number: int | None = None) -> None:
         """A training step is finished, backward included: its records belong to `number`, by default the last one plus one."""
@@ -74,6 +83,7 @@ class SolveLogger:
         self._steps += 1
         if self._steps >= self.every:
             self.write()
+        self._adjust()
 
     def write(self) -> None:
         """Hand on the rows of the steps since the last time, though fewer than `every`."""

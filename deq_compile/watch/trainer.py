@@ -21,21 +21,23 @@ class TrainerWatch(_transformers.TrainerCallback):
     Args:
         sinks: as for `SolveLogger`.
         every: steps that a row sums up, at least 1.
+        sample: record only the last of these steps.
 
     Raises:
         ValueError: no sink.
     """
 
-    def __init__(self, *sinks: Any, every: int = 1) -> None:
+    def __init__(self, *sinks: Any, every: int = 1, sample: bool = False) -> None:
         if not sinks:
             raise ValueError("TrainerWatch: expected a sink, got none. Fix: TrainerWatch('solves.csv')")
-        SolveLogger(every=every)  # says now what is wrong with it
-        self.targets, self.every = sinks, every
+        SolveLogger(every=every, sample=sample)  # says now what is wrong with it
+        self.targets: tuple[Any, ...] = sinks
+        self.settings: dict[str, Any] = {"every": every, "sample": sample}
         self.log: SolveLogger | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.close()  # of a training that an exception ended
-        self.log = SolveLogger(*(self.targets if state.is_world_process_zero else ()), every=self.every)
+        self.log = SolveLogger(*(self.targets if state.is_world_process_zero else ()), **self.settings)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.log is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deq_compile import SolveRecord, fixed_point, record_solves
+from deq_compile.region.records import recording
 from deq_compile.watch import COLUMNS, CSVSink, SolveLogger, TensorBoardSink, WandbSink, rows_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,22 @@ def test_what_runs_in_a_pause_is_not_counted() -> None:
     assert [(row["step"], row["solves"]) for row in rows] == [(7, 2)]
 
 
+def test_a_sample_is_the_last_of_every_few_steps() -> None:
+    rows: list[dict[str, Any]] = []
+    seen: list[bool] = []
+    with SolveLogger(rows.append, every=3, sample=True) as log:
+        for _ in range(7):
+            seen.append(recording())
+            log.pause()  # for an evaluation
+            solve()
+            log.resume()
+            solve()
+            log.step()
+    assert seen == [False, False, True] * 2 + [False]
+    assert [(row["step"], row["steps"], row["solves"]) for row in rows] == [(3, 3, 1), (6, 3, 1)]
+    assert not recording()
+
+
 def test_a_file_is_complete_after_every_step_and_is_gone_on_with(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "solves.csv"
     with contextlib.suppress(KeyboardInterrupt), SolveLogger(path, every=2) as log:
@@ -157,6 +174,7 @@ def test_a_process_that_is_killed_leaves_its_rows(tmp_path: Path) -> None:
     code = f"""
 import os, torch
 from deq_compile import fixed_point
+from deq_compile.region.records import recording
 from deq_compile.watch import SolveLogger
 log = SolveLogger({str(tmp_path / "solves.csv")!r}).start()
 for _ in range(3):
