@@ -34,6 +34,7 @@ from bench.tables.cli import header
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"eager": "eager loop", "inductor": "torch.compile", "deq": 'torch.compile(backend="deq")'}
 MISSING = "–"
+SOLVES = "solves.png"
 BUSY = 0.3  # cores; an idle machine shows less than 0.1
 
 
@@ -154,10 +155,21 @@ def train(args: argparse.Namespace, row: str) -> dict[str, Any]:
         "solves": summary(solves),
     }
     if row == "deq":
+        draw_solves(solves, args.out / SOLVES)
         plain = WeightTiedClassifier(width=args.width, n_iter=args.loop)
         plain.load_state_dict(model.state_dict())
         result["accuracy_eager_loop"] = accuracy(plain.eval(), data.test_x, data.test_y)
     return result
+
+
+def draw_solves(solves: list[Any], path: Path) -> None:
+    """The course of training as its solves saw it; nothing where no region was found."""
+    from deq_compile.watch import plot_solves
+
+    trained = [record for record in solves if record.vjps is not None]
+    if trained:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_solves(trained, path)
 
 
 def child(args: argparse.Namespace) -> int:
@@ -283,6 +295,8 @@ def report(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None
         print(machine.one_line(next(iter(finished.values()))["machine"]))
         plot(results, args.plot)
         print(f"loss against wall time: {args.plot}")
+    if "deq" in finished and (args.out / SOLVES).exists():
+        print(f"the solves of training: {args.out / SOLVES}")
     busy = [row for row, result in finished.items() if (result["other_cores"] or 0.0) > BUSY]
     if busy:
         print(f"other programs ran beside {', '.join(busy)}: those times are not to be trusted", file=sys.stderr)

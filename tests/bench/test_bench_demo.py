@@ -39,6 +39,13 @@ def test_the_rows_are_written_as_they_were_measured(tmp_path: Path, capsys: Any)
     assert demo.format_table(stored["rows"]) in capsys.readouterr().out
 
 
+def test_the_course_of_the_solves_is_drawn(tmp_path: Path) -> None:
+    words = ["--steps", "3", "--batch", "16", "--width", "32", "--threads", "1", "--options", '{"inner": "eager"}']
+    result = demo.train(arguments(*words, "--out", str(tmp_path)), "deq")
+    assert result["solves"]["solves"] == 3
+    assert (tmp_path / demo.SOLVES).read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_row_that_failed_is_not_written(tmp_path: Path) -> None:
     args = arguments("--json", str(tmp_path / "demo.json"))
     head = {"date": "", "machine": {}, "versions": {}, "commit": ""}
