@@ -188,7 +188,7 @@ class Report:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table of regions, its head first."""
-        rows = [("status", "kind", "where", "state", "iterations", "hoisted", "solver", "backward")]
+        rows: list[tuple[str, ...]] = [("status", "kind", "where", "state", "iterations", "hoisted", "solver", "backward")]
         for r in self.regions:
             status = r.status if r.distance is None else f"{r.status} ({r.distance:.1e})"
             state = " ".join(f"{dtype}[{','.join(shape)}]" for shape, dtype in r.states)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -54,7 +55,9 @@ def plot_solves(records: Records, path: str | os.PathLike[str] | None = None) ->
         for panel, name, style, label in LINES:
             _draw(panels[panel], rows, name, {"linestyle": style, "color": f"C{number}", "label": f"{region}: {label}"})
     panels[0].set(ylabel="a step, mean of the samples", ylim=(0, None))
-    panels[1].set(ylabel="relative", yscale="log", xlabel="training step")
+    panels[1].set(ylabel="relative", xlabel="training step")
+    if any(0 < value < math.inf for line in panels[1].lines for value in line.get_ydata()):  # others have no logarithm
+        panels[1].set(yscale="log")
     for panel in panels:
         panel.grid(alpha=0.3)
         if panel.lines:

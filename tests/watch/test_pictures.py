@@ -58,6 +58,13 @@ def test_nothing_to_draw_is_said() -> None:
         plot_solves([])
 
 
+@pytest.mark.parametrize("residual", [0.0, float("nan"), float("inf")])
+def test_residuals_without_a_logarithm_are_drawn_too(residual: float, tmp_path: Path) -> None:
+    lines = drawn(plot_solves([SolveRecord("a", "solve", residual=residual)] * 2, tmp_path / "solves.png"))
+    assert str(lines["a: residual"][1][0]) == str(residual)
+    assert "a: residual" not in drawn(plot_solves([SolveRecord("a", "kept")], tmp_path / "solves.png"))
+
+
 def test_pyplot_is_left_alone() -> None:
     import matplotlib.pyplot as plt
 
