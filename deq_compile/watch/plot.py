@@ -52,11 +52,12 @@ def plot_solves(records: Records, path: str | os.PathLike[str] | None = None) ->
     figure: Figure = figures.Figure(figsize=(8, 6), layout="constrained")
     panels: list[Axes] = list(figure.subplots(2, 1, sharex=True))
     for number, (region, rows) in enumerate(series.items()):
-        for panel, name, style, label in LINES:
-            _draw(panels[panel], rows, name, {"linestyle": style, "color": f"C{number}", "label": f"{region}: {label}"})
+        for place, name, style, label in LINES:
+            _draw(panels[place], rows, name, {"linestyle": style, "color": f"C{number}", "label": f"{region}: {label}"})
     panels[0].set(ylabel="a step, mean of the samples", ylim=(0, None))
     panels[1].set(ylabel="relative", xlabel="training step")
-    if any(0 < value < math.inf for line in panels[1].lines for value in line.get_ydata()):  # others have no logarithm
+    heights: list[Any] = [line.get_ydata() for line in panels[1].lines]
+    if any(0 < value < math.inf for height in heights for value in height):  # others have no logarithm
         panels[1].set(yscale="log")
     for panel in panels:
         panel.grid(alpha=0.3)

@@ -98,7 +98,7 @@ def fit(lightning: Any, tmp_path: Path, watch: Any, **settings: Any) -> None:
         "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False,
         "default_root_dir": tmp_path, "log_every_n_steps": 1,
     }  # fmt: skip
-    loader = torch.utils.data.DataLoader(DATA, batch_size=4)
+    loader: Any = torch.utils.data.DataLoader(DATA, batch_size=4)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs: few workers, few batches
         lightning.Trainer(**{**defaults, **settings}).fit(Module(), loader, loader)

@@ -33,9 +33,9 @@ def drawn(figure: Any) -> dict[str, tuple[list[float], list[float]]]:
 
 def test_the_lines_are_the_records(tmp_path: Path) -> None:
     lines = drawn(plot_solves(course(), tmp_path / "solves.png"))
-    assert lines["m.py:1: iterations"] == ([1, 2, 3], [5.0, 6.0, 7.0])
-    assert lines["m.py:1: residual"] == ([1, 2, 3], [1.0, 0.1, 0.01])
-    assert lines["m.py:9: iterations, kept"] == ([1, 2, 3], [30.0] * 3)
+    assert lines["m.py:1: iterations"] == ([1.0, 2.0, 3.0], [5.0, 6.0, 7.0])
+    assert lines["m.py:1: residual"] == ([1.0, 2.0, 3.0], [1.0, 0.1, 0.01])
+    assert lines["m.py:9: iterations, kept"] == ([1.0, 2.0, 3.0], [30.0] * 3)
     assert "m.py:9: residual" not in lines  # it was not measured
     assert (tmp_path / "solves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -50,7 +50,7 @@ def test_a_file_is_drawn_as_its_rows_are(tmp_path: Path) -> None:
     path = tmp_path / "solves.csv"
     path.write_text(path.read_text() + "40,1,m.py:1,a")  # a last line that did not become whole
     assert drawn(plot_solves(path)) == drawn(plot_solves(rows))
-    assert drawn(plot_solves(rows))["m.py:1: residual"][0] == [0, 10, 20]
+    assert drawn(plot_solves(rows))["m.py:1: residual"][0] == [0.0, 10.0, 20.0]
 
 
 def test_nothing_to_draw_is_said() -> None:
