@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import demo, kernels, overhead, step
+from bench import demo, kernels, overhead, step, watch
 from bench.figures import cli as figures
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
@@ -37,6 +37,7 @@ COMMANDS = {
     "scaling": scaling,
     "step": step,
     "tables": tables,
+    "watch": watch,
 }
 
 

@@ -21,6 +21,7 @@ class SolveRecord:
     """One forward of one region, and its backward once that has run.
 
     region                  key of the region
+    where                   the user's file and line
     status                  "solve": z is a fixed point; "follow": the one that the loop's own iterates lead to; "kept": the
                             loop's own iterations were run
     message                 the solver's word on the worst sample (tolerance reached, stagnated at the precision's floor, ...)
@@ -67,6 +68,7 @@ class SolveRecord:
     z: Tensor | None = None
     cotangent: Tensor | None = None
     w: Tensor | None = None
+    where: str = ""
 
     def describe(self, solution: Solution) -> None:
         """Fill in what a solve of at least one sample came to."""

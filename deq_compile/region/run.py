@@ -200,9 +200,8 @@ def _record(call: Call, solution: Solution | None, z: Tensor, factors: Factors |
     """The serial number of the records of a call; 0: nobody listens."""
     if not records.recording():
         return 0
-    record = records.SolveRecord(
-        call.site.key, "kept" if solution is None else call.site.solving, evaluations=call.evaluations.count
-    )
+    site, status = call.site, "kept" if solution is None else call.site.solving
+    record = records.SolveRecord(site.key, status, evaluations=call.evaluations.count, where=site.spec.where)
     record.z = z.detach().clone() if records.wants_tensors() else None
     if factors is not None:
         record.bytes = sum(t.numel() * t.element_size() for t in (factors.S, factors.C))
