@@ -6,8 +6,10 @@ import contextlib
 import importlib.util
 import io
 import linecache
+import os
 import re
 import sys
+import tempfile
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +51,7 @@ def of(text: str) -> list[Block]:
 def run(page: Path, text: str | None = None) -> dict[str, str]:
     """Run every block of a page; what the named ones print, by name.
 
-    A traceback names the page and the line there. The namespace is a module of its own, found under the page's name as long as it
+    They run in an empty folder, which is removed. A traceback names the page and the line there. The namespace is a module of its own, found under the page's name as long as it
     runs, so that classes in it can be pickled and their source is found.
 
     Raises:
@@ -62,15 +64,20 @@ def run(page: Path, text: str | None = None) -> dict[str, str]:
     code = _as_source(text)
     linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
     sys.modules[module.__name__] = module
+    before = os.getcwd()
     try:
-        for block in of(text):
-            if block.missing():
-                continue
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec(compile("\n" * (block.line - 1) + block.code, file, "exec"), vars(module))
-            if block.name:
-                printed[block.name] = out.getvalue()
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)  # what a block writes goes there
+            for block in of(text):
+                if block.missing():
+                    continue
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    exec(compile("\n" * (block.line - 1) + block.code, file, "exec"), vars(module))
+                if block.name:
+                    printed[block.name] = out.getvalue()
+            os.chdir(before)
     finally:
+        os.chdir(before)
         del sys.modules[module.__name__]
     return printed
 
