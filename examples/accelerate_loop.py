@@ -3,7 +3,7 @@
 Needs: pip install accelerate scikit-learn
 
     python examples/accelerate_loop.py --precision bf16
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+    torchrun --nproc-per-node 2 examples/accelerate_loop.py
 """
 
 import argparse
@@ -20,9 +20,9 @@ from deq_compile import deq_compile, record_solves
 
 
 class Equilibrium(nn.Module):
-    """z <- tanh(0.7 W z + U pixels), |W| = 1, 30 times from zero; a linear head. pixels [B, 64] -> logits [B, 10]"""
+    """z <- tanh(0.7 W z + U pixels), |W| = 1, 50 times from zero; a linear head. pixels [B, 64] -> logits [B, 10]"""
 
-    def __init__(self, width=64, rounds=30):
+    def __init__(self, width=64, rounds=50):
         super().__init__()
         self.rounds = rounds
         self.inject, self.cell, self.head = nn.Linear(64, width), nn.Linear(width, width), nn.Linear(width, 10)
@@ -51,7 +51,7 @@ def digits():
 
 
 def main(epochs=7, precision="no", options=None):
-    """Train; accuracy on the evaluation samples of all processes, and the records of all solves of this one."""
+    """Train on all processes; accuracy on the evaluation samples of all, and the records of this process's solves."""
     torch.manual_seed(0)
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
     model = deq_compile(Equilibrium(), **(options or {}))
@@ -79,4 +79,4 @@ if __name__ == "__main__":
     accuracy, solves = main(**vars(parser.parse_args()))
     trained = [solve for solve in solves if solve.vjps is not None]
     mean = sum(solve.iterations for solve in trained) / len(trained)
-    print(f"accuracy {accuracy:.1%}; {mean:.1f} iterations a solve, in place of 30")
+    print(f"accuracy {accuracy:.1%}; {mean:.1f} iterations a solve, in place of 50")

@@ -82,6 +82,5 @@ if __name__ == "__main__":
     found = main(**vars(parser.parse_args()))
     print(found["report"])
     for name in ("torchdeq", "deq"):
-        print(
-            f"{name:<9} a step {1e3 * found[name + '_seconds']:6.1f} ms, error of value and gradients {found[name + '_error']:.0e}"
-        )
+        seconds, off = found[f"{name}_seconds"], found[f"{name}_error"]
+        print(f"{name:<9} a step {1e3 * seconds:6.1f} ms, error of value and gradients {off:.0e}")

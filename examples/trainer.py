@@ -21,12 +21,12 @@ from deq_compile.watch import TrainerWatch
 
 
 class EquilibriumClassifier(nn.Module):
-    """z <- tanh(0.7 W z + U pixels), |W| = 1, 30 times from zero; a linear head.
+    """z <- tanh(0.7 W z + U pixels), |W| = 1, 50 times from zero; a linear head.
 
     pixels [B, 64], labels [B] or None -> a dict: loss [] where there are labels, logits [B, 10]
     """
 
-    def __init__(self, width=64, rounds=30):
+    def __init__(self, width=64, rounds=50):
         super().__init__()
         self.rounds = rounds
         self.inject, self.cell, self.head = nn.Linear(64, width), nn.Linear(width, width), nn.Linear(width, 10)
@@ -90,4 +90,4 @@ if __name__ == "__main__":
     metrics, solves = main(**vars(parser.parse_args()))
     trained = [solve for solve in solves if solve.vjps is not None]
     mean = sum(solve.iterations for solve in trained) / len(trained)
-    print(f"accuracy {metrics['eval_accuracy']:.1%}; {mean:.1f} iterations a solve, in place of 30")
+    print(f"accuracy {metrics['eval_accuracy']:.1%}; {mean:.1f} iterations a solve, in place of 50")

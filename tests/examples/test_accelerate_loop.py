@@ -25,7 +25,7 @@ def test_it_learns_by_solving() -> None:
     assert accuracy > 0.9
     assert len(trained) == 7 * (1437 // 64)
     assert {solve.status for solve in solves} == {"solve"}
-    assert sum(solve.iterations for solve in trained) < 15 * len(trained)  # half of the loop's
+    assert sum(solve.iterations for solve in trained) < 15 * len(trained)  # less than a third of the loop's
 
 
 def test_in_bf16() -> None:
