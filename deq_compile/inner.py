@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,19 +32,32 @@ def usable(config: Config, values: Sequence[Any]) -> Config:
 @functools.cache
 def has_cpp_compiler() -> bool:
     """Whether Inductor finds a C++ compiler; says so once where it does not."""
+    reason = no_cpp_compiler()
+    if reason:
+        warnings.warn(
+            f"no C++ compiler was found, so Inductor cannot compile for the CPU: the 'deq' backend goes on with "
+            f"inner='aot_eager'. {reason}",
+            UserWarning,
+            stacklevel=2,
+        )
+    return not reason
+
+
+def no_cpp_compiler() -> str:
+    """What to do where Inductor finds no C++ compiler; "" where it finds one."""
     from .torch_parts import InvalidCxxCompiler, get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        warnings.warn(
-            "no C++ compiler was found, so Inductor cannot compile for the CPU: the 'deq' backend goes on with "
-            "inner='aot_eager'. Fix: install g++ or clang++, or set CXX",
-            UserWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
+        fix = {
+            "win32": "start from a developer prompt of Visual Studio's C++ build tools, or set CXX",
+            "darwin": "xcode-select --install, or set CXX",
+        }
+        return f"Fix: {fix.get(sys.platform, 'install g++ or clang++, or set CXX')}"
+    except RuntimeError as error:  # one that Inductor does not use: Visual Studio's in another language than English
+        return f"Inductor refuses the one there is: {(str(error).splitlines() or [''])[0]}"
+    return ""
 
 
 @functools.cache
