@@ -47,7 +47,8 @@ class LinkHook(BuildHookInterface):  # type: ignore[type-arg]
                     f"  got:      {describe(folders[0])}\n"
                     f"  fix:      git checkout -- {link} {folders[1].name}"
                 )
-            build_data["force_include"][str(found)] = link
+            if version != "editable":  # that finds the folders where they are (deq_compile/ready.py)
+                build_data["force_include"][str(found)] = link
 
 
 def wrong_links(root: Path) -> list[str]:
