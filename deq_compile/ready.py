@@ -33,7 +33,9 @@ def check_torch() -> None:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise ImportError(f"deq_compile: expected torch {wanted} or newer, got none. Fix: pip install 'torch>={wanted}'") from None
+        raise ImportError(
+            f"deq_compile: expected torch {wanted} or newer, got none. Fix: pip install 'torch>={wanted}'"
+        ) from None
     if version_of(str(torch.__version__)) < OLDEST:
         raise ImportError(
             f"deq_compile: expected torch {wanted} or newer, got torch {torch.__version__}. Fix: pip install -U 'torch>={wanted}'"
