@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,8 +74,9 @@ def compiler() -> Iterator[Finding]:
     """What Inductor compiles the rest of a model with on a CPU."""
     reason = inner.no_cpp_compiler()
     if reason:
-        says = "none was found: on a CPU inner='aot_eager' serves in Inductor's place"
-        yield Finding("C++ compiler", says, Level.LIMITED, reason.removeprefix("Fix: "))
+        why, _, fix = reason.rpartition("Fix: ")
+        says = f"none that Inductor uses, so on a CPU inner='aot_eager' serves in its place. {why}".rstrip()
+        yield Finding("C++ compiler", says, Level.LIMITED, fix)
         return
     command = torch_parts.get_cpp_compiler()
     try:
@@ -168,7 +170,7 @@ def _run(device: str, how: str) -> Finding:
     model, x = Model().to(device), torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).to(device)
     wanted = _step(model, model, x)
     torch.compiler.reset()
-    options = {"tol": TOL, "backward_tol": BACKWARD_TOL, "inner": how}
+    options: dict[str, Any] = {"tol": TOL, "backward_tol": BACKWARD_TOL, "inner": how}
     call = torch.compile(model, backend="deq", options=options)
     with record_solves() as solves:
         got = _step(model, call, x)

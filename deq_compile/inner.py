@@ -47,16 +47,15 @@ def no_cpp_compiler() -> str:
     """What to do where Inductor finds no C++ compiler; "" where it finds one."""
     from .torch_parts import InvalidCxxCompiler, get_cpp_compiler
 
+    prompt = "start from a developer prompt of Visual Studio's C++ build tools, or set CXX"
+    fix = {"win32": prompt, "darwin": "xcode-select --install, or set CXX"}
+    wanted = f"Fix: {fix.get(sys.platform, 'install g++ or clang++, or set CXX')}"
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler:
-        fix = {
-            "win32": "start from a developer prompt of Visual Studio's C++ build tools, or set CXX",
-            "darwin": "xcode-select --install, or set CXX",
-        }
-        return f"Fix: {fix.get(sys.platform, 'install g++ or clang++, or set CXX')}"
-    except RuntimeError as error:  # one that Inductor does not use: Visual Studio's in another language than English
-        return f"Inductor refuses the one there is: {(str(error).splitlines() or [''])[0]}"
+        return wanted
+    except RuntimeError as error:  # one that Inductor does not use, such as Visual Studio's in another language than English
+        return f"Inductor says: {(str(error).splitlines() or [''])[0]} {wanted}"
     return ""
 
 
