@@ -21,13 +21,17 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 RUN := $(VENV)/bin/python
 RUN_OLDEST := $(VENV_OLDEST)/bin/python
 
+or_say_so = || { echo "make: expected pip to install the development set into $(@D); it failed, with the error above."; \
+  echo "fix: without a network, name a package index that answers with PIP_INDEX_URL, and one for torch with TORCH_INDEX;"; \
+  echo "     then make again, which goes on where it stopped"; exit 1; }
+
 # torch goes in first and at its pin: nothing that follows can then pull another build of it. The build tools come with it, since the
 # project itself is installed without build isolation (one download less, and the pinned hatchling).
 # $(call install,PYTHON_OF_VENV,CONSTRAINTS)
 define install
-$(1) -m pip install $(PIP_FLAGS) -c $(2) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-$(1) -m pip install $(PIP_FLAGS) -c $(2) hatchling editables
-$(1) -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev]'
+@$(1) -m pip install $(PIP_FLAGS) -c $(2) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch $(or_say_so)
+@$(1) -m pip install $(PIP_FLAGS) -c $(2) hatchling editables $(or_say_so)
+@$(1) -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev]' $(or_say_so)
 @touch $(@)
 endef
 

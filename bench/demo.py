@@ -288,6 +288,13 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def explained(error: str) -> str:
+    """The error of a row; in one sentence where only a compiler is missing, which the other rows do without."""
+    if "InvalidCxxCompiler" in error:
+        return "it needs a C++ compiler, and none was found. Fix: install g++ or clang++, or set CXX"
+    return error
+
+
 def report(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
     finished = {row: result for row, result in results.items() if "error" not in result}
     print(f"\n{format_table(results)}\n")
@@ -306,7 +313,7 @@ def report(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None
         print(f"training solves by status: {counts}")
     for row, result in results.items():
         if "error" in result:
-            print(f"\n{ROWS[row]} FAILED:\n{result['error']}", file=sys.stderr)
+            print(f"\n{ROWS[row]} FAILED:\n{explained(result['error'])}", file=sys.stderr)
 
 
 def store(args: argparse.Namespace, head: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:

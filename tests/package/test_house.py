@@ -13,7 +13,7 @@ MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_FILE = 60, 400
 LONG_FILES: set[str] = set()  # that are too long still: may only shrink
 # The layers of the package, from the top: a module imports from its own layer and from those below it.
 LAYERS = (
-    ("deq_compile/__init__", "deq_compile/testing", "deq_compile/watch"),
+    ("deq_compile/__init__", "deq_compile/__main__", "deq_compile/doctor", "deq_compile/testing", "deq_compile/watch"),
     ("deq_compile/api",),
     ("deq_compile/backend", "deq_compile/caches", "deq_compile/onlooker"),
     ("deq_compile/rewrite", "deq_compile/as_written", "deq_compile/undecided"),
@@ -24,7 +24,7 @@ LAYERS = (
     ("deq_compile/regularise", "deq_compile/report", "deq_compile/report_html", "deq_compile/solve_info", "deq_compile/structure",
      "deq_compile/unexpected", "deq_compile/region"),
     ("deq_compile/config", "deq_compile/kernels"),
-    ("deq_compile/option_rules", "deq_compile/registry", "deq_compile/torch_parts"),
+    ("deq_compile/option_rules", "deq_compile/ready", "deq_compile/registry", "deq_compile/torch_parts"),
 )  # fmt: skip
 # The same among the kernels: solvers know the factors of Broyden's, all know the iteration, nobody knows the solvers.
 KERNELS = (("gcr",), ("reuse",), ("broyden", "anderson"), ("iteration", "recycle"),
