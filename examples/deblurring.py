@@ -5,8 +5,8 @@
 #
 # z <- z - eta (A^T (A z - y) + tau (z - R(z))).
 #
-# R smooths the image and adds what a small convolutional network makes of it. The restored image is the fixed point of this map. R is trained through it, on patches of one photograph,
-# and tried on another one. Both photographs come with scikit-learn.
+# R smooths the image and adds what a small convolutional network makes of it. The restored image is the fixed point of this map.
+# R is trained through it, on patches of one photograph, and tried on another one. Both photographs come with scikit-learn.
 
 # %%
 import matplotlib.pyplot as plt

@@ -1,9 +1,9 @@
 # %% [markdown]
 # # An implicit graph network on the karate club
 #
-# Zachary's karate club has 34 members and 78 friendships. It split into two factions, and two members are known: the instructor and the officer.
-# An implicit graph network passes messages until they no longer change: its state is the fixed point of one layer, so each member hears from all
-# others, however far away. The network is written as a loop of 60 rounds.
+# Zachary's karate club has 34 members and 78 friendships. It split into two factions, and two members are known: the instructor
+# and the officer. An implicit graph network passes messages until they no longer change: its state is the fixed point of one
+# layer, so each member hears from all others, however far away. The network is written as a loop of 60 rounds.
 
 # %%
 import matplotlib.pyplot as plt
@@ -38,7 +38,7 @@ class ImplicitGraphNet(nn.Module):
 
 # %%
 def karate_club():
-    """Adjacency D^-1/2 (A + 1) D^-1/2 [34, 34], the factions [34] as 0 and 1, the two members whose faction is known, the graph."""
+    """Adjacency D^-1/2 (A + 1) D^-1/2 [34, 34], the factions [34] as 0 and 1, the two members who are known, the graph."""
     graph = nx.karate_club_graph()
     adjacency = torch.tensor(nx.to_numpy_array(graph, weight=None), dtype=torch.float32) + torch.eye(len(graph))
     scale = adjacency.sum(1).rsqrt()

@@ -1,7 +1,7 @@
 """An equilibrium character language model, trained on sonnets of Shakespeare (in the public domain).
 
-One causal block is applied until its state no longer changes; a gate mixes the state with the injected characters, which makes the block a
-contraction. The model is written as a loop of 30 passes, and compiled with one line.
+One causal block is applied until its state no longer changes; a gate mixes the state with the injected characters, which makes
+the block a contraction. The model is written as a loop of 30 passes, and compiled with one line.
 
     python examples/language_model.py
 """
@@ -117,7 +117,8 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=150)
     found = main(parser.parse_args().steps)
     print(found["report"])
-    print(f"nats a character: {found['losses'][0]:.2f} at first, {found['losses'][-1]:.2f} now, {found['unigram']:.2f} by frequency alone")
+    first, *_, last = found["losses"]
+    print(f"nats a character: {first:.2f} at first, {last:.2f} now, {found['unigram']:.2f} by frequency alone")
     print(f"the trained model by its own loop {found['loss by the loop']:.4f}, by the solve {found['loss by deq']:.4f}")
-    print(f"evaluations of a training step: {found['evaluations']:.1f} in place of 30; solved in {found['solved']:.0%} of the steps")
+    print(f"evaluations a training step: {found['evaluations']:.1f} in place of 30; solved in {found['solved']:.0%} of the steps")
     print(found["sample"])

@@ -51,8 +51,8 @@ def of(text: str) -> list[Block]:
 def run(page: Path, text: str | None = None) -> dict[str, str]:
     """Run every block of a page; what the named ones print, by name.
 
-    They run in an empty folder, which is removed. A traceback names the page and the line there. The namespace is a module of its own, found under the page's name as long as it
-    runs, so that classes in it can be pickled and their source is found.
+    They run in an empty folder, which is removed. A traceback names the page and the line there. The namespace is a module of its
+    own, found under the page's name as long as it runs, so that classes in it can be pickled and their source is found.
 
     Raises:
         whatever a block raises.

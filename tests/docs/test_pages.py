@@ -1,4 +1,4 @@
-"""The README and the site: figures come from committed results, code blocks run, links lead somewhere, the site builds without a warning."""
+"""README and site: figures come from committed results, blocks run, links lead somewhere, the site builds without a warning."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def identity(path: Path) -> str:
 
 @pytest.fixture
 def quickly() -> Iterator[None]:
-    """Bodies and the rest of a model uncompiled: what the blocks say does not depend on it, and Inductor takes seconds a graph."""
+    """Bodies and the rest of a model uncompiled: what blocks say does not depend on it, and Inductor takes seconds a graph."""
     before, RULES["inner"].default = RULES["inner"].default, "eager"
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -112,7 +112,7 @@ def test_all_options_are_explained() -> None:
 
 
 def test_a_figure_that_there_is_not_is_an_error() -> None:
-    with pytest.raises(FileNotFoundError, match="expected one of .*; got 'nothing'"):
+    with pytest.raises(FileNotFoundError, match=r"expected one of .*; got 'nothing'"):
         render.fill('{{ results.conditions("nothing") }}')
     with pytest.raises(KeyError, match="bench figures --run"):
         render.fill('{{ printed("nothing/here") }}')
@@ -122,7 +122,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for module in ("sphinx", "myst_nb", "furo", "sphinx_copybutton"):
         pytest.importorskip(module, reason="the extra `docs` is not installed")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "trees")]
-    result = subprocess.run([*command, str(ROOT / "docs"), str(tmp_path / "site")], cwd=ROOT, capture_output=True, text=True, check=False)
+    command += [str(ROOT / "docs"), str(tmp_path / "site")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     pages = {path.stem for path in (tmp_path / "site").glob("*.html")}
     assert {identity(page) for page in render.pages()} <= pages
