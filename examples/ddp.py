@@ -9,8 +9,8 @@ Each rank takes its share of every batch; DistributedDataParallel averages the g
 
 import argparse
 import json
-import sys
 import os
+import sys
 
 import torch
 import torch.distributed as dist
