@@ -10,6 +10,7 @@ Each rank takes its share of every batch; DistributedDataParallel averages the g
 import argparse
 import json
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -98,4 +99,5 @@ if __name__ == "__main__":
     parser.add_argument("--batch", type=int, default=64, help="samples a step, of all ranks together (default %(default)s)")
     parser.add_argument("--check", action="store_true", help="compare with one process on the same batches")
     parser.add_argument("--options", type=json.loads, help="options of the backend, as JSON")
-    print(json.dumps(main(**vars(parser.parse_args()))), flush=True)
+    line = json.dumps(main(**vars(parser.parse_args()))) + "\n"
+    sys.stdout.write(line)  # at once: of a print, another rank's line may come before the line's end
