@@ -6,11 +6,13 @@
 # layer, so each member hears from all others, however far away. The network is written as a loop of 60 rounds.
 
 # %%
+from typing import Any
+
 import matplotlib.pyplot as plt
 import networkx as nx
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from deq_compile import explain, record_solves
 
@@ -18,7 +20,9 @@ from deq_compile import explain, record_solves
 class ImplicitGraphNet(nn.Module):
     """Z <- tanh(A Z W + X U), 60 rounds. A [N, N] is the normalised adjacency, X [N, N] one-hot features; -> logits [N, 2]."""
 
-    def __init__(self, adjacency, width=32, rounds=60):
+    adjacency: Tensor
+
+    def __init__(self, adjacency: Tensor, width: int = 32, rounds: int = 60) -> None:
         super().__init__()
         self.register_buffer("adjacency", adjacency)
         self.rounds = rounds
@@ -27,17 +31,18 @@ class ImplicitGraphNet(nn.Module):
         self.head = nn.Linear(width, 2)
         nn.init.orthogonal_(self.mix)
 
-    def forward(self, features):
+    def forward(self, features: Tensor) -> Tensor:
         injected = self.inject(features)
         mix = 0.9 * self.mix / torch.linalg.matrix_norm(self.mix, 2)  # the norm of A is 1, so each round contracts
         state = torch.zeros_like(injected)
         for _ in range(self.rounds):
             state = torch.tanh(self.adjacency @ state @ mix + injected)
-        return self.head(state)
+        logits: Tensor = self.head(state)
+        return logits
 
 
 # %%
-def karate_club():
+def karate_club() -> tuple[Tensor, Tensor, Tensor, Any]:
     """Adjacency D^-1/2 (A + 1) D^-1/2 [34, 34], the factions [34] as 0 and 1, the two members who are known, the graph."""
     graph = nx.karate_club_graph()
     adjacency = torch.tensor(nx.to_numpy_array(graph, weight=None), dtype=torch.float32) + torch.eye(len(graph))
@@ -46,7 +51,7 @@ def karate_club():
     return scale[:, None] * adjacency * scale, factions, torch.tensor([0, 33]), graph
 
 
-def train(model, step_model, factions, known, steps):
+def train(model: nn.Module, step_model: Any, factions: Tensor, known: Tensor, steps: int) -> tuple[float, Tensor]:
     """Cross-entropy on the known members; the share of all others that is put into the right faction."""
     features = torch.eye(len(factions))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=1e-2)
@@ -66,10 +71,10 @@ def train(model, step_model, factions, known, steps):
 
 
 # %%
-def main(steps=60, options=None):
+def main(steps: int = 60, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train both ways; accuracies, evaluations of a round, and the report of what was found."""
     adjacency, factions, known, graph = karate_club()
-    found = {}
+    found: dict[str, Any] = {}
     for name in ("eager", "deq"):
         torch.manual_seed(0)
         model = ImplicitGraphNet(adjacency)
@@ -92,7 +97,7 @@ if found:
 
 
 # %%
-def draw(found):
+def draw(found: dict[str, Any]) -> None:
     """The club: colours are the network's guess, squares the two who were known, red rims the mistakes."""
     guess, factions, graph = found["guess"], found["factions"], found["graph"]
     place = nx.spring_layout(graph, seed=4)

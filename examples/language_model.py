@@ -8,10 +8,11 @@ the block a contraction. The model is written as a loop of 30 passes, and compil
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from deq_compile import explain, record_solves
 
@@ -21,7 +22,7 @@ TEXT = Path(__file__).parent / "data" / "sonnets.txt"
 class EquilibriumLM(nn.Module):
     """characters [B, T] -> logits [B, T, vocabulary]"""
 
-    def __init__(self, vocabulary, length=48, width=48, heads=4, passes=30):
+    def __init__(self, vocabulary: int, length: int = 48, width: int = 48, heads: int = 4, passes: int = 30) -> None:
         super().__init__()
         self.heads, self.passes = heads, passes
         self.character = nn.Embedding(vocabulary, width)
@@ -32,64 +33,66 @@ class EquilibriumLM(nn.Module):
         self.gate = nn.Parameter(torch.full((width,), -1.0))
         self.head = nn.Linear(width, vocabulary)
 
-    def block(self, z, x):
+    def block(self, z: Tensor, x: Tensor) -> Tensor:
         B, T, D = z.shape
         q, k, v = self.qkv(z + x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         seen = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D)
         h = z + self.mix(seen) + self.down(F.gelu(self.up(z + x)))
         gate = torch.sigmoid(self.gate)
-        return gate * self.norm(h) + (1 - gate) * x
+        new: Tensor = gate * self.norm(h) + (1 - gate) * x
+        return new
 
-    def forward(self, characters):
+    def forward(self, characters: Tensor) -> Tensor:
         x = self.character(characters) + self.place[: characters.shape[1]]
         z = torch.zeros_like(x)
         for _ in range(self.passes):
             z = self.block(z, x)
-        return self.head(z)
+        logits: Tensor = self.head(z)
+        return logits
 
 
 class Characters:
     """A text as numbers, and random windows of it."""
 
-    def __init__(self, text, length):
+    def __init__(self, text: str, length: int) -> None:
         self.alphabet = sorted(set(text))
         self.data = torch.tensor([self.alphabet.index(c) for c in text])
         self.length = length
 
-    def batch(self, count):
+    def batch(self, count: int) -> tuple[Tensor, Tensor]:
         starts = torch.randint(len(self.data) - self.length - 1, (count, 1))
         windows = self.data[starts + torch.arange(self.length + 1)]
         return windows[:, :-1], windows[:, 1:]
 
-    def unigram(self):
+    def unigram(self) -> float:
         """Nats a character of whoever knows how often each occurs, and nothing else."""
         share = torch.bincount(self.data).float() / len(self.data)
         return -(share * share.log()).sum().item()
 
 
-def loss_of(model, batch):
+def loss_of(model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
     characters, following = batch
     return F.cross_entropy(model(characters).flatten(0, 1), following.flatten())
 
 
 @torch.no_grad()
-def write(model, characters, start, count):
-    """`count` more characters, each the likeliest but one in ten."""
+def write(model: nn.Module, characters: Characters, start: str, count: int) -> str:
+    """`count` more characters, drawn at a temperature of 0.7."""
     text = [characters.alphabet.index(c) for c in start]
     for _ in range(count):
         window = torch.tensor([text[-characters.length :]])
-        text.append(torch.multinomial((model(window)[0, -1] / 0.7).softmax(0), 1).item())
+        text.append(int(torch.multinomial((model(window)[0, -1] / 0.7).softmax(0), 1)))
     return "".join(characters.alphabet[index] for index in text)
 
 
-def main(steps=150, batch=16, sample=120, options=None):
+def main(steps: int = 150, batch: int = 16, sample: int = 120, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """Train; losses in nats a character, what the solves needed, and a sample."""
     torch.manual_seed(0)
     characters = Characters(TEXT.read_text(), length=48)
     model = EquilibriumLM(len(characters.alphabet))
     fast = torch.compile(model, backend="deq", options=options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    losses = []
+    losses: list[float] = []
     with record_solves() as solves:
         for _ in range(steps):
             optimizer.zero_grad()

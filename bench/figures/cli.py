@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-from . import blocks, notebooks, render
+from . import blocks, notebooks, render, sources
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,8 +30,8 @@ def printed() -> Iterator[dict[str, str]]:
     for script in render.SCRIPTS:
         print(f"examples/{script}.py …", flush=True)
         command = [sys.executable, f"examples/{script}.py"]
-        out = subprocess.run(command, cwd=render.sources.ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
-        yield {f"examples/{script}": out.replace(f"{render.sources.ROOT}/", "")}
+        out = subprocess.run(command, cwd=sources.ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
+        yield {f"examples/{script}": out.replace(f"{sources.ROOT}/", "")}
 
 
 def run_blocks() -> None:

@@ -35,7 +35,7 @@ def run(name: str) -> None:
                 if text is not None:
                     (output if kind == "text" else output["data"])[kind] = _without_folders(text)
     FOLDER.mkdir(exist_ok=True)
-    nbformat.write(notebook, FOLDER / f"{name}.ipynb")  # type: ignore[no-untyped-call]
+    nbformat.write(notebook, FOLDER / f"{name}.ipynb")
 
 
 def _without_folders(text: str) -> str:

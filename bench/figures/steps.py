@@ -28,6 +28,13 @@ PEERS = {
     "deq-peer-tol": "deq, adjoint 1e-4",
     "bound": "bound",
 }
+BODIES = {  # of the problems of `bench.problems`
+    "mlp128": "tanh layer, 128 units",
+    "mlp128sym": "the same, slow to converge",
+    "mlp1024": "tanh layer, 1024 units",
+    "conv": "two convolutions, 32 x 16 x 16",
+    "transformer": "attention and MLP, 64 x 256",
+}
 RATIOS = {"eager": "the eager loop", "inductor": "the compiled loop", "torchdeq": "TorchDEQ Broyden"}
 RATIOS |= {"peer": "the best PyTorch peer that converged", "jax": "the best of JAX"}
 
@@ -85,7 +92,7 @@ def headline(name: str) -> str:
     for problem, rows in _groups(name).items():
         ours = rows["deq"]
         ratios = [number(ours["ratio"].get(key), ".1f", "×") for key in ("inductor", "torchdeq")]
-        head = f"{problem}, N = {ours['n_iter']}"
+        head = f"{BODIES[problem]}, N = {ours['n_iter']}"
         error = f"{ours['gradient_error']:.0e}"
         lines.append([head, *(_cell(rows.get(key), clock) for key in shown), *ratios, error, _factors(ours)])
     ratios = ["… the compiled loop", "… TorchDEQ"]

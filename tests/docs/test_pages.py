@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.figures import blocks, options, render
+from bench.figures import blocks, options, render, sources
 from deq_compile.option_rules import RULES
 
-ROOT = render.sources.ROOT
+ROOT = sources.ROOT
 TEXTS = [render.README_SOURCE, *render.pages()]
 CONSOLE = re.compile(r"```console\n(.*?)```", re.S)
 LINK = re.compile(r"\[[^\]]*\]\((?P<target>[^)\s]+)\)")

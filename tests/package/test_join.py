@@ -22,7 +22,7 @@ YAML = [*WORKFLOWS, *sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 PAGES = [ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md", ".github/pull_request_template.md", "docs/platforms.md")]
 TEXTS = [*YAML, *PAGES]
 ELSEWHERE = {"pip", "venv", "build", "twine"}  # modules that are Python's own, or that a workflow installs just before
-LATER = {"build", "dist", "docs/_build", "docs/index.md", "examples/"}  # made by a command, or by another page's author
+LATER = {"build", "build/site", "dist"}  # made by a command
 
 
 def name_of(path: Path) -> str:
