@@ -31,7 +31,7 @@ def cpu_name() -> str:
 
 
 def version(package: str) -> str:
-    """What is installed under that name; of ours what was imported, since an editable installation keeps the number it began with."""
+    """What is installed under that name; of ours what was imported: an editable installation keeps the number it began with."""
     if package == "deq_compile":
         return deq_compile.__version__
     try:
