@@ -1,6 +1,7 @@
 # make demo          train one model three ways (eager, Inductor, deq) on real digits, print the table, write demo.png
 # make test          ruff, mypy, pytest: the gate
 # make test-oldest   the same on torch 2.11 and Python 3.12, in an environment of its own
+# make docs          the site, into build/site; warnings are errors
 # make bench         one training step, the user's eager loop against backend="deq"
 #
 # PYTHON=…           the interpreter that makes .venv (3.10 or newer)
@@ -20,17 +21,21 @@ PIP_FLAGS := --quiet --disable-pip-version-check
 RUN := $(VENV)/bin/python
 RUN_OLDEST := $(VENV_OLDEST)/bin/python
 
+or_say_so = || { echo "make: expected pip to install the development set into $(@D); it failed, with the error above."; \
+  echo "fix: without a network, name a package index that answers with PIP_INDEX_URL, and one for torch with TORCH_INDEX;"; \
+  echo "     then make again, which goes on where it stopped"; exit 1; }
+
 # torch goes in first and at its pin: nothing that follows can then pull another build of it. The build tools come with it, since the
 # project itself is installed without build isolation (one download less, and the pinned hatchling).
 # $(call install,PYTHON_OF_VENV,CONSTRAINTS)
 define install
-$(1) -m pip install $(PIP_FLAGS) -c $(2) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-$(1) -m pip install $(PIP_FLAGS) -c $(2) hatchling editables
-$(1) -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev]'
+@$(1) -m pip install $(PIP_FLAGS) -c $(2) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch $(or_say_so)
+@$(1) -m pip install $(PIP_FLAGS) -c $(2) hatchling editables $(or_say_so)
+@$(1) -m pip install $(PIP_FLAGS) -c $(2) --no-build-isolation -e '.[dev]' $(or_say_so)
 @touch $(@)
 endef
 
-.PHONY: help demo test test-oldest bench lint typecheck clean
+.PHONY: help demo test test-oldest docs bench lint typecheck clean
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
@@ -56,6 +61,10 @@ demo: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	@$(RUN) -m bench step $(ARGS)
+
+docs: $(VENV)/.installed
+	$(RUN) -m sphinx -W --keep-going -q -b html docs build/site
+	@echo "build/site/index.html"
 
 # The linked folders are checked under both names; pyproject.toml says why.
 lint: $(VENV)/.installed

@@ -1,13 +1,16 @@
-"""Build hook: refuse to build a wheel that would lack its kernels and passes.
+"""Build hook: kernels and passes go into the package, whether or not the checkout has links to them.
 
 ``deq_compile/kernels`` and ``deq_compile/passes`` are committed relative symlinks to the top-level folders of the same
 name, so that the wheel holds them inside the package and never as top-level packages (another distribution owns the
-name ``kernels``). Git without symlink support writes a small text file in the place of each link; the package built
-from such a checkout could not be imported.
+name ``kernels``). Git without symlink support writes a small text file in the place of each link: then the top-level
+folders are taken. A wheel that would lack one is refused.
+
+``python hatch_build.py`` says whether the links are as they have to be committed; the pre-commit hook runs it.
 """
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +30,36 @@ def describe(path: Path) -> str:
     return "neither a file nor a directory"
 
 
-class LinkCheckHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Fails the build unless every linked folder is a directory."""
+class LinkHook(BuildHookInterface):  # type: ignore[type-arg]
+    """Puts every linked folder into what is built; pyproject.toml leaves the links themselves out."""
 
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        root = Path(self.root)
         for link, target in LINKS.items():
-            path = Path(self.root) / link
-            if path.is_dir():
-                continue
-            raise RuntimeError(
-                f"cannot build deq_compile: {link} is not a directory.\n"
-                f"  expected: a relative symlink to {target} (or a directory with the same content)\n"
-                f"  got:      {describe(path)}\n"
-                f"  fix:      git config core.symlinks true && git checkout -- {link}\n"
-                f"            or, without git: rm -f {link} && ln -s {target} {link}"
-            )
+            folders = (root / link, (root / link).parent / target)
+            found = next((folder.resolve() for folder in folders if folder.is_dir()), None)
+            if found is None:
+                raise RuntimeError(
+                    f"cannot build deq_compile: {link} is not a directory, and neither is {folders[1].resolve()}.\n"
+                    f"  expected: a relative symlink to {target} (or a directory with the same content)\n"
+                    f"  got:      {describe(folders[0])}\n"
+                    f"  fix:      git checkout -- {link} {folders[1].name}"
+                )
+            if version != "editable":  # that finds the folders where they are (deq_compile/ready.py)
+                build_data["force_include"][str(found)] = link
+
+
+def wrong_links(root: Path) -> list[str]:
+    """What is wrong with the links of a checkout, a sentence each."""
+    wrong = []
+    for link, target in LINKS.items():
+        path = root / link
+        if not path.is_symlink() or path.readlink().as_posix() != target:
+            wrong.append(f"{link}: expected a symlink to {target}. Fix: rm -rf {link} && ln -s {target} {link}")
+    return wrong
+
+
+if __name__ == "__main__":
+    sys.exit("\n".join(wrong_links(Path(__file__).resolve().parent)) or 0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import demo, kernels, overhead, step
+from bench import demo, kernels, overhead, step, watch
+from bench.figures import cli as figures
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
 from bench.gradients import cli as gradients
@@ -22,6 +23,7 @@ from bench.tables import compile_time
 COMMANDS = {
     "compile-time": compile_time,
     "demo": demo,
+    "figures": figures,
     "fuzz": fuzz,
     "gpu": gpu,
     "gradients": gradients,
@@ -35,6 +37,7 @@ COMMANDS = {
     "scaling": scaling,
     "step": step,
     "tables": tables,
+    "watch": watch,
 }
 
 

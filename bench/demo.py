@@ -29,10 +29,12 @@ from tqdm import tqdm
 
 from bench import machine
 from bench.demo_model import WeightTiedClassifier, batches, digits
+from bench.tables.cli import header
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"eager": "eager loop", "inductor": "torch.compile", "deq": 'torch.compile(backend="deq")'}
 MISSING = "–"
+SOLVES = "solves.png"
 BUSY = 0.3  # cores; an idle machine shows less than 0.1
 
 
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=machine.usable_cores(), help="default: all cores")
     parser.add_argument("--options", type=json.loads, default={}, help="options of the deq backend, as JSON")
     parser.add_argument("--plot", type=Path, default=Path("demo.png"), help="the figure (default %(default)s)")
+    parser.add_argument("--json", type=Path, help="write the finished rows there")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "demo", help="folder of the rows' JSON files")
     parser.add_argument("--resume", action="store_true", help="keep finished rows of a run with the same settings")
     parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)  # the child's own call
@@ -152,10 +155,21 @@ def train(args: argparse.Namespace, row: str) -> dict[str, Any]:
         "solves": summary(solves),
     }
     if row == "deq":
+        draw_solves(solves, args.out / SOLVES)
         plain = WeightTiedClassifier(width=args.width, n_iter=args.loop)
         plain.load_state_dict(model.state_dict())
         result["accuracy_eager_loop"] = accuracy(plain.eval(), data.test_x, data.test_y)
     return result
+
+
+def draw_solves(solves: list[Any], path: Path) -> None:
+    """The course of training as its solves saw it; nothing where no region was found."""
+    from deq_compile.watch import plot_solves
+
+    trained = [record for record in solves if record.vjps is not None]
+    if trained:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot_solves(trained, path)
 
 
 def child(args: argparse.Namespace) -> int:
@@ -274,6 +288,13 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
+def explained(error: str) -> str:
+    """The error of a row; in one sentence where only a compiler is missing, which the other rows do without."""
+    if "InvalidCxxCompiler" in error:
+        return "it needs a C++ compiler, and none was found. Fix: install g++ or clang++, or set CXX"
+    return error
+
+
 def report(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None:
     finished = {row: result for row, result in results.items() if "error" not in result}
     print(f"\n{format_table(results)}\n")
@@ -281,6 +302,8 @@ def report(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None
         print(machine.one_line(next(iter(finished.values()))["machine"]))
         plot(results, args.plot)
         print(f"loss against wall time: {args.plot}")
+    if "deq" in finished and (args.out / SOLVES).exists():
+        print(f"the solves of training: {args.out / SOLVES}")
     busy = [row for row, result in finished.items() if (result["other_cores"] or 0.0) > BUSY]
     if busy:
         print(f"other programs ran beside {', '.join(busy)}: those times are not to be trusted", file=sys.stderr)
@@ -290,7 +313,17 @@ def report(args: argparse.Namespace, results: dict[str, dict[str, Any]]) -> None
         print(f"training solves by status: {counts}")
     for row, result in results.items():
         if "error" in result:
-            print(f"\n{ROWS[row]} FAILED:\n{result['error']}", file=sys.stderr)
+            print(f"\n{ROWS[row]} FAILED:\n{explained(result['error'])}", file=sys.stderr)
+
+
+def store(args: argparse.Namespace, head: dict[str, Any], results: dict[str, dict[str, Any]]) -> None:
+    """Write the rows that finished to ``args.json``, under where, when and with what they were measured."""
+    chosen = {name: getattr(args, name) for name in ("steps", "batch", "width", "loop", "threads", "options")}
+    finished = {row: result for row, result in results.items() if "error" not in result}
+    head = {name: head[name] for name in ("date", "machine", "versions", "commit")}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps({**head, "settings": chosen, "rows": finished}, indent=1) + "\n")
+    print(f"rows: {args.json}")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -306,6 +339,8 @@ def main(args: argparse.Namespace) -> int:
         f"A weight-tied classifier, z ← tanh(0.9 W z + b + U x) {args.loop} times, width {args.width}, on the "
         f"handwritten digits of scikit-learn:\n{args.steps} steps of {args.batch} samples, {args.threads} threads."
     )
+    torch.set_num_threads(args.threads)  # the head says how many the rows were given
+    head = header(argparse.Namespace(threads=args.threads, repeats=args.steps))
     results: dict[str, dict[str, Any]] = {}
     interrupted = False
     try:
@@ -316,6 +351,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"\ninterrupted; finished rows are in {args.out}, `--resume` takes them up again", file=sys.stderr)
     if results:
         report(args, results)
+    if args.json:
+        store(args, head, results)
     if interrupted:
         return 130
     return 1 if any("error" in result for result in results.values()) else 0

@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import torch
 
+import deq_compile
+
 
 def usable_cores() -> int:
     """Cores that this process may run on; a container often has fewer than the machine."""
@@ -29,6 +31,9 @@ def cpu_name() -> str:
 
 
 def version(package: str) -> str:
+    """What is installed under that name; of ours what was imported: an editable installation keeps the number it began with."""
+    if package == "deq_compile":
+        return deq_compile.__version__
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -12,6 +12,7 @@ import types
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
+from . import ready  # noqa: F401, first: whether the rest can be imported
 from .config import Options
 from .explicit import fixed_point
 from .region.records import SolveRecord, record_solves
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .caches import reset
     from .families.solvers import register_solver
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Location",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,19 +32,31 @@ def usable(config: Config, values: Sequence[Any]) -> Config:
 @functools.cache
 def has_cpp_compiler() -> bool:
     """Whether Inductor finds a C++ compiler; says so once where it does not."""
-    from .torch_parts import InvalidCxxCompiler, get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
+    reason = no_cpp_compiler()
+    if reason:
         warnings.warn(
-            "no C++ compiler was found, so Inductor cannot compile for the CPU: the 'deq' backend goes on with "
-            "inner='aot_eager'. Fix: install g++ or clang++, or set CXX",
+            f"no C++ compiler was found, so Inductor cannot compile for the CPU: the 'deq' backend goes on with "
+            f"inner='aot_eager'. {reason}",
             UserWarning,
             stacklevel=2,
         )
-        return False
-    return True
+    return not reason
+
+
+def no_cpp_compiler() -> str:
+    """What to do where Inductor finds no C++ compiler; "" where it finds one."""
+    from .torch_parts import InvalidCxxCompiler, get_cpp_compiler
+
+    prompt = "start from a developer prompt of Visual Studio's C++ build tools, or set CXX"
+    fix = {"win32": prompt, "darwin": "xcode-select --install, or set CXX"}
+    wanted = f"Fix: {fix.get(sys.platform, 'install g++ or clang++, or set CXX')}"
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler:
+        return wanted
+    except RuntimeError as error:  # one that Inductor does not use, such as Visual Studio's in another language than English
+        return f"Inductor says: {(str(error).splitlines() or [''])[0]} {wanted}"
+    return ""
 
 
 @functools.cache

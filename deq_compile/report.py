@@ -176,15 +176,35 @@ class Report:
         whole["regions"] = [{**row, **row.pop("standing")} for row in whole["regions"]]
         return json.dumps(whole, indent=2)
 
-    def __str__(self) -> str:
-        rows = [("status", "kind", "where", "state", "iterations", "hoisted", "solver", "backward")]
+    def to_html(self) -> str:
+        """The report as a piece of HTML that needs nothing from elsewhere (string): what `str` says, everything escaped."""
+        from .report_html import html_of
+
+        return html_of(self)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return self.to_html()
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table of regions, its head first."""
+        rows: list[tuple[str, ...]] = [("status", "kind", "where", "state", "iterations", "hoisted", "solver", "backward")]
         for r in self.regions:
             status = r.status if r.distance is None else f"{r.status} ({r.distance:.1e})"
             state = " ".join(f"{dtype}[{','.join(shape)}]" for shape, dtype in r.states)
             count = "-" if r.iterations is None else str(r.iterations)
             rows.append((status, r.kind, str(r.location), state, count, str(len(r.hoisted)), r.solver, r.backward))
+        return rows
+
+    def __str__(self) -> str:
+        rows = self.rows()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*(table if self.regions else ()), *self.remarks()])
+
+    def remarks(self) -> list[str]:
+        """What is said below the table, a line each."""
+        lines = []
         if not self.regions:
             lines = [f"no fixed-point region in {self.graphs} graph(s)"]
             if not (self.skipped or self.graph_breaks or self.features_off):
@@ -202,4 +222,4 @@ class Report:
         lines += [f"left alone  {skipped}" for skipped in self.skipped]
         lines += [f"off         {feature}: {why}" for feature, why in self.features_off.items()]
         lines += [f"graph break {' '.join(text.split())}" for text in self.graph_breaks]
-        return "\n".join(lines)
+        return lines

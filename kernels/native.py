@@ -27,6 +27,9 @@ _SUFFIX = {torch.float32: "f32", torch.float64: "f64"}
 # Below this many elements a parallel region costs more than it saves.
 _PARALLEL_ELEMENTS = 1 << 15
 
+# Why there are none, since the last look; "" where there are.
+_reason = ""
+
 _P, _I, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
@@ -87,11 +90,15 @@ def source() -> str:
 
 @functools.cache
 def _load() -> dict[torch.dtype, Functions] | None:
+    global _reason
+    _reason = ""
     if os.environ.get("DEQ_COMPILE_NATIVE") == "0":
+        _reason = "DEQ_COMPILE_NATIVE=0 switches them off"
         return None
     try:
         where = folder.private()
     except PermissionError as error:
+        _reason = str(error)
         log.warning("no C++ kernels, going on with ATen, which takes longer: %s", error)
         return None
     flags = ["-ffp-contract=fast"]  # Inductor's flags switch contraction off
@@ -105,8 +112,15 @@ def _load() -> dict[torch.dtype, Functions] | None:
         library = getattr(loaded, "lib", loaded)
         return {dtype: Functions(library, suffix) for dtype, suffix in _SUFFIX.items()}
     except Exception as error:  # whatever a compiler or a loader may say: ATen serves
-        log.info("no C++ kernels, going on with ATen: %s: %s", type(error).__name__, str(error).splitlines()[0][:200])
+        _reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        log.info("no C++ kernels, going on with ATen: %s", _reason)
         return None
+
+
+def why_not() -> str:
+    """Why there are no C++ kernels in this process; "" where there are. The first look compiles them."""
+    _load()
+    return _reason
 
 
 def functions(*tensors: torch.Tensor) -> Functions | None:

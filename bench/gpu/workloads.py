@@ -118,13 +118,30 @@ def of_problem(name: str, dry: bool, n_iter: int = 30) -> Workload:
     """mlp128, mlp1024, conv, transformer as on the CPU; mlp1024wide: 128 x 1024."""
     torch.manual_seed(0)
     if dry:
-        small = problems.MLP(17, 12, "before")
-        problems.scale_spectral_norm(small.W.weight, 0.25)
-        return Workload(name, OfProblem(small), (torch.randn(2, 17),), "rehearsal", tol=1e-3)
+        small, shape = small_problem(name)
+        return Workload(name, OfProblem(small), (torch.randn(shape),), "rehearsal", tol=1e-3)
     if name == "mlp1024wide":
         return Workload(name, OfProblem(problems.MLP(1024, n_iter, "before")), (torch.randn(128, 1024),), "bench/problems.py")
     loop, x, _ = problems.make(name, n_iter, "before")
     return Workload(name, OfProblem(loop), (x.detach(),), "bench/problems.py")
+
+
+def small_problem(name: str) -> tuple[problems.Loop, tuple[int, ...]]:
+    """The same body for two samples of about twenty unknowns, and the shape of x: at its fixed point after twelve iterations."""
+    if name == "conv":
+        conv = problems.Conv(2, 3, 12, "before")
+        with torch.no_grad():
+            conv.c1.weight.mul_(0.5)
+            conv.c2.weight.mul_(0.5)
+        return conv, (2, 2, 3, 3)
+    if name == "transformer":
+        transformer = problems.Transformer(8, 2, 12, "before")
+        for layer in (transformer.o, transformer.f2):
+            problems.scale_spectral_norm(layer.weight, 0.1)
+        return transformer, (2, 3, 8)
+    mlp = problems.MLP(17, 12, "before")
+    problems.scale_spectral_norm(mlp.W.weight, 0.25)
+    return mlp, (2, 17)
 
 
 def make(name: str, dry: bool) -> Workload:

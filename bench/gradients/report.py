@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -46,23 +45,32 @@ def by_body(rows: Rows) -> str:
     return tabulate(lines, headers=["mode", *bodies])
 
 
-def ratios(rows: Rows) -> str:
-    lines, every = [], defaultdict(list)
+def ratios_by_body(rows: Rows, tol: str) -> dict[str, float]:
+    """Products of reuse over products without it, the same iteration to ``tol`` ("1e-1" or "1e-2"), means over seeds."""
+    return {body: ours / others for body, (ours, others) in _products(rows, tol).items()}
+
+
+def _products(rows: Rows, tol: str) -> dict[str, tuple[float, float]]:
+    found = {}
     for body in dict.fromkeys(row["body"] for row in rows):
-        line: list[str] = [body]
-        for tol in ("1e-1", "1e-2"):
-            pairs = [
-                (row["products"], other["products"])
-                for row in rows
-                for other in rows
-                if row["body"] == other["body"] == body and row["seed"] == other["seed"]
-                if row["mode"] == f"reuse<{tol}" and other["mode"] == f"none<{tol}"
-            ]
-            ratio = mean(a for a, _ in pairs) / mean(b for _, b in pairs)
-            every[tol].append(ratio)
-            line.append(f"{mean(a for a, _ in pairs):.1f} / {mean(b for _, b in pairs):.1f} = {ratio:.2f}")
-        lines.append(line)
-    lines.append(["mean", *(f"{mean(every[tol]):.3f}" for tol in ("1e-1", "1e-2"))])
+        pairs = [
+            (row["products"], other["products"])
+            for row in rows
+            for other in rows
+            if row["body"] == other["body"] == body and row["seed"] == other["seed"]
+            if row["mode"] == f"reuse<{tol}" and other["mode"] == f"none<{tol}"
+        ]
+        found[body] = (mean(a for a, _ in pairs), mean(b for _, b in pairs))
+    return found
+
+
+def ratios(rows: Rows) -> str:
+    every = {tol: _products(rows, tol) for tol in ("1e-1", "1e-2")}
+    lines: list[list[str]] = []
+    for body in every["1e-2"]:
+        pairs = (found[body] for found in every.values())
+        lines.append([body, *(f"{ours:.1f} / {others:.1f} = {ours / others:.2f}" for ours, others in pairs)])
+    lines.append(["mean", *(f"{mean(a / b for a, b in found.values()):.3f}" for found in every.values())])
     return tabulate(lines, headers=["body", "to 1e-1", "to 1e-2"])
 
 

@@ -62,6 +62,11 @@ def install() -> None:
             _try(feature.name, feature.switch_on, feature.test)
 
 
+def features() -> list[str]:
+    """The names of all features, whether on or off."""
+    return [feature.name for feature in _FEATURES]
+
+
 def _absent(names: Iterable[str]) -> str:
     """Why the first of some names that is missing is; "" where all are there."""
     return next((MISSING[name] for name in names if name in MISSING), "")

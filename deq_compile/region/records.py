@@ -20,26 +20,28 @@ from .status import converged, message_of
 class SolveRecord:
     """One forward of one region, and its backward once that has run.
 
-    region         key of the region
-    status         "solve": z is a fixed point; "follow": the one that the loop's own iterates lead to; "kept": the loop's own
-                   iterations were run
-    message        the solver's word on the worst sample (tolerance reached, stagnated at the precision's floor, ...)
-    iterations     evaluations of the body until a sample stopped, mean over samples; `iterations_max` the largest
-    evaluations    evaluations of the body on the whole batch, those of verification and probes included
-    residual       stopping residual of the returned iterate, max over samples; `residual_mean` the mean
-    converged      share of samples that reached the tolerance (or the precision's floor), 0 to 1
-    vjps           vector-Jacobian products of the backward; None until it has run
-    adjoint_residual        |q + J^T w - w| / |q|, max over samples; `adjoint_residual_mean` the mean,
-    adjoint_residual_batch  and the same with norms over the whole batch: the quantity refinement stops on
-    adjoint_message the adjoint solver's word
-    reused         whether the backward made use of the forward's factors; None until it has run
-    recycled       whether the solve began with what earlier batches had left; `recycled_adjoint` whether the adjoint did
-    adjoint_error  estimate of |w - w*| / |w| over the batch, from the adjoint's own iteration; None where it made none
-    gradient_error relative error of the operands' gradients when it was last measured, against a tenth of the tolerance
-    bytes          held from forward to backward for the stored steps and coefficients
-    seconds        only with record_solves(timing=True): host time inside the region by part, forward and backward together:
-                   "body" (evaluations), "vjp", "solver" (all else of a solve), "overhead" (the rest). On a GPU: to enqueue it
-    z, cotangent, w  flat (B, D) tensors, only with record_solves(tensors=True)
+    region                  key of the region
+    where                   the user's file and line
+    status                  "solve": z is a fixed point; "follow": the one that the loop's own iterates lead to; "kept": the
+                            loop's own iterations were run
+    message                 the solver's word on the worst sample (tolerance reached, stagnated at the precision's floor, ...)
+    iterations              evaluations of the body until a sample stopped, mean over samples; `iterations_max` the largest
+    evaluations             evaluations of the body on the whole batch, those of verification and probes included
+    residual                stopping residual of the returned iterate, max over samples; `residual_mean` the mean
+    converged               share of samples that reached the tolerance (or the precision's floor), 0 to 1
+    vjps                    vector-Jacobian products of the backward; None until it has run
+    adjoint_residual        |q + J^T w - w| / |q|, max over samples; `adjoint_residual_mean` the mean
+    adjoint_residual_batch  the same with norms over the whole batch: the quantity refinement stops on
+    adjoint_message         the adjoint solver's word
+    reused                  whether the backward made use of the forward's factors; None until it has run
+    recycled                whether the solve began with what earlier batches had left; `recycled_adjoint` whether the adjoint did
+    adjoint_error           estimate of |w - w*| / |w| over the batch, from the adjoint's own iteration; None where it made none
+    gradient_error          relative error of the operands' gradients when it was last measured, against a tenth of the tolerance
+    bytes                   held from forward to backward for the stored steps and coefficients
+    seconds                 only with record_solves(timing=True): host time inside the region by part, forward and backward
+                            together: "body" (evaluations), "vjp", "solver" (all else of a solve), "overhead" (the rest). On a
+                            GPU: to enqueue it
+    z, cotangent, w         flat (B, D) tensors, only with record_solves(tensors=True)
     """
 
     region: str
@@ -66,6 +68,7 @@ class SolveRecord:
     z: Tensor | None = None
     cotangent: Tensor | None = None
     w: Tensor | None = None
+    where: str = ""
 
     def describe(self, solution: Solution) -> None:
         """Fill in what a solve of at least one sample came to."""

@@ -119,7 +119,7 @@ def run(call: Call) -> Result:
     site = call.site
     first, due = _solve(call)
     everywhere = first is not None and call.layout.batch > 0 and not on_gpu(call.z0.device) and first.all_converged()
-    linear, image = (call.evaluations.linear(), call.evaluations.value()) if everywhere else (None, None)
+    linear, image = (call.evaluations.linear(), call.evaluations.value()) if everywhere else (None, _enqueued(call, first, due))
     own: OwnLoop | None = None
     if due:
         assert first is not None
@@ -141,6 +141,13 @@ def run(call: Call) -> Result:
         saved = SavedForBackward(linear, factors=_factors(site, solution, call.recycled), recycled=call.recycled)
     serial = 0 if call.inside else _record(call, solution, z, saved.factors, kept)
     return Result(z, given, solution, own, kept, serial, saved)
+
+
+def _enqueued(call: Call, first: Solution | None, due: bool) -> Tensor | None:
+    """The attached step of a captured solve, (B, D), before anybody waits to hear what the solve came to: in vain where that is a
+    miss, and else the device is not idle while the host asks. None where there is none, or where it would be compared first."""
+    ahead = first is not None and first.outcome is not None and call.site.spec.attached and not due
+    return call.body(first.z) if ahead and first is not None else None
 
 
 def _given(call: Call, z: Tensor, image: Tensor | None) -> Tensor:
@@ -180,7 +187,10 @@ def _where_it_missed(call: Call, solution: Solution) -> Solution | None:
     if solution.outcome is not None and (cap is not None or spec.iterations is not None):
         site.pending.append(solution.without_tensors())
         return solution
-    if solution.missed() and cap is None:
+    if not solution.missed():
+        site.misses = 0
+        return solution
+    if cap is None:
         config = spec.config
         most = max(config.max_iter, spec.iterations or min(spec.own_cap or 1, OPEN_CAP))
         relative = config.stop_mode == "rel"
@@ -200,9 +210,8 @@ def _record(call: Call, solution: Solution | None, z: Tensor, factors: Factors |
     """The serial number of the records of a call; 0: nobody listens."""
     if not records.recording():
         return 0
-    record = records.SolveRecord(
-        call.site.key, "kept" if solution is None else call.site.solving, evaluations=call.evaluations.count
-    )
+    site, status = call.site, "kept" if solution is None else call.site.solving
+    record = records.SolveRecord(site.key, status, evaluations=call.evaluations.count, where=site.spec.where)
     record.z = z.detach().clone() if records.wants_tensors() else None
     if factors is not None:
         record.bytes = sum(t.numel() * t.element_size() for t in (factors.S, factors.C))

@@ -70,6 +70,14 @@ def test_workloads_are_at_their_fixed_point_when_the_loop_ends(name: str) -> Non
     assert errors(step(workload.model, workload), reference.exact(workload))[0] < 3e-3
 
 
+def test_a_rehearsal_has_the_bodies_of_the_real_workloads() -> None:
+    """The same modules, small: what a convolution or an attention does under an engine is seen before a device is paid for."""
+
+    for name in set(NAMES) - set(LARGE):  # those are made by one function for both
+        small, real = ({type(module) for module in workloads.make(name, dry).model.modules()} for dry in (True, False))
+        assert small == real, name
+
+
 def test_shapes_are_the_cited_ones() -> None:
     mdeq = workloads.make("mdeq", dry=False)
     z = mdeq.model.start(mdeq.model.inject(mdeq.inputs[0][:1]))

@@ -44,3 +44,13 @@ def test_a_broken_file_is_told_and_ignored(file: Path, text: str, caplog: pytest
     file.write_text(text)
     assert tiles(32, 65536, 41) == by_shape(32, 65536, 41)
     assert "tuned tiles are ignored" in caplog.text
+
+
+@pytest.mark.parametrize("D", [1, 127, 128, 129, 1000, 1024])
+def test_a_short_row_is_one_tile_of_the_update(D: int) -> None:
+    """Its loads of steps then wait for nothing but each other; a longer row takes several tiles of the widest kind."""
+    for steps in (2, 11, 41):
+        cut = by_shape(128, D, steps)
+        assert cut.slabs == 1
+        assert cut.BD2 >= D
+        assert by_shape(128, 1025, steps).BD2 == by_shape(128, 1024, steps).BD2

@@ -13,7 +13,7 @@ MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_FILE = 60, 400
 LONG_FILES: set[str] = set()  # that are too long still: may only shrink
 # The layers of the package, from the top: a module imports from its own layer and from those below it.
 LAYERS = (
-    ("deq_compile/__init__", "deq_compile/testing"),
+    ("deq_compile/__init__", "deq_compile/__main__", "deq_compile/doctor", "deq_compile/testing", "deq_compile/watch"),
     ("deq_compile/api",),
     ("deq_compile/backend", "deq_compile/caches", "deq_compile/onlooker"),
     ("deq_compile/rewrite", "deq_compile/as_written", "deq_compile/undecided"),
@@ -21,10 +21,10 @@ LAYERS = (
     ("deq_compile/passes", "deq_compile/families"),
     ("deq_compile/scope", "deq_compile/inner", "deq_compile/markers"),
     ("deq_compile/explicit",),
-    ("deq_compile/regularise", "deq_compile/report", "deq_compile/solve_info", "deq_compile/structure", "deq_compile/unexpected",
-     "deq_compile/region"),
+    ("deq_compile/regularise", "deq_compile/report", "deq_compile/report_html", "deq_compile/solve_info", "deq_compile/structure",
+     "deq_compile/unexpected", "deq_compile/region"),
     ("deq_compile/config", "deq_compile/kernels"),
-    ("deq_compile/option_rules", "deq_compile/registry", "deq_compile/torch_parts"),
+    ("deq_compile/option_rules", "deq_compile/ready", "deq_compile/registry", "deq_compile/torch_parts"),
 )  # fmt: skip
 # The same among the kernels: solvers know the factors of Broyden's, all know the iteration, nobody knows the solvers.
 KERNELS = (("gcr",), ("reuse",), ("broyden", "anderson"), ("iteration", "recycle"),
@@ -33,7 +33,8 @@ KERNELS = (("gcr",), ("reuse",), ("broyden", "anderson"), ("iteration", "recycle
 
 def sources() -> list[str]:
     """Every Python file of the project, by its path from the root; those of links once."""
-    found = [path for folder in ("deq_compile", "kernels", "passes", "bench", "tests") for path in (ROOT / folder).rglob("*.py")]
+    folders = ("deq_compile", "kernels", "passes", "bench", "examples", "tests")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     names = {str(path.relative_to(ROOT)) for path in found}
     return sorted(n for n in names if not n.startswith(("deq_compile/kernels/", "deq_compile/passes/")))
 
@@ -142,15 +143,16 @@ def test_no_name_of_a_solver_or_a_backward_outside_its_file(name: str) -> None:
     assert not found
 
 
-def test_bench_comes_in_by_the_door() -> None:
+def test_bench_and_examples_come_in_by_the_door() -> None:
     """By public names and `deq_compile.testing`, as a benchmark of somebody else's would."""
     found = []
     for path in sources():
-        if path.startswith("bench/"):
+        if path.startswith(("bench/", "examples/")):
             for node in ast.walk(ast.parse((ROOT / path).read_text())):
                 modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 modules += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-                inner = [m for m in modules if m.startswith("deq_compile.") and m != "deq_compile.testing"]
+                public = ("deq_compile.testing", "deq_compile.watch")
+                inner = [m for m in modules if m.startswith("deq_compile.") and m not in public]
                 found += [f"{path}:{node.lineno} {m}" for m in inner]
     assert not found
 

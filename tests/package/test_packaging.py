@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -30,9 +31,9 @@ def tree(tmp_path: Path) -> Path:
     return copy
 
 
-def build(tree: Path) -> subprocess.CompletedProcess[str]:
-    """Build a wheel into ``tree/dist`` with the hatchling of this environment; no network."""
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "dist"]
+def build(tree: Path, target: str = "wheel") -> subprocess.CompletedProcess[str]:
+    """Build into ``tree/dist`` with the hatchling of this environment; no network."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", target, "-d", "dist"]
     # PYTHONPATH would put a checkout before the installed tools; CI systems set it.
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=60)
@@ -64,25 +65,67 @@ def test_sources_other_than_python_reach_the_wheel(tree: Path) -> None:
     assert "deq_compile/kernels/probe.cpp" in zipfile.ZipFile(wheel).namelist()
 
 
-@pytest.mark.parametrize("folder", LINKS)
-def test_build_fails_where_a_link_is_a_text_file(tree: Path, folder: str) -> None:
-    link = tree / "deq_compile" / folder
-    link.unlink()
-    link.write_text(f"../{folder}")  # what git writes with core.symlinks=false
-    result = build(tree)
-    assert result.returncode != 0
-    assert f"deq_compile/{folder} is not a directory" in result.stderr
-    assert "expected: a relative symlink to" in result.stderr
-    assert "got:      a file of" in result.stderr
-    assert "fix:      git config core.symlinks true" in result.stderr
-    assert not list(tree.glob("dist/*.whl"))
+def without_symlinks(tree: Path) -> None:
+    """What git writes with core.symlinks=false, as on Windows: a text file in the place of each link."""
+    for folder in LINKS:
+        link = tree / "deq_compile" / folder
+        link.unlink()
+        link.write_text(f"../{folder}")
 
 
-def test_build_fails_where_a_link_dangles(tree: Path) -> None:
+@pytest.mark.parametrize("target", ["wheel", "sdist"])
+def test_a_checkout_without_symlinks_builds_the_same(tree: Path, target: str) -> None:
+    """A wheel from it, and from its source distribution too."""
+    names = []
+    for _ in range(2):
+        assert build(tree, "wheel").returncode == 0
+        (wheel,) = (tree / "dist").glob("*.whl")
+        names.append(sorted(zipfile.ZipFile(wheel).namelist()))
+        wheel.unlink()
+        if len(names) == 1:
+            without_symlinks(tree)
+            if target == "sdist":
+                assert build(tree, "sdist").returncode == 0
+                (source,) = (tree / "dist").glob("*.tar.gz")
+                with tarfile.open(source) as archive:
+                    archive.extractall(tree.parent, filter="data")
+                tree = tree.parent / source.name.removesuffix(".tar.gz")
+    assert names[0] == names[1]
+    assert "deq_compile/kernels/native.py" in names[0]
+
+
+def test_a_checkout_without_symlinks_can_be_imported_in_place(tree: Path) -> None:
+    without_symlinks(tree)
+    code = "import deq_compile; from deq_compile import kernels; from deq_compile.passes import judge; print(kernels.__file__)"
+    env = {**os.environ, "PYTHONPATH": str(tree), "DEQ_COMPILE_NATIVE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tree, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()) == tree / "kernels" / "__init__.py"
+
+
+def test_build_fails_where_a_folder_is_missing(tree: Path) -> None:
     shutil.rmtree(tree / "kernels")
     result = build(tree)
     assert result.returncode != 0
     assert "got:      a symlink to '../kernels', which does not exist" in result.stderr
+    without_symlinks(tree)
+    result = build(tree)
+    assert result.returncode != 0
+    assert "got:      a file of 10 bytes (a checkout made without symlink support writes one)" in result.stderr
+    assert not list(tree.glob("dist/*.whl"))
+
+
+def test_what_is_committed_are_links() -> None:
+    import hatch_build
+
+    assert hatch_build.wrong_links(ROOT) == []
+
+
+def test_a_link_that_is_a_file_is_told(tree: Path) -> None:
+    import hatch_build
+
+    without_symlinks(tree)
+    assert [line.partition(":")[0] for line in hatch_build.wrong_links(tree)] == [f"deq_compile/{name}" for name in LINKS]
 
 
 @pytest.mark.parametrize("folder", LINKS)

@@ -16,11 +16,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import deq_compile  # noqa: F401, the backend's name
 from bench.gpu import rehearse
+from deq_compile import record_solves
 from deq_compile.kernels.broyden import gpu as broyden_gpu
 from deq_compile.kernels.gcr import gpu as gcr_gpu
 from deq_compile.region import graphs, op, verdict
+from deq_compile.region.compiled import CompiledRunner
+from tests.models.attached import WithHook
 from tests.region.rehearsed_loops import Loop
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="run by test_triton.py, interpreted")
@@ -147,6 +149,39 @@ def test_inference_waits_for_nothing(device: type[rehearse.RehearsalDevice], mon
         with pytest.warns(UserWarning, match=r"missed tol=0.001"):
             call(x)
     assert Slow.waited == 2
+
+
+def test_a_declared_fixed_point_waits_once_and_last(
+    device: type[rehearse.RehearsalDevice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing stands behind it, so the host has to hear what the solve came to; by then the attached step is enqueued."""
+    order: list[str] = []
+
+    class Watched(Slow):
+        def synchronize(self) -> None:
+            order.append("wait")
+            super().synchronize()
+
+    apply = CompiledRunner.apply
+
+    def evaluated(self: CompiledRunner, *args: Any) -> torch.Tensor:
+        order.append("body")
+        return apply(self, *args)
+
+    monkeypatch.setattr(device, "event", lambda self: Watched())
+    monkeypatch.setattr(CompiledRunner, "apply", evaluated)
+    model, x = WithHook(), torch.randn(2, 16)
+    nn.init.orthogonal_(model.f.W.weight, gain=0.1)
+    call = torch.compile(model, backend="deq", options={"inner": "aot_eager", "tol": 1e-3, "max_iter": 8})
+    for _ in range(2):
+        call(x)
+    (held,) = graphs.held(graphs.CapturedForward)
+    order.clear()
+    with record_solves() as solves:
+        found = call(x)
+    assert held.name == "while"
+    assert order == ["body"] * (solves[0].iterations_max + 1) + ["wait"]
+    torch.testing.assert_close(found, model(x), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("wanted", ["while", "chunks"])
