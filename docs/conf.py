@@ -33,7 +33,8 @@ nitpicky = True
 nitpick_ignore_regex = [  # what has no page here
     (
         "py:.*",
-        r"(torch|collections|typing|contextlib)\..*|Tensor|nn\..*|optional|dict\[.*|deq_compile\.(api\.T|explicit\.S|config\.Config)",
+        r"(torch|collections|typing|contextlib|os)\..*|Tensor|nn\..*|optional|dict\[.*|Records|Figure"
+        r"|deq_compile\.(api\.T|explicit\.S|config\.Config|watch\.rows\.Names)",
     )
 ]
 
