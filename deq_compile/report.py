@@ -87,7 +87,7 @@ class Standing:
     what the iterations ran on at the last call ("loop", "chunks", "while"; see region/engine), `engine_reason` why on nothing
     better. `reuse` tells whether the backward makes use of the forward's factors, `gradient_error` how far its gradients of the
     operands were off when last measured, relative to those at a tenth of the tolerance. `recycle` says in words what begins with
-    factors of earlier batches; empty where the option is off.
+    factors of earlier batches; empty where the option is off. `kept_reason` says why a loop is kept.
     """
 
     status: str = "pending"
@@ -97,6 +97,7 @@ class Standing:
     gradient_error: float | None = None
     reuse: bool = True
     recycle: str = ""
+    kept_reason: str = ""
 
 
 @dataclasses.dataclass
@@ -147,6 +148,10 @@ class Region:
     @property
     def recycle(self) -> str:
         return self.standing.recycle
+
+    @property
+    def kept_reason(self) -> str:
+        return self.standing.kept_reason
 
 
 @dataclasses.dataclass
@@ -209,6 +214,7 @@ class Report:
             lines = [f"no fixed-point region in {self.graphs} graph(s)"]
             if not (self.skipped or self.graph_breaks or self.features_off):
                 lines.append("no loop that repeats a map was met, and no call of a solver")
+        lines += [f"kept        {r.location}: {r.kept_reason}" for r in self.regions if r.kept_reason]
         lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
         idle = "without the forward's factors, which cost more than they save"
         lines += [f"backward    {r.location}: {idle}" for r in self.regions if not r.reuse]

@@ -15,7 +15,7 @@ README, README_SOURCE = sources.ROOT / "README.md", DOCS / "README.md.in"
 PRINTED = DOCS / "printed.json"  # what named blocks print, by page and block
 SCRIPTS = ("language_model",)  # examples whose output stands on a page, as "examples/<name>"
 GENERATED = {"forms", "reach"}  # written whole by their own commands
-TABLES, MODELS, DEMO = "cpu-tables-2026-11-25-evening", "cpu-tables-real-models", "demo"
+TABLES, MODELS, DEMO = "cpu-tables-2026-11-28", "cpu-tables-real-models", "demo"
 
 
 def pages() -> list[Path]:

@@ -40,7 +40,7 @@ def conditions(name: str) -> str:
     """Machine, threads, versions and day of a run, in one line."""
     found = read(name)
     machine = found["machine"]
-    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''} of {machine['cores']} cores"
+    threads = ", ".join(f"{machine[what]} {what if machine[what] > 1 else what[:-1]}" for what in ("threads", "cores"))
     return f"{machine['cpu']}, {threads}, Python {machine['python']}, torch {machine['torch']}, {day(name)}"
 
 

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import why_kept
 from .agree import agreed
 from .forward import Solution
 from .kept import OwnLoop
@@ -49,7 +50,7 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
     if not bool(finite.any()):  # says nothing about the body; where that goes on, there is nothing to be gained by asking
         site.blank += 1
         if site.verdict == "pending" and site.blank >= BLANK_BEFORE_KEPT:
-            site.decide("kept", None)
+            site.decide("kept", None, why_kept.BLANK)
         return None
     site.blank = 0
     # A sample that the loop itself loses is its own; the others decide.
@@ -62,15 +63,18 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
         several, nearer, followed = _agrees(site, followed, own, finite, solved, solver=PLAIN)
         if several:
             good, distance, solution = True, nearer, followed
-    mine = "kept" if not good else "follow" if several or site.follows else "solve"
-    if mine == "follow" and site.spec.start_decides:
-        mine = "kept"
+    mine, why = "follow" if several or site.follows else "solve", why_kept.ELSEWHERE
+    if not good:
+        reached = bool(converged(solution.status[finite]).all())
+        mine, why = "kept", why_kept.apart(distance, site.allowed_distance, reached)
+    elif mine == "follow" and site.spec.start_decides:
+        mine, why = "kept", why_kept.START
     site.misses = 0
     if site.verdict == "kept":
         site.adjoint_misses = 0
     site.verify_gradient = good and site.spec.grad
     site.checked = own.iterations
-    site.decide(agreed(site, "value", mine), distance)
+    site.decide(agreed(site, "value", mine), distance, why)
     return solution if good and site.verdict != "kept" and bool(finite.all()) else None
 
 

@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from deq_compile.config import Config
 from deq_compile.report import Standing
 from deq_compile.torch_parts import callable_below
 
+from . import why_kept
 from .backward import BACKWARDS
 from .body import BodySpec
 from .forward import Solution
@@ -215,9 +216,8 @@ class Site:
         self.warned = self.warned_of_gradient = False
         self.pending: list[Solution] = []
         self.prepared: tuple[Any, Any] = (None, None)
-        self.problem: tuple[Any, Any] = (None, None)
-        self.adjoint_problem: tuple[Any, Any] = (None, None)
-        self.engine, self.engine_reason = "loop", ""
+        self.problem = self.adjoint_problem = cast("tuple[Any, Any]", (None, None))
+        self.engine, self.engine_reason, self.kept_reason = "loop", "", ""  # a loop that is kept from the start has a note
         self.has_captures, self.uncompiled, self.place, self.votes = False, False, "", True
         self.finding: str | None = None
         self.pool = None if config.recycle == "never" else Pool(always=config.recycle == "always")
@@ -236,7 +236,7 @@ class Site:
         now = self.standing
         now.status, now.distance, now.reuse = self.verdict, self.distance, self.reuses
         now.engine, now.engine_reason, now.gradient_error = self.engine, self.engine_reason, self.gradient_error
-        now.recycle = "" if self.pool is None else str(self.pool)
+        now.recycle, now.kept_reason = "" if self.pool is None else str(self.pool), self.kept_reason
 
     @property
     def solving(self) -> str:
@@ -313,14 +313,14 @@ class Site:
             log.info("region %s at %s: engine %s %s", self.key, self.spec.where, engine, reason)
             self.stand()
 
-    def decide(self, verdict: str, distance: float | None) -> None:
-        """Go on by a verdict. Where a body was once found to have several fixed points, a solve is out of the question."""
+    def decide(self, verdict: str, distance: float | None, why: str = why_kept.ELSEWHERE) -> None:
+        """Go on by a verdict; `why` where that is "kept". A body once found to have several fixed points is not solved."""
         self.follows = self.follows or verdict == "follow"
         verdict = self.solving if verdict == "solve" else verdict
         if verdict != self.verdict or distance is not None:
             level = logging.INFO if verdict != self.verdict else logging.DEBUG
             log.log(level, "region %s at %s: %s (distance %s)", self.key, self.spec.where, verdict, distance)
-            self.verdict = verdict
+            self.verdict, self.kept_reason = verdict, why if verdict == "kept" else ""
             self.distance = distance if distance is not None else self.distance
             self.stand()
 

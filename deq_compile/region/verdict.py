@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from . import why_kept
 from .adjoint import AdjointSolution, gradient_difference
 from .agree import agreed
 from .backward import BACKWARDS
@@ -91,7 +92,7 @@ def count_misses(site: Site, solution: Solution) -> bool:
             stacklevel=2,
         )
     if site.compares and site.misses >= MISSES_BEFORE_KEPT:
-        site.decide(agreed(site, "misses", "kept"), None)
+        site.decide(agreed(site, "misses", "kept"), None, why_kept.misses(site.misses, "solves"))
     return True
 
 
@@ -137,13 +138,13 @@ def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution
         norms = torch.linalg.vector_norm(found.w, dim=1)
         left = (torch.linalg.vector_norm(w, dim=1) / norms).masked_fill(norms == 0, 0.0)
         if not bool((left <= (1.0 if site.spec.start_trained else GRADIENT_MARGIN) * site.loose).all()):
-            site.decide(agreed(site, "gradient", "kept"), None)
+            site.decide(agreed(site, "gradient", "kept"), None, why_kept.GRADIENT)
             return False
     # backward_max_iter=0 asks for no refinement, so there nothing is missed
     missed = config.backward_max_iter > 0 and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR)
     site.adjoint_misses = site.adjoint_misses + 1 if missed else 0
     if site.adjoint_misses >= MISSES_BEFORE_KEPT:
-        site.decide(agreed(site, "gradient's misses", "kept"), None)
+        site.decide(agreed(site, "gradient's misses", "kept"), None, why_kept.misses(site.adjoint_misses, "adjoint solves"))
     return not missed
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from . import records
+from . import records, why_kept
 
 if TYPE_CHECKING:
     from .run import Result
@@ -84,7 +84,7 @@ def weigh(site: Site, found: Result) -> None:
     if ours > CLEARLY * own:
         out.left = True
         out.leave()
-        site.decide("kept", None)
+        site.decide("kept", None, why_kept.DEAR)
 
 
 def small(work: Work, grad: bool) -> bool:

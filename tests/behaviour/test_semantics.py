@@ -38,6 +38,7 @@ def test_a_loop_that_has_not_converged_is_kept() -> None:
     assert report.regions[0].status == "kept"
     assert report.regions[0].distance is not None
     assert report.regions[0].distance > 1e-3
+    assert re.search(r"kept .*: its result is .* from the fixed point, more than verify_tol=1e-03; with semantics=", str(report))
     assert [s.status for s in solves] == ["kept"]
     assert largest_error(found, reference(model, x)) < 1e-5  # the very call that decided, value and gradient
     found = value_and_grads(run, model, x)
@@ -156,6 +157,7 @@ def test_verdict_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         value_and_grads(run, model, x)
     assert report.regions[0].status == "solve"
+    assert report.regions[0].kept_reason == ""  # nothing is left of it
 
 
 def test_verify_never() -> None:
@@ -183,6 +185,7 @@ def test_a_miss_warns_once_and_three_go_back_to_the_loop() -> None:
     (warning,) = (w for w in caught if w.category is RegionWarning)
     assert re.search(r"missed tol=1e-06 within max_iter=12; the loop's own iterations.*Raise max_iter", str(warning.message))
     assert [(s.status, s.iterations) for s in solves] == [("kept", 12)] * 3
+    assert "3 solves in a row missed the tolerance" in str(report)
 
 
 def test_raw_reuse_is_exactly_one_transposed_application() -> None:

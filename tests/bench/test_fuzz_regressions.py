@@ -57,6 +57,7 @@ def test_a_fixed_point_that_repels_is_kept() -> None:
     run, report = compiled(model)
     found = value_and_grads(run, model, x)
     assert [r.status for r in report.regions] == ["kept"]
+    assert "its gradient is not that of the fixed point" in str(report)
     assert largest_error(found, reference(model, x)) < 1e-9
 
 
@@ -92,6 +93,7 @@ def test_misses_of_the_adjoint_send_a_loop_back() -> None:
         assert [r.status for r in report.regions] in ([], ["solve"])
         assert largest_error(value_and_grads(run, model, x), expected) < 1e-8
     assert [r.status for r in report.regions] == ["kept"]
+    assert "3 adjoint solves in a row missed the tolerance" in str(report)
 
 
 def test_no_refinement_is_no_miss() -> None:

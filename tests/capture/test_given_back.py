@@ -62,8 +62,9 @@ def test_small_and_short(nested: bool) -> None:
     torch.manual_seed(0)
     layer = Until(8)
     model, x = Outer(nn.Linear(8, 8), layer, nn.Linear(8, 8)) if nested else layer, torch.randn(4, 8)
-    standing, _ = calls(model, x, 7)
+    standing, report = calls(model, x, 7)
     assert standing == [["solve"]] * 3 + [["kept"]] * 4
+    assert "a solve costs more than its iterations, by count" in str(report)
     counted = layer.rounds
     model(x)
     assert layer.rounds == counted  # its own count, no solve's
