@@ -29,6 +29,7 @@ html_theme = "furo"
 html_title = f"deq_compile {release}"
 html_static_path: list[str] = []
 exclude_patterns = ["_build", "README.md.in", "printed.json"]
+default_role = "code"  # `name` in a docstring
 nitpicky = True
 nitpick_ignore_regex = [  # what has no page here
     (

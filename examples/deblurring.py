@@ -97,7 +97,9 @@ def main(steps: int = 40, batch: int = 4, size: int = 48, options: dict[str, Any
             optimizer.zero_grad()
             F.mse_loss(fast(blurred), sharp).backward()
             optimizer.step()
-    sharp, blurred = patches(photograph("china.jpg")[:, :, 100:300, 200:450], batch, size)
+    china = photograph("china.jpg")  # roofs of a pagoda
+    sharp = torch.cat([china[:, :, top : top + size, 280 : 280 + size] for top in range(100, 100 + 40 * batch, 40)])
+    blurred = spoil(sharp)
     model.eval()
     with torch.no_grad():
         restored, by_loop = fast(blurred), model(blurred)

@@ -10,7 +10,7 @@ from tabulate import tabulate
 def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table: the first column to the left, figures to the right."""
     alignment = ("left", *["right"] * (len(headers) - 1))
-    return tabulate(lines, headers=headers, tablefmt="github", disable_numparse=True, colalign=alignment)
+    return tabulate(lines, headers=headers, tablefmt="pipe", disable_numparse=True, colalign=alignment)
 
 
 def times(value: float) -> str:
