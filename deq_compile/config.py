@@ -55,7 +55,7 @@ class Options:
     ``solver``                 "broyden"      "broyden", "anderson", "picard"
     ``anderson_memory``        5              differences that Anderson acceleration keeps
     ``anderson_damping``       1.0            its mixing, 0 < β ≤ 1
-    ``backward``               "reuse"        "reuse", "jfb", "exact" (= "reuse" with ``backward_tol=1e-6``)
+    ``backward``               "reuse"        "reuse"; "exact": "reuse" with ``backward_tol=1e-6``;
                                               "jfb": Jacobian-free; "phantom", "neumann": ``backward_steps`` products;
                                               "unroll": the loop's own gradient, at the loop's iterates
     ``backward_steps``         5              k of phantom(k, τ) and of neumann(k)

@@ -221,6 +221,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="leave Inductor out, which takes up to half a minute")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where something is limited, too")
     args = parser.parse_args(argv)
+    warnings.filterwarnings(
+        "ignore", message="Failed to initialize NumPy"
+    )  # torch's, where there is no numpy; nothing here needs it
     found: list[Finding] = []
     for finding in examine("eager" if args.quick else "inductor"):
         print(finding, flush=True)

@@ -137,6 +137,10 @@ RULES: dict[str, Rule] = {
 def check_name(name: object, what: str = "option") -> None:
     if name in RULES:
         return
+    if name == "options":
+        raise OptionError(
+            "unknown option 'options': expected options as keywords here, such as tol=1e-5. Fix: drop `options=`, or use `**`"
+        )
     near = difflib.get_close_matches(str(name), RULES, n=1) or [rule for rule in RULES if str(name).startswith(rule)]
     suggestion = f"; did you mean {near[0]!r}?" if near else ""
     raise OptionError(

@@ -39,7 +39,7 @@ nitpick_ignore_regex = [  # what has no page here
     )
 ]
 
-myst_enable_extensions = ["colon_fence", "deflist"]
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # pages' blocks and notebooks are run by the suite, not by the build
 

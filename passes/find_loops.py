@@ -177,7 +177,11 @@ class Chain:
 
     def _too_short(self, loop: Loop, needed: int) -> Skipped | None:
         """What is said of a loop of too few repetitions: two like operations in a row are no loop worth a word."""
-        return None if loop.count < 3 else self._skip(Reason.TOO_SHORT, loop, f"{loop.count} < {needed}", loop.nodes[0])
+        return (
+            None
+            if loop.count < 3
+            else self._skip(Reason.TOO_SHORT, loop, f"{loop.count} < {needed}; the option min_repeats lowers it", loop.nodes[0])
+        )
 
     def _needed(self, loop: Loop, min_repeats: Any) -> int:
         """The least count of a loop. One whose exit depends on data was cut off by capture: its count says nothing."""

@@ -213,7 +213,10 @@ def _downstream(nodes: list[fx.Node]) -> set[fx.Node]:
 def _backward(tol: float, terms: int) -> tuple[tuple[tuple[str, Any], ...], str]:
     """What a hook does, as hints for the region, and in words."""
     if terms == 0:
-        note = f"the hook's adjoint solve is taken over, at its tolerance {tol:g}; hooks='keep' leaves it"
+        note = (
+            f"the hook's adjoint solve is taken over, at its tolerance {tol:g}: what the hook stores is not written; "
+            "hooks='keep' leaves it"
+        )
         return (("backward_tol", tol), ("backward_max_iter", PRODUCTS)), note
     note = f"the hook's {terms} terms of the Neumann series are taken over; hooks='keep' leaves it"
     return ((("backward", "neumann"), ("backward_steps", terms)) if terms > 1 else (("backward", "jfb"),)), note

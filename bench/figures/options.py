@@ -37,5 +37,8 @@ def meanings() -> dict[str, tuple[str, str]]:
 
 def table() -> str:
     """All options: name, default, meaning."""
-    lines = [[f"`{name}`", f"`{default}`", meaning.replace("``", "`")] for name, (default, meaning) in meanings().items()]
+    lines = [
+        [f"`{name}`", f"`{default}`", meaning.replace("``", "`").replace("|", "\\|")]
+        for name, (default, meaning) in meanings().items()
+    ]
     return markdown(["option", "default", "meaning"], lines)

@@ -91,12 +91,17 @@ def headline(name: str) -> str:
     lines = []
     for problem, rows in _groups(name).items():
         ours = rows["deq"]
-        ratios = [number(ours["ratio"].get(key), ".1f", "×") for key in ("inductor", "torchdeq")]
+        ratios = [number(ours["ratio"].get(key), ".1f", "×") for key in ("inductor", "torchdeq", "peer")]
         head = f"{BODIES[problem]}, N = {ours['n_iter']}"
         error = f"{ours['gradient_error']:.0e}"
         lines.append([head, *(_cell(rows.get(key), clock) for key in shown), *ratios, error, _factors(ours)])
-    ratios = ["… the compiled loop", "… TorchDEQ"]
+    ratios = ["… the compiled loop", "… TorchDEQ Broyden", "… the best PyTorch peer"]
     return markdown(["ms a step", *(PEERS[key] for key in shown), *ratios, "gradient error", "factors in the backward"], lines)
+
+
+def reused(name: str) -> int:
+    """In how many rows of the headline the forward's factors served the backward."""
+    return sum(bool(rows["deq"].get("reused")) for rows in _groups(name).values())
 
 
 def wide(name: str) -> str:

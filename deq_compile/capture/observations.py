@@ -115,7 +115,8 @@ def serve(tx: Any, place: tuple[str, int], live: Iterable[str], before: Snapshot
             added = _grown(tx, key, before, now)
             if added is not None and len(now[key][1].items) > added:
                 kept = now[key][1].items[-added:]
-                what = f"the list at {key[-1]!r} holds the last iteration's numbers; its length"
+                name = f"the list at {key[-1]!r}"
+                what = f"{name} holds the last iteration's numbers only; its length, asked for in the compiled code,"
                 _shorten(now[key][1], kept, count(tx, place, added, added, what, kept))
 
 

@@ -161,6 +161,8 @@ def _fill(what: Any, z: Any, about: Any) -> Any:
         return markers.untold(z.detach(), about.rows[:, 1].max().to(torch.int64).item(), about.site)
     if what == "iterations":
         return about.rows[:, 1].max()
+    if what == "iterations number":
+        return about.rows[:, 1].max().to(torch.int64).item()
     if what in ("converged", "missed"):
         missed = (~SolveInfo.of(about.rows).converged).sum().item()
         return missed == 0 if what == "converged" else missed > 0
@@ -175,4 +177,6 @@ def _residual(what: Any, z: Any, about: Any) -> Any:
     number = whole if what.startswith("absolute") or (what.startswith("residual") and about.absolute) else whole / size
     if what.endswith("number"):
         return number.item()
+    if what.endswith("floats"):
+        return [number.item()]
     return [number] if what.endswith("list") else number

@@ -44,14 +44,22 @@ def field(name: str, value: Any, early: list[Any], small: Any) -> Any:
         return _flag(name, value, early)
     counted = _count(name, value, early) if type(value) is int else None
     if counted is not None or name in BY_NAME:
-        return counted or BY_NAME[name]
+        return counted or _of_its_type(BY_NAME[name], value)
     found = _numbers(value)
     if found is not None and found[-1] <= 1e-4 and found[-1] <= found[0]:
-        return f"{_kind(_numbers(early[1]) if len(early) == 2 else None, _numbers(small))} list"
+        return _of_its_type(f"{_kind(_numbers(early[1]) if len(early) == 2 else None, _numbers(small))} list", value)
     number = _single(value)
     if number is not None and len(early) == 2:
         return _number(name, value, number, [_single(v) for v in early], _single(small))
     return UNTOLD if isinstance(value, Tensor) else f"? {type(value).__name__} at {name!r}"
+
+
+def _of_its_type(what: str, value: Any) -> str:
+    """What is a Python number, or a list of them, stays that: it may be written as JSON, or compared with `is`."""
+    if what.endswith(" list"):
+        return what.replace(" list", " floats") if isinstance(value, list) and not any(map(torch.is_tensor, value)) else what
+    measured = what in ("residual", "absolute", "relative", "iterations")
+    return f"{what} number" if measured and isinstance(value, int | float) and not isinstance(value, bool) else what
 
 
 def _count(name: str, value: int, early: Sequence[Any]) -> Any:

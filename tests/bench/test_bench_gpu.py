@@ -49,6 +49,7 @@ def test_without_a_device_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `python -m bench gpu`, in this process: a SystemExit with a text goes to stderr, and its status is 1."""
     monkeypatch.setattr(cli, "device_seen", lambda: False)
     monkeypatch.setattr(sys, "argv", ["bench", "gpu"])
+    monkeypatch.delitem(sys.modules, "bench.__main__", raising=False)  # another test may have looked into it
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module("bench", run_name="__main__", alter_sys=True)
     assert isinstance(stopped.value.code, str)

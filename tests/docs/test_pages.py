@@ -78,10 +78,13 @@ def test_typed_measurements_would_be_seen() -> None:
 
 @pytest.mark.parametrize("page", [render.README, *render.pages()], ids=lambda path: path.name)
 def test_links_to_files_lead_somewhere(page: Path) -> None:
+    """To files that a clone has: what git ignores is not in one."""
     for match in LINK.finditer(page.read_text()):
         target = match["target"].split("#")[0]
         if target and not target.startswith(("http", "mailto:")) and "{{" not in target:
             assert (page.parent / target).exists(), match[0]
+            ignored = subprocess.run(["git", "check-ignore", "-q", target], cwd=page.parent, check=False).returncode == 0
+            assert not ignored, match[0]
 
 
 @pytest.mark.parametrize("page", TEXTS, ids=identity)
@@ -126,4 +129,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     pages = {path.stem for path in (tmp_path / "site").glob("*.html")}
+    raw = [path.name for path in (tmp_path / "site").glob("*.html") if re.search(r"\$\$|\$[^$\n<]*\\(top|bar)", path.read_text())]
+    assert raw == [], "mathematics that is not set"
     assert {identity(page) for page in render.pages()} <= pages

@@ -78,6 +78,8 @@ def test_unknown_key_names_the_nearest_and_all_known(key: str, suggestion: str) 
 
 
 def test_unknown_key_that_resembles_nothing() -> None:
+    with pytest.raises(ValueError, match=r"unknown option 'options'.*Fix: drop `options=`"):
+        Options.from_options({"options": {"tol": 1e-5}})
     with pytest.raises(ValueError, match="unknown option 'zzz'") as caught:
         Options.from_options({"zzz": 1})
     assert "did you mean" not in str(caught.value)
