@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-from typing import Any
 
 from bench.demo import format_table
 from bench.scaling import outputs as scaling_outputs
@@ -162,12 +161,6 @@ def memory(name: str) -> str:
         cells = [number(_point(name, "memory", point).get(method, {}).get("memory_mb"), ".0f") for point in points]
         lines.append([PEERS[method], *cells])
     return markdown(["peak MB of a step", *(f"N = {point.rsplit('N', 1)[1]}" for point in points)], lines)
-
-
-def peaks(name: str) -> dict[str, float]:
-    """Peak MB of a step by ``row/iterations`` of ``bench compile-time``."""
-    rows: list[dict[str, Any]] = read(name)["rows"]
-    return {f"{row['row']}/{row['iterations']}": float(row["memory_mb"]) for row in rows if "memory_mb" in row}
 
 
 def _demo(name: str) -> dict[str, Row]:

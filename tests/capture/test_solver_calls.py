@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from deq_compile import record_solves, register_solver
+from deq_compile.capture.solver_calls import _About, _fill
+from deq_compile.families.fields import field
 from deq_compile.families.hooks import read_hook
 from deq_compile.families.solvers import Family, family_of
 from tests.forms import expected
@@ -320,6 +322,22 @@ def test_fields_are_found_out_by_trying() -> None:
         "none",
     )  # fmt: skip
     assert family_of(told, 2) is None, "it cannot be called without its argument"
+
+
+def test_what_is_a_python_number_stays_one() -> None:
+    """Fields that are known by their names: a list, a residual, a count; each as a tensor too."""
+    one, seven = torch.tensor(1.0), torch.tensor(7)
+    for name, plain, tensor, what in (
+        ("rel_trace", [1.0], [one], ("relative floats", "relative list")),
+        ("lowest", 1.0, one, ("residual number", "residual")),
+        ("n_iter", 7, seven, ("iterations number", "iterations")),
+    ):
+        assert (field(name, plain, [], None), field(name, tensor, [], None)) == what
+    about = _About(torch.tensor([[1e-5, 4.0, 1.0], [2e-5, 6.0, 1.0]]), None, 1e-4, 50, False)
+    filled = {what: _fill(what, torch.ones(2, 3), about) for what in ("iterations number", "residual number", "relative floats")}
+    assert filled["iterations number"] == 6
+    assert [type(value) for value in filled.values()] == [int, float, list]
+    assert type(filled["relative floats"][0]) is float
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
