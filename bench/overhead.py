@@ -62,10 +62,10 @@ class Model(nn.Module):
 
 def time_leaves() -> None:
     """Wrap all leaves of regions that are compiled from here on."""
-    from deq_compile.testing import CompiledRunner, native
+    from deq_compile.testing import Program, native
 
-    finish = CompiledRunner._finish
-    CompiledRunner._finish = lambda self, graph: Leaf(finish(self, graph))  # type: ignore[method-assign]
+    finish = Program._finish
+    Program._finish = lambda self, graph: Leaf(finish(self, graph))  # type: ignore[method-assign]
     for functions in (native._load() or {}).values():
         for name, function in vars(functions).items():
             setattr(functions, name, Leaf(function))

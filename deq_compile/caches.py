@@ -7,7 +7,7 @@ import torch
 from .capture import sites
 from .families import functions, hooks, solvers
 from .kernels import workspace
-from .region import agree, body, eager, graphs, layout, site
+from .region import agree, eager, graphs, layout, shapes, site
 
 
 def reset() -> None:
@@ -24,7 +24,7 @@ def reset() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()  # captured solves may be at work
     graphs.clear()
-    body.clear()
+    shapes.clear()
     site.clear()
     eager.clear()
     agree.clear()

@@ -143,6 +143,7 @@ def region_spec(
         ambient=ambient,
         inner=config.inner,
         inductor=tuple(sorted(config.inductor.items())),
+        symbols=_symbols(loop),
     )
     return RegionSpec(
         body=body,
@@ -163,6 +164,15 @@ def region_spec(
         suspect=not reads_inputs(loop.operands) and reads_inputs(loop.initial),
         channels_last=all(v.device.type == "cpu" for v in outputs) and _turns_images(loop.body, config),
     )
+
+
+def _symbols(loop: Loop) -> tuple[Any, ...]:
+    """`BodySpec.symbols` of a loop."""
+    sizes = [n for state in loop.outputs for n in value_of(state).shape]
+    sizes += [value_of(n) for n in loop.sizes]
+    sizes += [n for operand in loop.operands for n in value_of(operand).shape]
+    found = tuple(size.node.expr if isinstance(size, torch.SymInt) else None for size in sizes)
+    return found if any(expr is not None for expr in found) else ()
 
 
 def _turns_images(body: fx.GraphModule, config: Config) -> bool:

@@ -60,7 +60,6 @@ if TYPE_CHECKING:
     from deq_compile.region.adjoint import phantom as phantom
     from deq_compile.region.adjoint import solve_adjoint as solve_adjoint
     from deq_compile.region.body import BodySpec as BodySpec
-    from deq_compile.region.body import runner_for as runner_for
     from deq_compile.region.compiled import CompiledRunner as CompiledRunner
     from deq_compile.region.forward import solve as solve
     from deq_compile.region.graphs import CapturedAdjoint as CapturedAdjoint
@@ -81,6 +80,8 @@ if TYPE_CHECKING:
     from deq_compile.region.layout import Layout as Layout
     from deq_compile.region.layout import channels_last as channels_last
     from deq_compile.region.modes import Ambient as Ambient
+    from deq_compile.region.program import Program as Program
+    from deq_compile.region.runners import runner_for as runner_for
     from deq_compile.regularise import jac_reg as jac_reg
     from deq_compile.regularise import spectral_radius as spectral_radius
 
@@ -104,6 +105,7 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "Graph": ("deq_compile.region.graphs.device", "Graph"),
     "Layout": ("deq_compile.region.layout", "Layout"),
     "Operands": ("deq_compile.region.graphs.operands", "Operands"),
+    "Program": ("deq_compile.region.program", "Program"),
     "Tiles": ("deq_compile.kernels.tiles", "Tiles"),
     "TritonGcr": ("deq_compile.kernels.gcr.gpu", "TritonGcr"),
     "TritonState": ("deq_compile.kernels.broyden.gpu", "TritonState"),
@@ -145,7 +147,7 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "rehearsal": ("deq_compile.kernels.device", "rehearsal"),
     "reuse": ("deq_compile.kernels.reuse", None),
     "reuse_triton": ("deq_compile.kernels.reuse.triton_kernels", None),
-    "runner_for": ("deq_compile.region.body", "runner_for"),
+    "runner_for": ("deq_compile.region.runners", "runner_for"),
     "runtime": ("deq_compile.region.graphs.conditional", "runtime"),
     "set_conditional": ("deq_compile.kernels.triton_shared", "set_conditional"),
     "set_from_flag": ("deq_compile.region.graphs.conditional", "set_from_flag"),
@@ -181,6 +183,7 @@ __all__ = [
     "Graph",
     "Layout",
     "Operands",
+    "Program",
     "Tiles",
     "TritonGcr",
     "TritonState",

@@ -9,66 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-MISSING: dict[str, str] = {}  # name -> why it is not there
-
-
-class Unavailable(AttributeError):
-    """This torch does not have a part that was asked for."""
-
-
-class Absent:
-    """Stands for a missing name. No use of it succeeds: an `isinstance` that came out false could be a wrong answer."""
-
-    def __init__(self, name: str) -> None:
-        self.__dict__["_name"] = name
-
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise Unavailable(MISSING.get(self.__dict__["_name"], f"torch {torch.__version__} has no {self.__dict__['_name']}"))
-
-    __call__ = __getattr__ = __setattr__ = __instancecheck__ = _refuse
-
-
-_NOTHING = object()
-
-
-Test = Callable[[Any], object]
-
-
-def find(module: str, name: str, otherwise: Any = _NOTHING, test: Test | None = None, key: str = "") -> Any:
-    """A name of a module, with dots where it is one of a class. Where there is none, or `test` of it raises, `otherwise`, by
-    default an `Absent`; why is then noted under `key`, by default the name.
-    """
-    key = key or name
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # whatever a changed module may raise while it is imported
-        more = "" if isinstance(error, AttributeError | ModuleNotFoundError) else f" ({type(error).__name__}: {error})"
-        MISSING[key] = f"torch {torch.__version__} has no {module}.{name}{more}"
-    else:
-        try:
-            if test is not None:
-                test(found)
-            return found
-        except Exception as error:
-            MISSING[key] = f"{module}.{name} of torch {torch.__version__} is not what it was ({type(error).__name__}: {error})"
-    return Absent(key) if otherwise is _NOTHING else otherwise
-
+from .absent import MISSING as MISSING
+from .absent import NOTHING as NOTHING
+from .absent import Absent as Absent
+from .absent import Test as Test
+from .absent import Unavailable as Unavailable
+from .absent import find as find
 
 # What is lost without a part, in words for `explain`.
 REGIONS = "fixed-point regions (graphs go to the inner backend as they are)"
 BODIES = "bodies traced ahead of time (they run in eager mode)"
 INDUCTOR = "Inductor (aot_eager compiles in its place)"
+SIZES = "bodies compiled for many sizes at a time (each size is compiled by itself, some of them)"
 BATCHED = "batched gradients of regions (they raise)"
 BREAKS = "graph breaks in the report"
 SHORTCUT = "a shortcut past torch's dispatcher (a call takes longer)"
@@ -97,7 +57,7 @@ _LOST: dict[str, str] = {}
 PARTS: list[tuple[str, str, str]] = []  # (module, name, feature) of those that were looked up
 
 
-def _part(module: str, name: str, feature: str, otherwise: Any = _NOTHING, test: Test | None = None, key: str = "") -> Any:
+def _part(module: str, name: str, feature: str, otherwise: Any = NOTHING, test: Test | None = None, key: str = "") -> Any:
     """`feature` is what is lost without it; "" where nothing is."""
     key = key or name
     _FEATURE[key] = feature
@@ -320,6 +280,11 @@ _LATE: dict[str, tuple[Any, ...]] = {
     "TracingContext": ("torch._guards", "TracingContext", BODIES),
     "tracing": ("torch._guards", "tracing", BODIES),
     "make_fx": ("torch.fx.experimental.proxy_tensor", "make_fx", BODIES),
+    "ShapeEnv": ("torch.fx.experimental.symbolic_shapes", "ShapeEnv", SIZES),
+    "DimDynamic": ("torch.fx.experimental.symbolic_shapes", "DimDynamic", SIZES),
+    "SYMPY_INTERP": ("torch.fx.experimental.symbolic_shapes", "SYMPY_INTERP", SIZES),
+    "sympy_printer": ("torch.utils._sympy.printers", "PythonPrinter", SIZES),
+    "constant_source": ("torch._dynamo.source", "ConstantSource", SIZES),
     "rename_node": ("torch.fx", "Node._rename", BODIES),
     "aot_eager": ("torch._dynamo.backends.debugging", "aot_eager", AOT_EAGER, None),
     "compile_fx": ("torch._inductor.compile_fx", "compile_fx", INDUCTOR, None),

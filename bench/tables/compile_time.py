@@ -113,13 +113,13 @@ def split(total: float, metrics: dict[str, list[float]], watch: Stopwatch) -> Ro
 def child(task: Row) -> Row:
     import torch._dynamo.utils as dynamo
 
-    from deq_compile.testing import CompiledRunner, rewrite
+    from deq_compile.testing import Program, rewrite
 
     torch.set_num_threads(task["threads"])
     watch = Stopwatch()
     watch.wrap(rewrite, "rewrite", "passes")
     for name in ("_compile_plain", "_compile_joint"):
-        watch.wrap(CompiledRunner, name, "bodies")
+        watch.wrap(Program, name, "bodies")
     case = load(task["problem"], "inside", task["iterations"])
     step = ROWS[task["row"]][1](case)
     first: Row = {}

@@ -1,7 +1,7 @@
 """One application of a region's body on the flat state, and its vector-Jacobian products.
 
 Three ways to run a body, behind one interface: eager (autograd records the VJPs), the traced ATen graphs as they are
-(`aot_eager`), and the same graphs compiled by Inductor. Shapes are concrete here: one runner for each set of shapes.
+(`aot_eager`), and the same graphs compiled by Inductor. A runner is for one set of shapes; its graphs may serve many.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-import logging
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,13 +17,7 @@ from torch import Tensor
 
 from .layout import Layout
 from .modes import Ambient, autograd_recording
-
-log = logging.getLogger("deq_compile.region")
-
-# Shapes beyond this many for one body run it eagerly: a model that is called with ever new sizes must not compile forever.
-MAX_COMPILED_SHAPES = 8
-# Shapes of one body that are remembered. Eager runners cost nothing to make again, and the oldest of them goes.
-MAX_SHAPES = 64
+from .shapes import Shapes, shapes_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +29,8 @@ class BodySpec:
     ambient  modes it was captured under
     inner    "inductor", "aot_eager" or "eager"
     inductor patches for Inductor's configuration, as sorted items
+    symbols  what the sizes of states, those given as numbers, and those of operands are in the graph around: an expression of
+             symbols, or None for a number; empty where all are numbers. Symbols are compiled as such from the first call on
     """
 
     call: Callable[..., Sequence[Tensor]]
@@ -45,16 +38,12 @@ class BodySpec:
     ambient: Ambient
     inner: str
     inductor: tuple[tuple[str, Any], ...] = ()
+    symbols: tuple[Any, ...] = ()
 
     @functools.cached_property
-    def shapes(self) -> _Shapes:
+    def shapes(self) -> Shapes:
         """The runners of all bodies that compute the same in the same way."""
-        key = (self.hash, self.inner, self.ambient.autocast, self.inductor)
-        with _lock:
-            found = _bodies.get(key)
-            if found is None:
-                found = _bodies[key] = _Shapes()
-            return found
+        return shapes_of((self.hash, self.inner, self.ambient.autocast, self.inductor))
 
     def flat(self, layout: Layout, z: Tensor, operands: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
         """f on the flat state: (B, D) -> (B, D), a dense tensor of its own."""
@@ -118,7 +107,12 @@ class Evaluations:
 
 
 class Runner(abc.ABC):
-    """A body for one set of shapes, bound to nothing else: operands come with each call."""
+    """A body for one set of shapes, bound to nothing else: operands come with each call.
+
+    owns_code  whether what was compiled goes when it goes; records: whether autograd records its products anew in every backward
+    """
+
+    owns_code = records = False
 
     def evaluations(self, operands: Sequence[Tensor], needs: tuple[bool, ...] | None) -> Evaluations:
         """f for one solve. With `needs` the last evaluation's linearisation is kept, where that comes for nothing."""
@@ -136,6 +130,8 @@ class Runner(abc.ABC):
 
 
 class EagerRunner(Runner):
+    records = True
+
     def __init__(self, spec: BodySpec, layout: Layout, sizes: Sequence[int]) -> None:
         self.spec, self.layout, self.sizes = spec, layout, tuple(sizes)
 
@@ -166,57 +162,3 @@ class EagerLinearised(Linearised):
             return torch.zeros_like(w), [None] * len(self.operands)
         jtw, *grads = torch.autograd.grad(self.out, [self.state, *self.operands], w, retain_graph=True, allow_unused=True)
         return torch.zeros_like(w) if jtw is None else jtw, list(grads)
-
-
-class _Shapes:
-    """The runners of one body, by shapes. `compiled` counts those that were compiled, which are never given up for new ones."""
-
-    def __init__(self) -> None:
-        self.runners: dict[tuple[Any, ...], Runner] = {}
-        self.compiled = 0
-
-
-# Held by the specs of all bodies with that hash, and gone with the last.
-_bodies: weakref.WeakValueDictionary[tuple[Any, ...], _Shapes] = weakref.WeakValueDictionary()
-_lock = threading.RLock()
-
-
-def runner_for(spec: BodySpec, layout: Layout, operands: Sequence[Tensor], sizes: Sequence[int]) -> Runner:
-    """The runner of a body for these shapes. Compiled code is shared by all regions whose bodies have one hash."""
-    metas = tuple((o.shape, o.stride(), o.dtype, o.device) for o in operands)
-    key = (layout, metas, tuple(sizes))
-    shapes = spec.shapes
-    found = shapes.runners.get(key)
-    if found is not None:
-        return found
-    with _lock:
-        found = shapes.runners.get(key)
-        if found is None:
-            found = shapes.runners[key] = _new_runner(spec, shapes, layout, sizes)
-            if len(shapes.runners) > MAX_SHAPES:
-                oldest = next((k for k, r in shapes.runners.items() if isinstance(r, EagerRunner)), None)
-                shapes.runners.pop(oldest, None)  # type: ignore[arg-type]
-        return found
-
-
-def _new_runner(spec: BodySpec, shapes: _Shapes, layout: Layout, sizes: Sequence[int]) -> Runner:
-    if spec.inner == "eager":
-        return EagerRunner(spec, layout, sizes)
-    if shapes.compiled >= MAX_COMPILED_SHAPES:
-        log.info("body %s was compiled for %d sets of shapes: new ones run eagerly", spec.hash, MAX_COMPILED_SHAPES)
-        return EagerRunner(spec, layout, sizes)
-    shapes.compiled += 1
-    try:
-        from .compiled import CompiledRunner
-    except ImportError as error:  # a torch without a part that it takes to trace bodies
-        log.warning("bodies run eagerly on torch %s: %s", torch.__version__, error)
-        return EagerRunner(spec, layout, sizes)
-    return CompiledRunner(spec, layout, sizes, _lock)
-
-
-def clear() -> None:
-    """Forget all compiled bodies."""
-    with _lock:
-        for shapes in list(_bodies.values()):
-            shapes.runners.clear()
-            shapes.compiled = 0

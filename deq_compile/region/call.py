@@ -13,12 +13,13 @@ from deq_compile.kernels.recycle import Shared, Sketch
 from . import graphs, records
 from .agree import look
 from .backward import BACKWARDS
-from .body import EagerRunner, Runner, runner_for
+from .body import EagerRunner, Runner
 from .forward import Solution, solve
 from .kept import OwnLoop, own_loop
 from .layout import Layout
 from .pool import Recycled
 from .recycling import pool_of, solve_recycled
+from .runners import runner_for
 from .site import Site
 from .solvers import PLAIN, SOLVERS, Problem, Solver
 from .stop import any_of

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from deq_compile import Report, explain, record_solves
 from deq_compile.backend import Backend
-from deq_compile.region.body import MAX_COMPILED_SHAPES, BodySpec, EagerRunner, clear, runner_for
+from deq_compile.region.body import BodySpec, EagerRunner
 from deq_compile.region.layout import Layout
 from deq_compile.region.modes import Ambient
+from deq_compile.region.runners import runner_for
+from deq_compile.region.shapes import clear
 from tests.conftest import InductorCounter
 from tests.helpers import TIGHT, compiled, largest_error, reference, value_and_grads
 from tests.models.loops import CASES
@@ -105,23 +107,6 @@ def test_one_compiled_body_serves_like_regions(inductor: InductorCounter) -> Non
 def test_graph_cache_and_options_reach_inductor() -> None:
     with pytest.raises(Exception, match="no_such_setting"):
         torch.compile(Loop(Linear()), backend="deq", options={"inductor": {"no_such_setting": 1}})(torch.randn(2, 16))
-
-
-def test_many_shapes_go_eager() -> None:
-    def call(z: Tensor, a: Tensor) -> tuple[Tensor]:
-        return (torch.tanh(z * 0.5 + a),)
-
-    clear()
-    spec = BodySpec(call, "many-shapes", Ambient.now(), "aot_eager")
-    kinds = []
-    for batch in range(1, MAX_COMPILED_SHAPES + 3):
-        layout = Layout(((batch, 3),), (torch.float32,), ((0, 1),), True)
-        z, a = torch.randn(batch, 3), torch.randn(batch, 3)
-        runner = runner_for(spec, layout, [a], [])
-        assert runner_for(spec, layout, [a], []) is runner
-        torch.testing.assert_close(runner.apply(z, [a]), torch.tanh(z * 0.5 + a))
-        kinds.append(isinstance(runner, EagerRunner))
-    assert kinds == [False] * MAX_COMPILED_SHAPES + [True, True]
 
 
 def vjp_inputs(name: str) -> tuple[Any, ...]:

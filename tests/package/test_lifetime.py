@@ -16,8 +16,8 @@ import deq_compile
 from deq_compile import Report, fixed_point
 from deq_compile.backend import Backend
 from deq_compile.capture import sites
-from deq_compile.region import body, eager, site
-from deq_compile.region.body import MAX_SHAPES
+from deq_compile.region import eager, shapes, site
+from deq_compile.region.runners import MAX_SHAPES
 from deq_compile.region.site import Site
 from tests.helpers import TIGHT, compiled
 
@@ -70,7 +70,7 @@ def living() -> int:
 
 @pytest.mark.parametrize(("inner", "count"), [("eager", 8), ("aot_eager", 2)])
 def test_nothing_is_left_of_models_that_are_gone(inner: str, count: int) -> None:
-    before, bodies = graph_modules(), len(body._bodies)
+    before, bodies = graph_modules(), len(shapes._bodies)
     for _ in range(count):
         run, report = compiled(fresh_loop(), inner=inner)
         run(torch.randn(2, 4, requires_grad=True)).sum().backward()
@@ -79,7 +79,7 @@ def test_nothing_is_left_of_models_that_are_gone(inner: str, count: int) -> None
     torch._dynamo.reset()
     assert graph_modules() == before
     assert living() == 0
-    assert len(body._bodies) == bodies
+    assert len(shapes._bodies) == bodies
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
@@ -177,19 +177,6 @@ def test_300_batch_sizes_leave_a_bounded_number_of_runners() -> None:
     (spec,) = [known.spec for known in ours()]
     assert len(spec.body.shapes.runners) == MAX_SHAPES
     torch.testing.assert_close(run(torch.ones(2, 4)), loop(torch.ones(2, 4)), rtol=1e-4, atol=1e-5)
-
-
-def test_compiled_runners_are_not_given_up_for_eager_ones() -> None:
-    def call(z: Tensor, a: Tensor) -> tuple[Tensor]:
-        return (torch.tanh(z * 0.5 + a),)
-
-    spec = body.BodySpec(call, "bounded-runners", body.Ambient.now(), "aot_eager")
-    for batch in range(1, MAX_SHAPES + 20):
-        layout = body.Layout(((batch, 3),), (torch.float32,), ((0, 1),), True)
-        body.runner_for(spec, layout, [torch.ones(batch, 3)], [])
-    runners = list(spec.shapes.runners.values())
-    assert len(runners) == MAX_SHAPES
-    assert [isinstance(r, body.EagerRunner) for r in runners[:9]] == [False] * body.MAX_COMPILED_SHAPES + [True]
 
 
 def test_reset_begins_again_and_leaves_compiled_models_at_work() -> None:

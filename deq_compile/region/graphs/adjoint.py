@@ -19,7 +19,7 @@ from deq_compile.kernels.reuse import multisecant
 from deq_compile.kernels.reuse.multisecant import Multisecant, empty_weights
 from deq_compile.kernels.tiles import offsets_fit
 from deq_compile.region.adjoint import MEMORY, AdjointSolution, certified_at, choose
-from deq_compile.region.body import EagerRunner, Linearised, Runner
+from deq_compile.region.body import Linearised, Runner
 from deq_compile.region.solvers import FLOOR_EPS
 from deq_compile.region.status import AdjointStatus
 from deq_compile.torch_parts import foreach_copy_
@@ -67,7 +67,7 @@ class CapturedAdjoint(Captured):
         self.state.table = torch.zeros(3, dtype=torch.int64, device=z.device)
         self.points = Held()
         self.report, self.reported = device.pinned(8).view(torch.float64), device.event()
-        if isinstance(runner, EagerRunner):
+        if runner.records:
             self.reason = "inner='eager' records its VJPs anew in every backward, which no graph can hold"
             return
 
