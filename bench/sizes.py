@@ -1,7 +1,7 @@
 """``python -m bench sizes``: batches of many sizes and sequences of many lengths: compilations, steady steps, memory.
 
-Each problem's training step runs once for every size, in random order; then it runs at a few of those sizes, in turns with the same
-model compiled for that size alone. One thread, process CPU time. The ratio is the median of the turns' own ratios.
+Each problem's training step runs once for every size, in random order; then it runs at a few of those sizes, in turns with the
+same model compiled for that size alone. One thread, process CPU time. The ratio is the median of the turns' own ratios.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def step_of(model: nn.Module, inner: str, number: int = 0, **given: Any) -> Step:
     """A training step; `number` keeps its compiled bodies apart from those of other steps."""
     patches = {"kernel_name_max_ops": 10 + number} if inner == "inductor" else {}  # a cosmetic setting
-    run = torch.compile(model, backend="deq", options={"inner": inner, "inductor": patches}, **given)
+    options: Any = {"inner": inner, "inductor": patches}
+    run = torch.compile(model, backend="deq", options=options, **given)
 
     def step(shape: tuple[int, ...]) -> None:
         model.zero_grad()
@@ -95,7 +96,12 @@ def measure(problem: str, args: argparse.Namespace) -> dict[str, Any]:
     model, shapes = Layer(problem == "lengths"), shapes_of(problem)
     compiled: list[str] = []
     original = Program._compile_joint
-    Program._compile_joint = lambda self, *a: (compiled.append(type(self).__name__), original(self, *a))[1]  # type: ignore[method-assign]
+
+    def counting(self: Program, *given: Any) -> Any:
+        compiled.append(type(self).__name__)
+        return original(self, *given)
+
+    Program._compile_joint = counting  # type: ignore[method-assign, assignment]
     step, peaks = step_of(model, args.inner), []
     begun = time.process_time()
     for shape in shapes:
@@ -111,7 +117,10 @@ def measure(problem: str, args: argparse.Namespace) -> dict[str, Any]:
     Program._compile_joint = original  # type: ignore[method-assign]
     row = {"problem": problem, "sizes": len(shapes), "body_compilations": count, "first_round_s": first_round_s}
     row |= {"peak_mib_half_way": peaks[len(peaks) // 2], "peak_mib": peaks[-1]}
-    return row | {"ratios": [statistics.median(found) for found in ratios], "ratio": statistics.median(sum(ratios, []))}
+    return row | {
+        "ratios": [statistics.median(found) for found in ratios],
+        "ratio": statistics.median([r for found in ratios for r in found]),
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .config import Options
-from .region.eager import solve_eagerly
-from .region.surroundings import NotHere, plain, values_are_known
+from .region.eager import region_of, solve_eagerly
+from .region.functional import solve_in_transform
+from .region.surroundings import NotHere, inside_transform, plain, values_are_known
 from .solve_info import COLUMNS, SolveInfo
 from .structure import Structure, flatten, unflatten
 from .torch_parts import AGAIN, graph_task, lost
@@ -35,7 +37,8 @@ def fixed_point(
 
     Works in plain eager mode. Inside a model compiled with this backend it becomes a region of the whole graph; another
     backend breaks its graph here. Gradients flow to everything that `f` reads: parameters, closures, tensors it captured.
-    The initial state has gradient zero.
+    The initial state has gradient zero. In eager mode it may stand inside of `torch.func` transforms (vmap, grad, jacrev, jacfwd,
+    jvp, hessian), in any order and depth; the samples of vmap are the rows of one solve.
 
     Args:
         f: maps a state to a state of the same structure, shapes and dtypes. It is called many times, so it should neither
@@ -45,7 +48,7 @@ def fixed_point(
         return_info: whether to return what the solve came to as well.
         derivatives: how many times the result can be differentiated, by the implicit gradient each time: 2 for Hessians, gradient
             penalties and forces in a loss. Each beyond the first costs one more evaluation of f. Not in a compiled model, where
-            the call is left outside of the graph.
+            the call is left outside of the graph. Derivatives by torch.func need no such number.
         options: as in `deq_compile.config.Options`; those that speak of loops (`min_repeats`, `semantics`, `verify`, ...)
             mean nothing here, nor does `inner` in eager mode.
 
@@ -58,9 +61,9 @@ def fixed_point(
         ValueError: an unknown option or bad value, or an f that changes structure, shape, dtype or device of its argument.
         TypeError: a state that is no tensor, not real floating point, or a wrapper of other tensors (DTensor, ...); an f that
             cannot be called.
-        RuntimeError: one backward more than `derivatives`, or through a tangent of forward-mode AD (which itself is right, of
-            first order); a torch.func transform or a tracer around it. Under fake and meta tensors f is evaluated once, for
-            shapes.
+        RuntimeError: one backward more than `derivatives`, or through a tangent of forward-mode AD by `dual_level` (which
+            itself is right, of first order); a tracer around it; inside of a torch.func transform an f that is not made of
+            torch's functions. Under fake and meta tensors f is evaluated once, for shapes.
     """
     if torch.compiler.is_dynamo_compiling():  # not by our backend, or where it found no region: outside of the graph
         return outside(f, z0, return_info, derivatives, options)
@@ -74,18 +77,24 @@ def _eager(f: Callable[[S], S], z0: S, return_info: bool, derivatives: int, opti
     check_callable(f)
     leaves, structure = flatten(z0)
     known = values_are_known([leaf for leaf in leaves if isinstance(leaf, Tensor)])
-    _check_state(leaves)
+    transformed = inside_transform()
+    _check_state(leaves, wrapped=transformed)
 
     def body(states: list[Tensor]) -> list[Tensor]:
         results, made = flatten(f(unflatten(states, structure)))
-        _check_result(leaves, structure, results, made)
+        _check_result(states if transformed else leaves, structure, results, made, wrapped=transformed)
         return results
 
     rows = leaves[0].shape[0] if leaves[0].dim() else 1
     if not known:
         once = unflatten(body([leaf.detach() for leaf in leaves]), structure)
         return (once, SolveInfo.of(leaves[0].new_zeros((rows, COLUMNS), dtype=torch.float32))) if return_info else once
-    found = solve_eagerly(body, leaves, config, key=getattr(f, "__code__", type(f)), where=_caller(), derivatives=derivatives)
+    key, where = getattr(f, "__code__", type(f)), _caller()
+    if transformed:
+        states, info = solve_in_transform(body, leaves, functools.partial(region_of, key, config, where))
+        solved = unflatten(states, structure)
+        return (solved, SolveInfo.of(info)) if return_info else solved
+    found = solve_eagerly(body, leaves, config, key=key, where=where, derivatives=derivatives)
     solved = unflatten(found.states, structure)
     return (solved, SolveInfo.of(found.result.solve_info().expand(rows, -1))) if return_info else solved
 
@@ -123,12 +132,12 @@ def check_callable(f: Any) -> None:
         raise TypeError(f"fixed_point: expected f to be a function of the state, got {type(f).__name__}. Fix: fixed_point(f, z0)")
 
 
-def _check_state(leaves: list[Any]) -> None:
+def _check_state(leaves: list[Any], wrapped: bool = False) -> None:
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
             what = str(leaf.dtype) if isinstance(leaf, Tensor) else type(leaf).__name__
             raise TypeError(f"fixed_point: expected z0 of real floating-point tensors, got {what}")
-        if not plain(leaf):
+        if not (plain(leaf) or wrapped):
             what = type(leaf).__name__ if leaf.layout is torch.strided else str(leaf.layout)
             raise TypeError(
                 f"fixed_point: expected z0 of plain dense tensors, got {what}. Fix: solve on its parts (to_local() of a DTensor, "
@@ -138,11 +147,12 @@ def _check_state(leaves: list[Any]) -> None:
         raise TypeError("fixed_point: expected z0 of at least one tensor, got an empty structure")
 
 
-def _check_result(leaves: list[Tensor], structure: Structure, results: list[Any], made: Structure) -> None:
+def _check_result(leaves: list[Tensor], structure: Structure, results: list[Any], made: Structure, wrapped: bool = False) -> None:
     if made != structure:
         raise ValueError(f"fixed_point: expected f to return the structure of z0, {structure}, got {made}")
     for before, after in zip(leaves, results, strict=True):
-        same = isinstance(after, Tensor) and after.shape == before.shape and after.device == before.device and plain(after)
+        same = isinstance(after, Tensor) and after.shape == before.shape and after.device == before.device
+        same = same and (wrapped or plain(after))
         if not same or (after.dtype != before.dtype and not torch.is_autocast_enabled(before.device.type)):
             raise ValueError(
                 f"fixed_point: expected f to keep shape, dtype and device of its state, {_described(before)}, "

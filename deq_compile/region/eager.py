@@ -62,7 +62,7 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
             f"fixed point at {where}: expected an implicit gradient for derivatives={derivatives}, got backward="
             f"{config.backward!r}, whose own derivative means nothing. Fix: backward='exact'"
         )
-    site = _site(key, state0, config, where)
+    site = region_of(key, config, where, state0)
     here = graphs.current_device(state0[0].device)
 
     def as_given(states: list[Tensor]) -> Sequence[Tensor]:
@@ -108,7 +108,7 @@ def _prepare(site: Site, f: Body, state0: Sequence[Tensor]) -> Prepared:
     return Prepared(rows, layout, _Function(f, layout))
 
 
-def _site(key: Any, state0: Sequence[Tensor], config: Config, where: str) -> Site:
+def region_of(key: Any, config: Config, where: str, state0: Sequence[Tensor]) -> Site:
     """The site of a call, not registered: what is known of it lives as long as the user's code does."""
     ambient = Ambient.now()
     facts = (where, config.key(), ambient, tuple((s.dtype, s.dim()) for s in state0))

@@ -68,14 +68,21 @@ def values_are_known(states: Sequence[Tensor]) -> bool:
             f"{_COMPILE}; for an export, write the loop out"
         )
     outer = transform()
-    if outer is not None:
-        name = str(outer.key()).rpartition(".")[2].lower()
+    if outer is not None and _name_of(outer) == "functionalize":
         raise NotHere(
-            f"fixed_point cannot run inside of a torch.func transform ({name}): the transform would go through the solver's own "
-            "steps. Fix: torch.autograd.grad or torch.autograd.functional.jacobian around it in place of torch.func; in place "
-            "of vmap, a batch in dimension 0 of z0"
+            "fixed_point cannot run inside of torch.func.functionalize, which would go through the solver's own steps. Fix: "
+            "functionalize f"
         )
     return not (_inside_fake_mode() or any(s.device.type == "meta" or isinstance(s, _FAKE) for s in states))
+
+
+def _name_of(interpreter: Any) -> str:
+    return str(interpreter.key()).rpartition(".")[2].lower()
+
+
+def inside_transform() -> bool:
+    """Whether a torch.func transform (vmap, grad, vjp, jvp and what is made of them) is at work."""
+    return transform() is not None
 
 
 def any_tangent(tensors: Sequence[Any]) -> bool:

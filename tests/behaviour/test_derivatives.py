@@ -153,22 +153,6 @@ def test_batched_gradients_of_two_states() -> None:
     torch.testing.assert_close(jacobian(pair, X, vectorize=True), jacobian(pair_loop, X), rtol=1e-6, atol=1e-7)
 
 
-TRANSFORMS: dict[str, Callable[[Model], Any]] = {
-    "vmap": lambda f: torch.func.vmap(f)(X[None]),
-    "grad": lambda f: torch.func.grad(lambda x: f(x).sum())(X),
-    "jvp": lambda f: torch.func.jvp(f, (X,), (X,)),
-    "jacrev": lambda f: torch.func.jacrev(f)(X),
-    "functionalize": lambda f: torch.func.functionalize(f)(X),
-}
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_fixed_point_says_that_it_does_not_work_under_torch_func(name: str) -> None:
-    with pytest.raises(RuntimeError, match=r"fixed_point cannot run inside of a torch.func transform \(\w+\).*Fix: "):
-        TRANSFORMS[name](declared)
-
-
 def tangent(f: Model, grad: bool) -> Tensor:
     with torch.set_grad_enabled(grad), forward_ad.dual_level():
         found: Tensor = forward_ad.unpack_dual(f(forward_ad.make_dual(X, torch.cos(X)))).tangent
