@@ -67,10 +67,7 @@ class Call:
         z0 = self.layout.matrix(state0)
         self.z0 = z0.detach() if z0.requires_grad else z0
         self.solver = PLAIN if site.follows else SOLVERS[spec.config.solver]
-        # The last evaluation is at the fixed point: with what it saves the backward need not evaluate once more.
-        implicit = BACKWARDS[spec.config.backward].gradient != "loop"
-        saves = spec.grad and self.solver.stays and implicit and not on_gpu(z0.device)
-        self.evaluations = self.runner.evaluations(operands, spec.needs if saves else None)
+        self.evaluations = self.runner.evaluations(operands, _saved_for(site, self.solver, z0))
         self.body: Callable[[Tensor], Tensor] = self.evaluations
         self.stop = any_of(spec.stop, self.layout, (*operands, *sizes))
         self.own_stop = any_of(spec.own_tests, self.layout, (*operands, *sizes))
@@ -140,6 +137,14 @@ class Call:
         return found
 
 
+def _saved_for(site: Site, solver: Solver, state: Tensor) -> tuple[bool, ...] | None:
+    """The operands whose gradients the evaluations of a solve save for; None: they save nothing. The last evaluation is at the
+    fixed point: with what it saves the backward need not evaluate once more."""
+    spec = site.spec
+    implicit = BACKWARDS[spec.config.backward].gradient != "loop"
+    return spec.needs if spec.grad and solver.stays and implicit and not on_gpu(state.device) else None
+
+
 def problem_of(
     site: Site, *, tol: float | None = None, watched: bool = True, stop: Callable[[Tensor, Tensor], bool] | None = None
 ) -> Problem:
@@ -173,8 +178,9 @@ def prepare(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], si
     """What runs a graph's body for these shapes; that of the last call mostly does, and that is seen without hashing it."""
 
     def body(layout: Layout) -> Callable[[Tensor], Tensor]:
-        runner = runner_of(site, layout, operands, sizes)
-        return lambda z: runner.apply(z, operands)
+        # By the evaluations of the solve to come: its body is compiled anyway.
+        solver = PLAIN if site.follows else SOLVERS[site.spec.config.solver]
+        return runner_of(site, layout, operands, sizes).evaluations(operands, _saved_for(site, solver, state0[0]))
 
     rows = decide_rows(site, state0, body)
     metas = [(o.shape, o.stride(), o.dtype, o.device) for o in operands]
