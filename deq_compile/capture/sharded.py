@@ -21,7 +21,7 @@ from torch import nn
 
 from deq_compile import fsdp_parts
 from deq_compile.fsdp_parts import NotGathered, Places, Policy
-from deq_compile.markers import NOT_THE_USERS, PACKAGE
+from deq_compile.markers import NOT_THE_USERS, region
 from deq_compile.region import shards
 from deq_compile.report import Reason, Skipped
 
@@ -38,6 +38,9 @@ class _Held:
     sharded: list[Any]
     whole: list[Any]
     site: str
+    told: Skipped  # should it be given back
+    declared: bool = False  # called by an adapter that stands for a solver, which calls it once
+    calls: int = 0
     entered: int = 0  # calls at work
 
 
@@ -74,32 +77,31 @@ def _hook(tx: Any, which: str, given: Sequence[Any]) -> Any:
             return None
         held.entered -= 1
         return _run(tx, _left, [module, held.places, held.policy.outputs, rest[-1], *held.sharded])
-    if not _in_loop(tx):
-        return None
-    site = sites.site_of(tx, "sharded")
-    if sites.blocked(tx, site):
-        return None
+    declared = any(frame.f_code is region.__code__ for frame in dynamo.frames(tx))
     if held is None:
+        if not (declared or _in_loop(tx)):
+            return None
+        site = sites.site_of(tx, "sharded")
+        if sites.blocked(tx, site):
+            return None
         try:
             held = table[id(state)] = _gathered(tx, state, module, site)
         except NotGathered as why:
-            name = type(module.value).__name__.removeprefix("FSDP")
-            sites.refuse(tx, site, Skipped(Reason.SHARDED, sites.location(tx), f"{name}: {why}"))
+            sites.refuse(tx, site, _skipped(tx, module, str(why)))
             return None
     held.entered += 1
+    held.calls += 1
+    held.declared = held.declared or declared
     return _run(tx, _entered, [module, held.places, held.policy.inputs, *rest[:2], *held.whole])
 
 
 def _in_loop(tx: Any) -> bool:
-    """Whether the module is called in a loop of the user's, or by an adapter of ours that stands for a solver."""
-    for frame in dynamo.frames(tx):
-        file = frame.f_code.co_filename
-        if file.startswith(PACKAGE):
-            return True
-        if not file.startswith(NOT_THE_USERS) and frame.current_instruction is not None:
-            if code_of(frame).in_loop(frame.current_instruction):
-                return True
-    return False
+    """Whether the module is called in a loop of the user's, in this frame or in one that called it."""
+    return any(
+        code_of(frame).in_loop(frame.current_instruction)
+        for frame in dynamo.frames(tx)
+        if not frame.f_code.co_filename.startswith(NOT_THE_USERS) and frame.current_instruction is not None
+    )
 
 
 def _gathered(tx: Any, state: Any, module: Any, site: str) -> _Held:
@@ -120,7 +122,15 @@ def _gathered(tx: Any, state: Any, module: Any, site: str) -> _Held:
             own = [sharded[k].call_method(tx, "to_local", [], {}) for k in which]
             for k, made in zip(which, dynamo.call_operator(tx, shards.gather_op, own, name, len(which)), strict=True):
                 whole[k] = made
-    return _Held(places, policy, sharded, whole, site)
+    return _Held(places, policy, sharded, whole, site, _skipped(tx, module, _LAYER))
+
+
+_LAYER = "it is called once, as a layer is, and all of them together would be held whole. Fix: a module of its own for the other loop"
+
+
+def _skipped(tx: Any, module: Any, why: str) -> Skipped:
+    name = type(module.value).__name__.removeprefix("FSDP")
+    return Skipped(Reason.SHARDED, sites.location(tx), f"{name}: {why}")
 
 
 def _variable(tx: Any, module: Any, place: tuple[Sequence[str], str]) -> Any:
@@ -148,7 +158,13 @@ def _left(module: nn.Module, places: Any, dtype: Any, output: Any, *sharded: Any
 
 
 def unused(regions: int) -> list[str]:
-    """The sites of modules that were gathered for nothing, where the frame at work has no region."""
+    """The sites of modules that were gathered for nothing in the frame at work: it has no region, or a loop calls each of them
+    once (a stack of layers), so that all of them together would be held whole; that is told."""
     tx = dynamo.current()
     held: dict[int, _Held] = {} if tx is None else getattr(tx.output, "_deq_compile_sharded", {})
-    return [] if regions else [one.site for one in held.values()]
+    if not regions:
+        return [one.site for one in held.values()]
+    layers = [one for one in held.values() if one.calls < 2 and not one.declared]
+    for one in layers:
+        sites.tell(tx, one.told)
+    return [one.site for one in layers]
