@@ -87,7 +87,8 @@ def _hook(tx: Any, which: str, given: Sequence[Any]) -> Any:
         try:
             held = table[id(state)] = _gathered(tx, state, module, site)
         except NotGathered as why:
-            sites.refuse(tx, site, _skipped(tx, module, str(why)))
+            skipped = _skipped(tx, module)
+            sites.refuse(tx, site, dataclasses.replace(skipped, detail=f"{skipped.detail}: {why}"))
             return None
     held.entered += 1
     held.calls += 1
@@ -122,15 +123,11 @@ def _gathered(tx: Any, state: Any, module: Any, site: str) -> _Held:
             own = [sharded[k].call_method(tx, "to_local", [], {}) for k in which]
             for k, made in zip(which, dynamo.call_operator(tx, shards.gather_op, own, name, len(which)), strict=True):
                 whole[k] = made
-    return _Held(places, policy, sharded, whole, site, _skipped(tx, module, _LAYER))
+    return _Held(places, policy, sharded, whole, site, _skipped(tx, module))
 
 
-_LAYER = "it is called once, as a layer is, and all of them together would be held whole. Fix: a module of its own for the other loop"
-
-
-def _skipped(tx: Any, module: Any, why: str) -> Skipped:
-    name = type(module.value).__name__.removeprefix("FSDP")
-    return Skipped(Reason.SHARDED, sites.location(tx), f"{name}: {why}")
+def _skipped(tx: Any, module: Any) -> Skipped:
+    return Skipped(Reason.SHARDED, sites.location(tx), type(module.value).__name__.removeprefix("FSDP"))
 
 
 def _variable(tx: Any, module: Any, place: tuple[Sequence[str], str]) -> Any:
@@ -158,13 +155,22 @@ def _left(module: nn.Module, places: Any, dtype: Any, output: Any, *sharded: Any
 
 
 def unused(regions: int) -> list[str]:
-    """The sites of modules that were gathered for nothing in the frame at work: it has no region, or a loop calls each of them
-    once (a stack of layers), so that all of them together would be held whole; that is told."""
+    """The sites of modules that were gathered for nothing in the frame at work, since it has no region, or that should not be;
+    that is told."""
     tx = dynamo.current()
     held: dict[int, _Held] = {} if tx is None else getattr(tx.output, "_deq_compile_sharded", {})
     if not regions:
         return [one.site for one in held.values()]
-    layers = [one for one in held.values() if one.calls < 2 and not one.declared]
-    for one in layers:
-        sites.tell(tx, one.told)
-    return [one.site for one in layers]
+    refused = [(one, why) for one in held.values() if (why := _why_not(one))]
+    for one, why in refused:
+        sites.tell(tx, dataclasses.replace(one.told, detail=f"{one.told.detail}: {why}"))
+    return [one.site for one, _ in refused]
+
+
+def _why_not(held: _Held) -> str:
+    """Why a module is left to FSDP2 after all; "" if it is not."""
+    if held.calls < 2 and not held.declared:
+        return "it is called once, as a layer is, and all of them would be held whole. Fix: a module of its own for the other loop"
+    if any(len(shard.as_proxy().node.users) > 1 for shard in held.sharded):  # what is gathered at the top knows of no writing
+        return "the graph does something else with its shards. Fix: outside of the function that holds the loop"
+    return ""
