@@ -286,7 +286,7 @@ TRAININGS = 10  # steps of each
 def launched() -> dict[int, dict[str, list[dict[str, Any]]]]:
     """What each rank says of each case, by the number of ranks."""
     done = subprocess.run(
-        [sys.executable, "tests/models/ranks_training.py", json.dumps(CASES)],
+        [sys.executable, "tests/models/ranks_launch.py", json.dumps(CASES)],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
         # C++ may have to be compiled first, and that is not what is timed.
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DEQ_COMPILE_NATIVE": "0"},

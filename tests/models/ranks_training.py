@@ -1,6 +1,5 @@
-"""Started with {number of processes: names of cases} as JSON: trains a small model in many ways for STEPS steps on so many ranks,
-and prints as JSON how far each training is from that of one process on all ranks' samples together, what became of the loop, and
-how long it took.
+"""Run on every rank by `ranks_launch.py`: trains a small model in many ways for STEPS steps, and says how far each training is from
+that of one process on all ranks' samples together, what became of the loop, and how long it took.
 
 The reference is the user's own loop in eager mode, computed on every rank without any collective.
 """
@@ -9,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -18,8 +15,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -398,8 +393,8 @@ def said_of(name: str, common: Model) -> dict[str, Any]:
     return said
 
 
-@record  # or the launcher says no more than that a process has failed
-def on_each_rank(names: list[str]) -> list[dict[str, Any]]:
+def on_this_rank(names: list[str]) -> list[dict[str, Any]]:
+    """What this rank says of each case."""
     dist.init_process_group("gloo")
     lines = [{**decisions(), "case": "decisions"}] if "decisions" in names else []
     common = alone()
@@ -407,19 +402,3 @@ def on_each_rank(names: list[str]) -> list[dict[str, Any]]:
     dist.barrier()
     dist.destroy_process_group()
     return lines
-
-
-def launched(count: int, names: list[str]) -> list[dict[str, Any]]:
-    """What all ranks say of some cases. The launch is torchrun's, but that its processes are forked: importing torch takes each
-    of them longer than ten steps of a training."""
-    config = LaunchConfig(1, 1, count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="fork")
-    found = elastic_launch(config, on_each_rank)(names)
-    return [{**line, "count": count} for rank in sorted(found) for line in found[rank]]
-
-
-if __name__ == "__main__":
-    torch.compile(fresh(), backend="deq", options=TIGHT)(torch.zeros(2, 5))  # what a first compilation looks up is looked up once
-    torch._dynamo.reset()
-    for processes, wanted in json.loads(sys.argv[1]).items():
-        for line in launched(int(processes), wanted):
-            print(json.dumps(line))
