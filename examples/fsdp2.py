@@ -1,10 +1,10 @@
 """Training an equilibrium model whose parameters are sharded by FSDP2, on one machine or on many.
 
-The block that the loop calls is sharded by itself, and the rest with the model: `fully_shard(net.cell)`, then `fully_shard(net)`. As
-it stands FSDP2 gathers the block's parameters around each of its calls, twice for each of 40 rounds, forward and backward. Compiled
-for the backend "deq" they are gathered once for the whole solve, and their gradients are reduced and scattered once. gloo serves on
-CPUs, nccl on GPUs. `--check` trains on the whole batches in one process as well, and prints how far the weights of the two
-trainings are apart; `--eager` leaves the compiler out.
+The block that the loop calls is sharded by itself, and the rest with the model: `fully_shard(net.cell)`, then
+`fully_shard(net)`. FSDP2 alone gathers the block's parameters for each of its calls, 40 times forward and 40 times backward.
+Compiled for the backend "deq" they are gathered once for the whole solve, and their gradients are reduced and scattered once.
+gloo serves on CPUs, nccl on GPUs. `--check` trains on the whole batches in one process as well, and prints how far the weights
+of the two trainings are apart; `--eager` leaves the compiler out.
 
     torchrun --nproc-per-node 2 examples/fsdp2.py --check
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29400 examples/fsdp2.py

@@ -2,12 +2,12 @@
 
     fully_shard(model.cell)
     for _ in range(100):
-        z = self.cell(z, x)        # FSDP2 gathers before and frees behind each of these calls; stock Dynamo ends its graph here
+        z = self.cell(z, x)      # FSDP2 gathers before and frees behind each of these calls; stock Dynamo ends its graph here
 
-FSDP2 does so in hooks of the module. Where a loop of the user's, or a solver, calls such a module, Dynamo does not go into the
-hooks: before the call the parameters' places get what `deq::gather` made of the shards (one node for each module and graph, at its
-top), after it they get the shards back. Casts of a mixed-precision policy stay where they were. A graph in which no region came
-of it is traced again with the hooks left to Dynamo.
+FSDP2 does so in hooks of the module. Where a loop of the user's, or a solver, calls such a module, Dynamo does not go into them:
+before the call the parameters' places get what `deq::gather` made of the shards (one node for each module and graph, at its top),
+after it they get the shards back. Casts of a mixed-precision policy stay where they were. A graph in which no region came of it
+is traced again with the hooks left to Dynamo.
 """
 
 from __future__ import annotations
@@ -170,7 +170,9 @@ def unused(regions: int) -> list[str]:
 def _why_not(held: _Held) -> str:
     """Why a module is left to FSDP2 after all; "" if it is not."""
     if held.calls < 2 and not held.declared:
-        return "it is called once, as a layer is, and all of them would be held whole. Fix: a module of its own for the other loop"
+        return (
+            "it is called once, as a layer is, and all of them would be held whole. Fix: a module of its own for the other loop"
+        )
     if any(len(shard.as_proxy().node.users) > 1 for shard in held.sharded):  # what is gathered at the top knows of no writing
         return "the graph does something else with its shards. Fix: outside of the function that holds the loop"
     return ""

@@ -80,11 +80,13 @@ class _HeldOnce:
         fsdp_parts.reshard(state)
         try:
             module, parameters, policy = fsdp_parts.plan_of(state)
-            names = [(which, shards.recipe_of([parameters[k].parameter for k in which], policy)) for which in shards.parts(parameters)]
+            names = [
+                (which, shards.recipe_of([parameters[k].parameter for k in which], policy)) for which in shards.parts(parameters)
+            ]
         except NotGathered as why:
             raise NotHere(
-                f"fixed_point at {self.where}: f calls a module that FSDP2 shards, and {why}: its parameters cannot be gathered once "
-                "for the solve. Fix: fully_shard the module that calls fixed_point, and not the one that f calls"
+                f"fixed_point at {self.where}: f calls a module that FSDP2 shards, and {why}: its parameters cannot be gathered "
+                "once for the solve. Fix: fully_shard the module that calls fixed_point, and not the one that f calls"
             ) from why
         whole: list[Any] = [None] * len(parameters)
         with torch.enable_grad():
@@ -115,7 +117,9 @@ def _casting(module: nn.Module, inputs: torch.dtype | None, outputs: torch.dtype
     handles = []
     if inputs is not None:
         to_inputs = functools.partial(fsdp_parts.cast, dtype=inputs)
-        handles.append(module.register_forward_pre_hook(lambda _, args, kwargs: (to_inputs(args), to_inputs(kwargs)), with_kwargs=True))
+        handles.append(
+            module.register_forward_pre_hook(lambda _, args, kwargs: (to_inputs(args), to_inputs(kwargs)), with_kwargs=True)
+        )
     if outputs is not None:
         handles.append(module.register_forward_hook(lambda _, __, output: fsdp_parts.cast(output, dtype=outputs)))
     try:

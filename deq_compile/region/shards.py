@@ -1,8 +1,8 @@
 """Sharded parameters as operands: `deq::gather` makes whole tensors of the ranks' shards, its gradient is reduced and scattered.
 
-    gather(Tensor[] shards, str recipe) -> Tensor[]                        one all-gather
-    scatter(Tensor[] grads, int[] which, str recipe) -> Tensor[]           one reduce-scatter, and one all-reduce where parameters are
-                                                                           replicated across groups of shards (HSDP)
+    gather(Tensor[] shards, str recipe) -> Tensor[]                  one all-gather
+    scatter(Tensor[] grads, int[] which, str recipe) -> Tensor[]     one reduce-scatter, and one all-reduce where groups of ranks
+                                                                     hold the same shards (HSDP)
 
 FSDP2 gathers the parameters of a module around each of its calls. A loop that calls it N times gathers N times, and a solve would
 gather as often as its rank happens to evaluate: ranks that need different numbers of evaluations would wait for each other
@@ -219,8 +219,8 @@ def _scatter_fake(grads: list[Tensor], which: list[int], name: str) -> list[Tens
 
 
 class _Gather(torch.autograd.Function):
-    """The whole parameters, by a collective or (`known`) as they are known; their gradients are scattered. Parameters that nothing
-    was made of have no gradient, as ever, and no part in the collective: graphs are alike on all ranks."""
+    """The whole parameters, by a collective or (`known`) as they are known; their gradients are scattered. Parameters that
+    nothing was made of have no gradient, as ever, and no part in the collective: graphs are alike on all ranks."""
 
     @staticmethod
     def forward(ctx: Any, name: str, known: Sequence[Tensor], *own: Tensor) -> tuple[Tensor, ...]:

@@ -276,8 +276,8 @@ def test_an_explanation_does_not_vote() -> None:
 # What a launch runs: processes are started once for all of it.
 ALWAYS = ("decisions", "ddp", "fsdp cell", "fsdp declared")
 CASES = {
-    2: (*ALWAYS, "ddp around the compiled", "ddp static_graph", "ddp find_unused", "ddp no_sync", "ddp join", "ddp saved", "fsdp root",
-        "fsdp cell alone", "fsdp saved", "fsdp half", "tensor parallel"),
+    2: (*ALWAYS, "ddp around the compiled", "ddp static_graph", "ddp find_unused", "ddp no_sync", "ddp join", "ddp saved",
+        "fsdp root", "fsdp cell alone", "fsdp saved", "fsdp half", "tensor parallel"),
     4: (*ALWAYS, "fsdp replicated"),
 }  # fmt: skip
 TRAININGS = 10  # steps of each

@@ -2,8 +2,8 @@
 each rank says, a line of JSON each.
 
 The launches are torchrun's, but that their processes are forked: importing torch takes each of them longer than ten steps of a
-training. Threads of autograd's do not fork (a torch built for CUDA has some after its first backward), so what runs one when it is
-imported, our backend that tests capture, is imported behind the fork.
+training. Threads of autograd's do not fork (a torch built for CUDA has some after its first backward), so what runs one when it
+is imported, our backend that tests capture, is imported behind the fork.
 """
 
 from __future__ import annotations
