@@ -25,10 +25,14 @@ class NotGathered(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Sharded:
-    """A parameter that FSDP2 shards: the DTensor itself, and where in the module it hangs (tied ones in several places)."""
+    """A parameter that FSDP2 shards: the DTensor itself, where in the module it hangs (tied ones in several places), and the
+    process groups of its shards and (or None) of their replicas. A mesh that is asked for those may name ones of an earlier
+    process group (torch 2.14)."""
 
     parameter: Any
     places: Places
+    shards: Any
+    replicas: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +109,9 @@ def _plan_of(state: Any) -> tuple[nn.Module, list[Sharded], Policy]:
                 raise NotGathered("its parameters are split by tensor parallelism as well")
             if hasattr(known._sharded_local_tensor, "fsdp_pre_all_gather"):
                 raise NotGathered("its parameters say themselves how they are gathered (fsdp_pre_all_gather)")
-            found.append(Sharded(known.sharded_param, where[id(known.sharded_param)]))
+            mesh = group.mesh_info
+            replicas = getattr(mesh, "replicate_process_group", None)
+            found.append(Sharded(known.sharded_param, where[id(known.sharded_param)], mesh.shard_process_group, replicas))
     return module, found, policy
 
 

@@ -116,7 +116,7 @@ def _gathered(tx: Any, state: Any, module: Any, site: str) -> _Held:
     _, parameters, policy = fsdp_parts.plan_of(state)
     places = tuple(parameter.places for parameter in parameters)
     sharded = [_variable(tx, module, those[0]) for those in places]
-    parts = [(which, shards.recipe_of([parameters[k].parameter for k in which], policy)) for which in shards.parts(parameters)]
+    parts = [(which, shards.recipe_of([parameters[k] for k in which], policy)) for which in shards.parts(parameters)]
     whole: list[Any] = [None] * len(parameters)
     with dynamo.at_top_of_graph(tx):
         for which, name in parts:

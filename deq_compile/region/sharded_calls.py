@@ -80,9 +80,7 @@ class _HeldOnce:
         fsdp_parts.reshard(state)
         try:
             module, parameters, policy = fsdp_parts.plan_of(state)
-            names = [
-                (which, shards.recipe_of([parameters[k].parameter for k in which], policy)) for which in shards.parts(parameters)
-            ]
+            names = [(which, shards.recipe_of([parameters[k] for k in which], policy)) for which in shards.parts(parameters)]
         except NotGathered as why:
             raise NotHere(
                 f"fixed_point at {self.where}: f calls a module that FSDP2 shards, and {why}: its parameters cannot be gathered "

@@ -113,32 +113,32 @@ def parts(parameters: Sequence[Sharded]) -> list[list[int]]:
     return list(found.values())
 
 
-def recipe_of(parameters: Sequence[Any], policy: Policy) -> str:
-    """The name of the recipe for DTensors that lie alike.
+def recipe_of(parameters: Sequence[Sharded], policy: Policy) -> str:
+    """The name of the recipe for parameters that lie alike.
 
     Raises:
         NotGathered: they are cut in a way that FSDP2 alone knows.
     """
     from torch.distributed.tensor import Replicate, Shard
 
-    first = parameters[0]
-    mesh, kinds = first.device_mesh, [type(placement) for placement in first.placements]
+    known, first = parameters[0], parameters[0].parameter
+    kinds = [type(placement) for placement in first.placements]
     if kinds not in ([Shard], [Replicate, Shard]):
         raise NotGathered(f"its parameters lie as {tuple(first.placements)}, neither sharded nor sharded and replicated")
     axis = len(kinds) - 1
-    groups = [mesh.get_group(k) for k in range(len(kinds))]
+    groups = [group for group in (known.shards, known.replicas) if group is not None]
     recipe = Recipe(
-        shapes=tuple(tuple(p.shape) for p in parameters),
-        dims=tuple(p.placements[axis].dim % max(p.dim(), 1) for p in parameters),
-        rank=mesh.get_local_rank(axis),
-        ranks=mesh.size(axis),
+        shapes=tuple(tuple(p.parameter.shape) for p in parameters),
+        dims=tuple(p.parameter.placements[axis].dim % max(p.parameter.dim(), 1) for p in parameters),
+        rank=known.shards.rank(),
+        ranks=known.shards.size(),
         dtype=first.dtype,
         whole=policy.whole or first.dtype,
         reduce=policy.reduce,
-        divisor=mesh.size() if policy.divisor is None else policy.divisor,
+        divisor=math.prod(group.size() for group in groups) if policy.divisor is None else policy.divisor,
         groups=tuple(group.group_name for group in groups),
     )
-    return register(recipe, groups[axis], groups[0] if axis else None)
+    return register(recipe, known.shards, known.replicas)
 
 
 def _gather(shards: list[Tensor], name: str) -> list[Tensor]:
