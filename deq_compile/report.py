@@ -37,6 +37,7 @@ class Reason(enum.Enum):
     HIDDEN_CAP = "beside its test the loop has an exit that cannot be counted (no range, no integer that grows by equal steps)"
     BRANCH = "a branch in the loop's body depends on data, and a graph holds one way only (torch.where holds both)"
     BROKEN = "the graph ends inside of the loop, so that no compiler sees its iterations together"
+    SHARDED = "FSDP2 gathers the parameters of a module around each call that the loop makes of it, and the graph ends there"
     VARYING = "the loop's count is another one at every call, and a graph holds one"
     NESTED_EXIT = "the body holds another loop whose exit depends on data"
     TRAJECTORY = "states before the fixed point are asked for as well (a trajectory)"

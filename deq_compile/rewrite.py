@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from .capture import OFF, bars, said, sites, sparse
+from .capture import OFF, bars, said, sharded, sites, sparse
 from .capture.install import EVERYTHING
 from .config import OptionError, Options
 from .lower import lowered, stays
@@ -67,7 +67,8 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
     report.graphs += 1
     whole = _Found()
     _rewrite(gm, Ambient.now(), options, report, whole)
-    left = [*whole.left, *said.unheard(), *bars.unshown(), *sparse.unused(len(whole.rows) + len(whole.stays))]
+    found = len(whole.rows) + len(whole.stays)
+    left = [*whole.left, *said.unheard(), *bars.unshown(), *sparse.unused(found), *sharded.unused(found)]
     if left:
         sites.retrace(left)
     report.regions += [*(row for row, _ in whole.rows), *whole.stays]

@@ -36,7 +36,14 @@ def signature(node: fx.Node, identity: bool) -> int:
         return type(a).__name__, str(a)
 
     made = meta_key(value_of(node)) if identity else None
-    return hash((node.op, str(node.target), spell(node.args), spell(node.kwargs), made))
+    return hash((node.op, _spelled(node.target), spell(node.args), spell(node.kwargs), made))
+
+
+def _spelled(target: Any) -> str:
+    """A target as text. Torch 2.11 makes a function of its own for each call of a method of a DTensor: those go by their names,
+    since loops on such tensors are refused, and have to be seen for that."""
+    name = getattr(target, "__qualname__", "")
+    return f"{target.__module__}.{name}" if "prim_types" in name else str(target)
 
 
 def constants(node: fx.Node) -> str:

@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import dis
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from deq_compile.torch_parts import find, free_unbacked_symbols
 
@@ -234,6 +236,24 @@ def say_behind_graph(root: Any, said: Callable[..., None], numbers: list[Any]) -
     """Have `said(*numbers)` called where the graph of the outermost translator ends."""
     name = root.output.install_global_by_id("__deq_compile_said", said)
     root.debug_locals.append((DebuggingVariable(said, source=GlobalSource(name)), numbers))
+
+
+@contextlib.contextmanager
+def at_top_of_graph(tx: Any) -> Iterator[None]:
+    """What is added to the graph comes right behind its inputs, in the mode of gradients in which the graph begins."""
+    graph = tx.output.graph
+    first = next((node for node in graph.nodes if node.op not in ("placeholder", "get_attr")), None)
+    _, begins = tx.output.tracing_context.global_context.global_state["grad_enabled"]
+    place = contextlib.nullcontext() if first is None else graph.inserting_before(first)
+    with place, torch.set_grad_enabled(begins):
+        yield
+
+
+def call_operator(tx: Any, operator: Any, tensors: Sequence[Any], name: str, count: int) -> list[Any]:
+    """The variables of what `operator(tensors, name)` returns, a list of `count` tensors."""
+    proxies = [variable.as_proxy() for variable in tensors]
+    made = wrap_fx_proxy(tx, tx.output.create_proxy("call_function", operator, (proxies, name), {}))
+    return items_of(tx, made)[:count]
 
 
 def frames(tx: Any) -> Iterator[Any]:

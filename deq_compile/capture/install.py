@@ -29,6 +29,7 @@ from . import (
     loop_exit,
     said,
     self_tests,
+    sharded,
     solver_calls,
     sparse,
     torchdeq,
@@ -143,5 +144,6 @@ _FEATURES = [
     _Feature("what a loop prints", said.install, self_tests.test_said, _SAID),
     _Feature("progress bars", bars.install, lambda: None, _LOOPS),
     _Feature("sparse matrices", sparse.install, self_tests.test_sparse, _SPARSE),
+    _Feature("modules that FSDP2 shards", sharded.install, lambda: None, (*_CALLS, "wrap_fx_proxy")),
     _Feature("whole graphs under DistributedDataParallel", ddp.install, lambda: None, ("DDPOptimizer",)),
 ]

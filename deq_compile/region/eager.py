@@ -20,6 +20,7 @@ from .call import Call, Prepared
 from .layout import Layout
 from .modes import Ambient
 from .run import Result, run
+from .sharded_calls import held_once
 from .site import RegionSpec, Site
 from .tangent import primals, with_tangents
 from .verdict import decide_rows
@@ -63,6 +64,7 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
             f"{config.backward!r}, whose own derivative means nothing. Fix: backward='exact'"
         )
     site = region_of(key, config, where, state0)
+    f = held_once(f, where)
     here = graphs.current_device(state0[0].device)
 
     def as_given(states: list[Tensor]) -> Sequence[Tensor]:

@@ -48,9 +48,9 @@ _TAGS = tuple(
     tag for tag in (getattr(torch.Tag, name, None) for name in ("pt2_compliant_tag", "cudagraph_unsafe")) if tag is not None
 )
 
-_library = torch.library.Library("deq", "DEF")
-_library.define("solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> Tensor[]", tags=_TAGS)
-_library.define(
+library = torch.library.Library("deq", "DEF")
+library.define("solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> Tensor[]", tags=_TAGS)
+library.define(
     "solve_backward(Tensor?[] cotangents, Tensor[] state, Tensor ticket, Tensor[] state0, Tensor[] operands, SymInt[] sizes, "
     "str region, bool[] needs_state0, bool[] needs_operands) -> Tensor[]",
     tags=_TAGS,
@@ -261,13 +261,13 @@ def _solve_vmap(info: Any, in_dims: Any, *args: Any) -> Any:
     raise NotHere(NO_VMAP)
 
 
-_library.impl("solve", _solve, "CompositeExplicitAutograd")
-_library.impl("solve", _solve_autograd, "Autograd", with_keyset=True)
-_library.impl("solve_backward", _solve_backward, "CompositeExplicitAutograd")
-_library.impl("solve_backward", _solve_backward_autograd, "Autograd", with_keyset=True)
-torch.library.register_fake("deq::solve", _solve_fake, lib=_library)
-torch.library.register_fake("deq::solve_backward", _solve_backward_fake, lib=_library)
-_library.impl("solve_backward", _solve_backward_batched, "Batched")
-torch.library.register_vmap("deq::solve_backward", _solve_backward_vmap, lib=_library)
-torch.library.register_vmap("deq::solve", _solve_vmap, lib=_library)
+library.impl("solve", _solve, "CompositeExplicitAutograd")
+library.impl("solve", _solve_autograd, "Autograd", with_keyset=True)
+library.impl("solve_backward", _solve_backward, "CompositeExplicitAutograd")
+library.impl("solve_backward", _solve_backward_autograd, "Autograd", with_keyset=True)
+torch.library.register_fake("deq::solve", _solve_fake, lib=library)
+torch.library.register_fake("deq::solve_backward", _solve_backward_fake, lib=library)
+library.impl("solve_backward", _solve_backward_batched, "Batched")
+torch.library.register_vmap("deq::solve_backward", _solve_backward_vmap, lib=library)
+torch.library.register_vmap("deq::solve", _solve_vmap, lib=library)
 solve_op = torch.ops.deq.solve.default

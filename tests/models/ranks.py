@@ -1,13 +1,11 @@
-"""Run on every rank by `torch.distributed.run`: prints what this rank decided about its loops, and how long its steps took.
+"""Run on every rank by `ranks_training.py`: what this rank decides about its loops, and how long its steps take.
 
 A step ends with a sum over all ranks, as a training step does, so that a rank that waits lets all of them wait.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,8 +37,8 @@ def slow(x: Tensor, gain: Tensor, w: Tensor) -> Tensor:
     return z
 
 
-def main() -> None:
-    dist.init_process_group("gloo")
+def decisions() -> dict[str, Any]:
+    """What this rank decided, and how long it took; within a process group, on all ranks together."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
     said: dict[str, Any] = {"rank": rank, "longest": 0.0, "warned": 0}
     counter = logging.Handler(logging.WARNING)
@@ -93,10 +91,5 @@ def main() -> None:
     timed(lambda: step(model, 0.99 if rank == last else 0.5))
     said["second"] = statuses(report)
     dist.barrier()
-    sys.stdout.write(json.dumps(said) + "\n")
-    sys.stdout.flush()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    logging.getLogger("deq_compile").removeHandler(counter)
+    return said

@@ -1,4 +1,4 @@
-"""One border with torch: what torch does not promise is named in two files, and a missing name costs its feature."""
+"""One border with torch: what torch does not promise is named in three files, and a missing name costs its feature."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deq_compile import torch_parts
 from deq_compile.capture.install import _FEATURES, _TESTED
 
 ROOT = Path(__file__).resolve().parents[2]
-BORDER = {"deq_compile/torch_parts.py", "deq_compile/capture/dynamo.py"}
+BORDER = {"deq_compile/torch_parts.py", "deq_compile/capture/dynamo.py", "deq_compile/fsdp_parts.py"}
 # Names that look private and are none of torch's: fields of enums, of CPython and its frames, and of Triton's kernels.
 KNOWN = {"_value_", "_getframe", "_nb_ops", "_init_handles"}
 # Ways to reach a name by a string.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -173,16 +173,60 @@ def test_nothing_is_said_of_models_that_are_compiled() -> None:
     assert not_traced(report) == []
 
 
-def test_a_cell_that_fsdp_shards() -> None:
+@pytest.fixture
+def one_rank() -> Iterator[Any]:
+    """The mesh of a process group of one rank."""
     import torch.distributed as dist
-    from torch.distributed.fsdp import fully_shard
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        model = Model()
-        fully_shard(model.cell, mesh=dist.init_device_mesh("cpu", (1,)))
-        ((name, _, why),) = not_traced(explain(model, inner="eager")(X))
+        yield dist.init_device_mesh("cpu", (1,))
     finally:
         dist.destroy_process_group()
+
+
+def test_a_cell_that_fsdp_shards(one_rank: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    fully_shard(model.cell, mesh=one_rank)
+    report = explain(model, inner="eager")(X)
+    assert [region.status for region in report.regions] == ["solve"]
+    assert not report.skipped
+
+
+def test_a_cell_whose_parameters_only_fsdp_can_gather(one_rank: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = Model()
+    fully_shard(model.cell, mesh=one_rank)
+    model.cell.set_all_reduce_hook(lambda gradient: None)  # type: ignore[operator]
+    report = explain(model, inner="eager")(X)
+    assert not report.regions
+    (said,) = [skipped for skipped in report.skipped if skipped.reason is Reason.SHARDED]
+    assert said.location.file == __file__
+    assert said.detail.endswith("it has an all-reduce hook")
+
+
+def test_layers_that_fsdp_shards_together(one_rank: Any) -> None:
+    """FSDP2 has other hooks for several modules at once, which are left to Dynamo."""
+    from torch.distributed.fsdp import fully_shard
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.zeros_like(x)
+            for _ in range(20):
+                for cell in self.cells:
+                    z = torch.tanh(cell(z) * 0.3 + x)
+            return z
+
+    model = Both()
+    fully_shard([model.cells[0], model.cells[1]], mesh=one_rank)
+    fully_shard(model, mesh=one_rank)
+    ((name, _, why),) = not_traced(explain(model, inner="eager")(X))
     assert name == "forward"
-    assert "FSDP2 gathers the parameters of cell around each of its calls" in why
+    assert "FSDP2 gathers the parameters of" in why
