@@ -12,6 +12,7 @@ from .as_written import Written, turning
 from .caches import reset
 from .capture import install, sites
 from .config import Options
+from .exporting import install as install_exports
 from .inner import CompiledFn, compile_rest, usable
 from .region.site import own
 from .report import Report
@@ -103,3 +104,4 @@ def _register_backend() -> None:
 
 _register_backend()
 install()  # capture: whoever looks this backend up is about to trace for it
+install_exports()

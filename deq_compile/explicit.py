@@ -63,7 +63,11 @@ def fixed_point(
             shapes.
     """
     if torch.compiler.is_dynamo_compiling():  # not by our backend, or where it found no region: outside of the graph
+        if torch.compiler.is_exporting():
+            raise NotHere(_STRICT)
         return outside(f, z0, return_info, derivatives, options)
+    if torch.compiler.is_exporting():
+        return _exported(f, z0, return_info, derivatives, options)
     return _eager(f, z0, return_info, derivatives, options)
 
 
@@ -104,6 +108,26 @@ def outside(*given: Any) -> Any:
 
 if "torch._dynamo" in sys.modules:
     _disabled = torch.compiler.disable(_eager, reason=_WHY)
+
+
+_STRICT = (
+    "fixed_point cannot be traced by torch.export with strict=True, which has no backend that could make a loop of it. "
+    "Fix: strict=False, the default"
+)
+
+
+def _exported(*given: Any) -> Any:
+    """`fixed_point` while an export traces: a loop of the exported program, where this torch has the parts for it."""
+    from .exporting import exporting, traced
+
+    if not exporting():
+        return _eager(*given)
+    f, z0, return_info, derivatives, options = given
+
+    def call(z0: Any) -> Any:
+        return fixed_point(f, z0, return_info=return_info, derivatives=derivatives, **options)
+
+    return traced(call, Options())(z0)
 
 
 def check_flag(return_info: Any) -> None:
