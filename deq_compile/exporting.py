@@ -1,8 +1,11 @@
-"""`torch.export` of a compiled or decorated model: its regions become loops of the exported program.
+"""`torch.export` and `torch.jit.trace` of a compiled or decorated model: its regions become loops of the exported program.
 
 `torch.export` leaves out what `torch.compile` has made of a model and traces the user's own code, which unrolls a loop of a fixed
 count and refuses one that a test ends. Here such a call is traced by Dynamo for a backend of ours first, as torch does for its own
 control flow, and the rewritten graph is what the export sees, with `torch.while_loop` in the place of each region.
+
+TorchScript has no such loop: `torch.jit.trace` gets the user's own iterations where their number is fixed, and is refused where it
+depends on data.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +27,7 @@ from .config import Options
 from .inner import CompiledFn
 from .onlooker import original_of
 from .region.in_graph import Carried, run_in_graph
+from .region.modes import Ambient
 from .region.op import solve_op
 from .region.probe import rows_are_independent
 from .region.site import Site
@@ -30,7 +35,7 @@ from .region.site import site as find_site
 from .region.surroundings import NotHere
 from .report import Report
 from .rewrite import rewrite_if_possible
-from .torch_parts import EXPORTS, call_of, lost
+from .torch_parts import EXPORTS, call_of, is_jit_tracing, lost
 
 Call = Callable[..., Any]
 
@@ -47,9 +52,32 @@ def exportable(compiled: Call, call: Call, options: Options, owner: nn.Module | 
     def either(*args: Any, **kwargs: Any) -> Any:
         if exporting():
             return traced(call, options, owner)(*args, **kwargs)
+        if is_jit_tracing():
+            return _own_iterations(call, *args, **kwargs)
         return compiled(*args, **kwargs)
 
     return either
+
+
+def _own_iterations(call: Call, *args: Any, **kwargs: Any) -> Any:
+    """`call` as the user wrote it, for `torch.jit.trace`.
+
+    Raises:
+        NotHere: a branch on data, in which a trace would hold the choice of its one example.
+    """
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = call(*args, **kwargs)
+    for warning in told:
+        if issubclass(warning.category, torch.jit.TracerWarning) and "Python boolean" in str(warning.message):
+            raise NotHere(
+                f"torch.jit.trace of a compiled model: expected iterations of a fixed number, got a branch on data at "
+                f"{warning.filename}:{warning.lineno}, of which the trace would hold that of one example. Fix: torch.export.export, "
+                "which makes a loop of it"
+            )
+    for warning in told:
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return found
 
 
 def traced(call: Call, options: Options, owner: nn.Module | None = None) -> Call:
@@ -95,6 +123,7 @@ class _Exporter:
             node.target = _solve_in_export
         for module in gm.modules():
             if isinstance(module, fx.GraphModule):
+                _enter_autocast_itself(module.graph)
                 module.recompile()
 
         def forward(*args: Any) -> Any:
@@ -103,7 +132,13 @@ class _Exporter:
                     f"torch.export of a fixed-point region at {trained.spec.where}: expected a model for inference, since an "
                     "exported region has no gradient, got one in training mode. Fix: model.eval(), or export under torch.no_grad()"
                 )
-            return gm.forward(*args)
+            before = Ambient.now()
+            try:
+                return gm.forward(*args)
+            except Exception:
+                for device, enabled, _ in before.autocast:
+                    torch.set_autocast_enabled(device, enabled)
+                raise
 
         compiled: CompiledFn = self.eager(_Graph(forward, made), example_inputs)
         return compiled
@@ -114,6 +149,24 @@ class _Graph:
 
     def __init__(self, forward: Call, sites: Sequence[Site]) -> None:
         self.forward, self.sites = forward, tuple(sites)
+
+
+def _enter_autocast_itself(graph: fx.Graph) -> None:
+    """Within an export Dynamo's calls are only written down; those of the context itself are obeyed too."""
+    twins = {torch_parts.enter_autocast: _enter, torch_parts.exit_autocast: _exit}
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in twins:
+            node.target = twins[node.target]
+
+
+def _enter(device: str, dtype: torch.dtype | None, enabled: bool, cache_enabled: bool | None) -> torch.autocast:
+    context = torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+    context.__enter__()
+    return context
+
+
+def _exit(context: torch.autocast) -> None:
+    context.__exit__(None, None, None)
 
 
 def _solves(gm: fx.GraphModule) -> list[fx.Node]:
@@ -192,10 +245,11 @@ def install() -> None:
 
         @functools.wraps(original)
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if exporting() and takes_whole_graphs(getattr(self.dynamo_ctx, "callback", None)):
+            here = exporting() or is_jit_tracing()
+            if here and takes_whole_graphs(getattr(self.dynamo_ctx, "callback", None)):
                 model, said = original_of(self)
                 own = model if isinstance(model, nn.Module) else None
-                return traced(call_of(model), Options.from_options(said), own)(*args, **kwargs)
+                return exportable(call_of(model), call_of(model), Options.from_options(said), own)(*args, **kwargs)
             return original(self, *args, **kwargs)
 
         cls.__call__ = call

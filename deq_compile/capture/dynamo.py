@@ -248,6 +248,17 @@ def removed_handle() -> Any:
     return RemovableHandleVariable(mutation_type=ValueMutationNew(), idx=RemovableHandleVariable.REMOVED)
 
 
+def leave_out_of_packages(reason: str) -> None:
+    """Have torch compile the frame at work anew in the process that loads a precompiled package: it says so, with the reason.
+
+    Raises:
+        TorchDynamoException: the user has asked for an error there (`strict_precompile`).
+    """
+    tx = current()
+    if tx is not None and hasattr(tx.output, "bypass_package"):
+        tx.output.bypass_package(reason)
+
+
 def must_be_whole(tx: Any) -> bool:
     """Whether the user has asked for an error in place of a graph break."""
     return bool(tx.one_graph or getattr(tx, "error_on_graph_break", False))

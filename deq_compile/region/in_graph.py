@@ -223,7 +223,9 @@ def _solved(region: _Region, loop: Loop, z0: Tensor) -> tuple[Tensor, Tensor]:
     sound = torch.isfinite(ours) & ~(ours > plain.norm) & ((ours <= FALL * plain.first) | reached)  # as forward.or_plain
     take = (~good & ~sound)[:, None]
     z = torch.where(take, plain.z, found.z)
-    return (region.f(z, region.others) if spec.attached else z), torch.where(take, plain.info(), info)
+    code = torch.where(plain.passed, CONVERGED, found.done)
+    theirs = solve_info_of(plain.residual.nan_to_num(nan=math.inf), plain.iterations.expand_as(code), code)
+    return (region.f(z, region.others) if spec.attached else z), torch.where(take, theirs, info)
 
 
 _PROGRESS = ("done", "best", "z_best", "iterations", "mark", "stall", "ceiling")
