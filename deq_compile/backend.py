@@ -20,7 +20,6 @@ from .rewrite import rewrite_if_possible
 from .torch_parts import known_backends, register_backend
 from .undecided import compiled_when_decided, undecided
 
-
 _NOT_IN_PACKAGES = "a fixed-point region has its body in the process that compiled it; the next one compiles it again"
 
 

@@ -1,11 +1,11 @@
 """`torch.export` and `torch.jit.trace` of a compiled or decorated model: its regions become loops of the exported program.
 
-`torch.export` leaves out what `torch.compile` has made of a model and traces the user's own code, which unrolls a loop of a fixed
-count and refuses one that a test ends. Here such a call is traced by Dynamo for a backend of ours first, as torch does for its own
-control flow, and the rewritten graph is what the export sees, with `torch.while_loop` in the place of each region.
+`torch.export` leaves out what `torch.compile` has made of a model and traces the user's own code, which unrolls a loop of a
+fixed count and refuses one that a test ends. Here such a call is traced by Dynamo for a backend of ours first, as torch does for
+its own control flow, and the rewritten graph is what the export sees, with `torch.while_loop` in the place of each region.
 
-TorchScript has no such loop: `torch.jit.trace` gets the user's own iterations where their number is fixed, and is refused where it
-depends on data.
+A trace of TorchScript holds no such loop: `torch.jit.trace` gets the user's own iterations where their number is fixed, and is
+refused where it depends on data.
 """
 
 from __future__ import annotations
@@ -35,18 +35,25 @@ from .region.site import site as find_site
 from .region.surroundings import NotHere
 from .report import Report
 from .rewrite import rewrite_if_possible
-from .torch_parts import EXPORTS, call_of, is_jit_tracing, lost
+from .torch_parts import call_of, is_jit_tracing
 
 Call = Callable[..., Any]
 
 
 def exporting() -> bool:
     """Whether `torch.export` traces the calling code, and no Dynamo in between."""
-    return torch.compiler.is_exporting() and dynamo.current() is None and EXPORTS not in lost()
+    return torch.compiler.is_exporting() and dynamo.current() is None and _can_export()
+
+
+@functools.cache
+def _can_export() -> bool:
+    """Whether this torch has the parts for it; else it goes on with the user's own code."""
+    parts = torch_parts.while_loop, torch_parts.compiling_inside, torch_parts.without_modes
+    return not any(isinstance(part, torch_parts.Absent) for part in parts)
 
 
 def exportable(compiled: Call, call: Call, options: Options, owner: nn.Module | None = None) -> Call:
-    """`compiled`, but for an export `call`, what it was made of, traced with its regions as loops; `owner` is whose call it is."""
+    """`compiled`, but for an export `call`, what it was made of, with its regions as loops; `owner` is the module it is of."""
 
     @functools.wraps(compiled)
     def either(*args: Any, **kwargs: Any) -> Any:
@@ -69,11 +76,11 @@ def _own_iterations(call: Call, *args: Any, **kwargs: Any) -> Any:
         warnings.simplefilter("always")
         found = call(*args, **kwargs)
     for warning in told:
-        if issubclass(warning.category, torch.jit.TracerWarning) and "Python boolean" in str(warning.message):
+        if "Python boolean might cause the trace to be incorrect" in str(warning.message):
             raise NotHere(
-                f"torch.jit.trace of a compiled model: expected iterations of a fixed number, got a branch on data at "
-                f"{warning.filename}:{warning.lineno}, of which the trace would hold that of one example. Fix: torch.export.export, "
-                "which makes a loop of it"
+                "torch.jit.trace of a compiled model: expected iterations of a fixed number, got a branch on data at "
+                f"{warning.filename}:{warning.lineno}, of which the trace would hold that of one example. Fix: "
+                "torch.export.export, which makes a loop of it"
             )
     for warning in told:
         warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
@@ -105,8 +112,8 @@ def _of_its_own(call: Call) -> Call:
 
 
 class _Exporter:
-    """The backend of Dynamo's trace within an export. `eager` is torch's own for its control flow: it runs a graph under the modes
-    of the export."""
+    """The backend of Dynamo's trace within an export. `eager` is torch's own for its control flow: it runs a graph under the
+    modes of the export."""
 
     __name__ = "deq"
     takes_whole_graphs = True
@@ -130,7 +137,8 @@ class _Exporter:
             if trained is not None:
                 raise NotHere(
                     f"torch.export of a fixed-point region at {trained.spec.where}: expected a model for inference, since an "
-                    "exported region has no gradient, got one in training mode. Fix: model.eval(), or export under torch.no_grad()"
+                    "exported region has no gradient, got one in training mode. "
+                    "Fix: model.eval(), or export under torch.no_grad()"
                 )
             before = Ambient.now()
             try:
@@ -240,7 +248,7 @@ def _hinted(value: Any) -> Any:
 def install() -> None:
     """Take the calls of compiled models within an export, for our backend: once, when that is first looked up."""
     with contextlib.suppress(torch_parts.Unavailable):
-        cls = torch_parts.OptimizedModule
+        cls = dynamo.OptimizedModule
         original = cls.__call__
 
         @functools.wraps(original)
@@ -248,8 +256,9 @@ def install() -> None:
             here = exporting() or is_jit_tracing()
             if here and takes_whole_graphs(getattr(self.dynamo_ctx, "callback", None)):
                 model, said = original_of(self)
-                own = model if isinstance(model, nn.Module) else None
-                return exportable(call_of(model), call_of(model), Options.from_options(said), own)(*args, **kwargs)
+                module: nn.Module = model  # type: ignore[assignment]
+                own = call_of(module)
+                return exportable(own, own, Options.from_options(said), module)(*args, **kwargs)
             return original(self, *args, **kwargs)
 
         cls.__call__ = call

@@ -69,8 +69,7 @@ def find(module: str, name: str, otherwise: Any = _NOTHING, test: Test | None = 
 REGIONS = "fixed-point regions (graphs go to the inner backend as they are)"
 BODIES = "bodies traced ahead of time (they run in eager mode)"
 INDUCTOR = "Inductor (aot_eager compiles in its place)"
-BATCHED = "batched gradients of regions (they raise)"
-BREAKS = "graph breaks in the report"
+BATCHED, BREAKS = "batched gradients of regions (they raise)", "graph breaks in the report"
 SHORTCUT = "a shortcut past torch's dispatcher (a call takes longer)"
 SCOPED = "options of a decorated function inside another torch.compile (the outer ones hold)"
 TRACE = "the rewritten graph in TORCH_TRACE"
@@ -88,8 +87,7 @@ FOLDERS = "Inductor's folder as the place of our C++ kernels"
 KERNELS = "C++ kernels (ATen serves)"
 BY_NAME = 'torch.compile(backend="deq") by name, from a plain checkout'
 RANKS = "agreement of ranks (each decides about its regions alone)"
-LIMITS = "more than a few explanations of one model"
-AOT_EAGER = "aot_eager (graphs run as they are)"
+LIMITS, AOT_EAGER = "more than a few explanations of one model", "aot_eager (graphs run as they are)"
 EXPORTS = "solvers in exported programs (the user's own loop is exported)"
 POOLS, CAPTURES = "freeing the memory of a CUDA graph whose capture failed", "CUDA graphs"
 
@@ -335,7 +333,6 @@ _LATE: dict[str, tuple[Any, ...]] = {
     "while_loop": ("torch._higher_order_ops.while_loop", "while_loop_op", EXPORTS),
     "compiling_inside": ("torch._higher_order_ops.utils", "setup_compilation_env", EXPORTS),
     "without_modes": ("torch.utils._python_dispatch", "_disable_current_modes", EXPORTS),
-    "OptimizedModule": ("torch._dynamo.eval_frame", "OptimizedModule", EXPORTS),
     "default_store": ("torch.distributed.distributed_c10d", "_get_default_store", RANKS, lambda: None),
     "inductor_cache_dir": ("torch._inductor.runtime.cache_dir_utils", "cache_dir", FOLDERS, tempfile.gettempdir),
 }

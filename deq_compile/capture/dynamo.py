@@ -42,6 +42,7 @@ GlobalSource = find("torch._dynamo.source", "GlobalSource")
 AttrSource = find("torch._dynamo.source", "AttrSource")
 WeakTensorKeyDictionary = find("torch.utils.weak", "WeakTensorKeyDictionary")
 VariableBuilder = find("torch._dynamo.variables.builder", "VariableBuilder")
+OptimizedModule = find("torch._dynamo.eval_frame", "OptimizedModule")
 DDPOptimizer = find("torch._dynamo.backends.distributed", "DDPOptimizer")
 DynamoException = find("torch._dynamo.exc", "TorchDynamoException")
 # the one exception by which a backend can have a frame traced again

@@ -87,8 +87,8 @@ def _try(feature: str, switch_on: Callable[[], Callable[[], None]], test: Callab
 
 @contextlib.contextmanager
 def _unseen() -> Iterator[None]:
-    """Leave no trace in the counters that users look at, nor in the packages that torch makes of what is compiled; and do not mind
-    what modes of autograd the first call came under."""
+    """Leave no trace in the counters that users look at, nor in the packages that torch makes of what is compiled; and do not
+    mind what modes of autograd the first call came under."""
     before = copy.deepcopy(counters)
     packages: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if hasattr(dynamo.config, "caching_precompile"):

@@ -77,8 +77,8 @@ def _follows(spec: RegionSpec) -> bool:
 
 
 class _Region:
-    """The body on the flat state, and the user's tests. Operands, sizes and symbolic shapes come as `others` with each call, since
-    a loop of a graph has to be given all that it reads."""
+    """The body on the flat state, and the user's tests. Operands, sizes and symbolic shapes come as `others` with each call,
+    since a loop of a graph has to be given all that it reads."""
 
     def __init__(
         self, spec: RegionSpec, rows: bool, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[Any]
@@ -124,8 +124,8 @@ class _Region:
 
 
 class _Own(NamedTuple):
-    """z (B, D); iterations () int64; passed (B,) whether a test, or the tolerance, ended it; residual, norm, size, first (B,): the
-    stopping residual, |f - z| and |f| at the last evaluation, and |f - z| at the first."""
+    """z (B, D); iterations () int64; passed (B,) whether a test, or the tolerance, ended it; residual, norm, size, first (B,):
+    the stopping residual, |f - z| and |f| at the last evaluation, and |f - z| at the first."""
 
     z: Tensor
     iterations: Tensor
@@ -263,8 +263,9 @@ def _solve(region: _Region, loop: Loop, z0: Tensor) -> _Found:
             given_up = holds & ~torch.isfinite(norm).all()
             _accept(fields, running & well, z, residual, k, given_up & ~well)
             norm_best = torch.where(running & well, norm, norm_best)
+        moved: Carried = ()
         if steps is None:
-            z, moved = torch.where((fields["done"] == RUNNING)[:, None], f, here), ()
+            z = torch.where((fields["done"] == RUNNING)[:, None], f, here)
         else:
             steps, z = advance_padded(steps, here, g, fields["done"])
             moved = steps
@@ -272,7 +273,7 @@ def _solve(region: _Region, loop: Loop, z0: Tensor) -> _Found:
 
     fields = progress_fields(z0, tol, relative, floor)
     zero = [z0.new_zeros(z0.shape[0]) for _ in range(2)]
-    steps = () if plain else Steps.none(z0, config.memory)
+    steps: Carried = () if plain else Steps.none(z0, config.memory)
     counter = torch.zeros((), dtype=torch.int32, device=z0.device)
     start = (counter, z0.clone(), *(fields[n] for n in _PROGRESS), fields["best"].clone(), *zero, *steps)
     k, _, done, best, z_best, iterations, _, _, _, norm, *_ = loop(condition, turn, start, region.others)
@@ -280,9 +281,7 @@ def _solve(region: _Region, loop: Loop, z0: Tensor) -> _Found:
     return _Found(z_best, best, torch.where(left, k, iterations), torch.where(left, MAX_ITER, done), norm)
 
 
-def _accept(
-    fields: dict[str, Tensor], here: Tensor, z: Tensor, residual: Tensor, k: Tensor, given_up: Tensor
-) -> None:
+def _accept(fields: dict[str, Tensor], here: Tensor, z: Tensor, residual: Tensor, k: Tensor, given_up: Tensor) -> None:
     """End the samples `here` (B,) at z, since the user's test holds; where it can hold no more, end all that still run."""
     rest = (fields["done"] == RUNNING) & given_up
     done = torch.where(here, CONVERGED, torch.where(rest, MAX_ITER, fields["done"]))

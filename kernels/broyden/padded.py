@@ -19,16 +19,16 @@ ETA = 0.1  # Powell's guard, as `region.solvers.Problem.eta`
 
 
 class Steps(NamedTuple):
-    """S     (B, M+1, D) the steps, zero where there is none yet
-    C     (B, M, M) as in aten.py
-    last  (B, D) the step that was made last
-    count () int64, how many are stored
+    """S      (B, M+1, D) the steps, zero where there is none yet
+    C      (B, M, M) as in aten.py
+    last   (B, D) the step that was made last
+    stored () int64, how many
     """
 
     S: Tensor
     C: Tensor
     last: Tensor
-    count: Tensor
+    stored: Tensor
 
     @staticmethod
     def none(z0: Tensor, memory: int) -> Steps:

@@ -1,6 +1,7 @@
-"""The solver in torch's own operations, as exported programs have it: the same iterates, endings and fallbacks as the package's own.
+"""The solver in torch's own operations, as exported programs have it: iterates, endings and fallbacks of the package's own.
 
-A Python loop stands for the graph's here; tests/behaviour/test_exports.py has the graphs."""
+A Python loop stands for the graph's here; tests/behaviour/test_exports.py has the graphs.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +29,10 @@ def in_python(condition: Callable[..., Tensor], turn: Callable[..., Any], carrie
     while bool(condition(*carried, *others)):
         before = [t.clone() for t in carried]
         found = turn(*carried, *others)
-        torch.testing.assert_close(list(carried), before, rtol=0, atol=0, equal_nan=True)  # torch refuses a turn that writes to these
+        # Torch refuses a turn that writes to these, or gives one of them back.
+        torch.testing.assert_close(list(carried), before, rtol=0, atol=0, equal_nan=True)
         own = {t.data_ptr() for t in (*carried, *others) if t.numel()}
-        assert not own & {t.data_ptr() for t in found if t.numel()}  # or gives one of them back
+        assert not own & {t.data_ptr() for t in found if t.numel()}
         carried = found
     return carried
 
