@@ -12,6 +12,7 @@ from .as_written import Written, turning
 from .caches import reset
 from .capture import dynamo, install, sites
 from .config import Options
+from .explicit import prepare
 from .exporting import install as install_exports
 from .inner import CompiledFn, compile_rest, usable
 from .region.site import own
@@ -109,3 +110,4 @@ def _register_backend() -> None:
 _register_backend()
 install()  # capture: whoever looks this backend up is about to trace for it
 install_exports()
+prepare()

@@ -252,7 +252,7 @@ def test_an_exported_region_gives_no_gradient_in_silence() -> None:
 
 
 def test_strict_mode_gets_one_sentence() -> None:
-    with pytest.raises(Exception, match=r"fixed_point cannot be traced by torch.export with strict=True.*Fix: strict=False"):
+    with pytest.raises(Exception, match=r"fixed_point: only backend='deq' .* Fix for torch.export: strict=False"):
         torch.export.export(Declared().eval(), (X,), strict=True)
 
 
