@@ -15,6 +15,7 @@ from . import scope
 from .backend import Backend
 from .capture import OFF
 from .config import Options
+from .exporting import exportable, exporting, traced
 from .onlooker import Onlooker, original_of
 from .report import Report
 from .torch_parts import COMPILED_CALL, annotate, call_of, counters, dynamo_config, lost
@@ -57,6 +58,7 @@ def _decorate(target: Any, options: Options) -> Any:
     if isinstance(target, nn.Module):
         scope.remember_module(target, options)
         target.compile(backend=Backend(options))
+        setattr(target, COMPILED_CALL, exportable(getattr(target, COMPILED_CALL), call_of(target), options, target))
         return target
     if callable(target) and not isinstance(target, type):
         return _compile_function(target, options)
@@ -82,9 +84,14 @@ class _CompiledCall:
         self.options = options
 
     def __get__(self, module: nn.Module | None, owner: type) -> Any:
-        if module is None or torch.compiler.is_compiling():
+        if module is None:
             return None
-        compiled = torch.compile(call_of(module), backend=Backend(self.options))
+        call = call_of(module)
+        if exporting():
+            return traced(call, self.options, module)
+        if torch.compiler.is_compiling():
+            return None
+        compiled = exportable(torch.compile(call, backend=Backend(self.options)), call, self.options, module)
         module.__dict__[COMPILED_CALL] = compiled
         return compiled
 
@@ -98,7 +105,7 @@ def _compile_function(function: Callable[..., Any], options: Options) -> Callabl
         with annotate(mark):
             return function(*args, **kwargs)
 
-    return functools.wraps(function)(torch.compile(marked, backend=Backend(options)))
+    return functools.wraps(function)(exportable(torch.compile(marked, backend=Backend(options)), marked, options))
 
 
 def _many_compilations() -> contextlib.AbstractContextManager[Any]:

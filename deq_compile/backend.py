@@ -10,14 +10,18 @@ from torch import fx
 
 from .as_written import Written, turning
 from .caches import reset
-from .capture import install, sites
+from .capture import dynamo, install, sites
 from .config import Options
+from .explicit import prepare
+from .exporting import install as install_exports
 from .inner import CompiledFn, compile_rest, usable
 from .region.site import own
 from .report import Report
 from .rewrite import rewrite_if_possible
 from .torch_parts import known_backends, register_backend
 from .undecided import compiled_when_decided, undecided
+
+_NOT_IN_PACKAGES = "a fixed-point region has its body in the process that compiled it; the next one compiles it again"
 
 
 class Backend:
@@ -53,6 +57,8 @@ class Backend:
             self.tell(report)
         for site in made:
             site.votes = self.votes
+        if made:
+            dynamo.leave_out_of_packages(_NOT_IN_PACKAGES)
         config = outer.resolve()
 
         def compile_graph(graph: fx.GraphModule, inputs: Sequence[Any]) -> CompiledFn:
@@ -103,3 +109,5 @@ def _register_backend() -> None:
 
 _register_backend()
 install()  # capture: whoever looks this backend up is about to trace for it
+install_exports()
+prepare()

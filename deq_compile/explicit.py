@@ -67,6 +67,8 @@ def fixed_point(
     """
     if torch.compiler.is_dynamo_compiling():  # not by our backend, or where it found no region: outside of the graph
         return outside(f, z0, return_info, derivatives, options)
+    if torch.compiler.is_exporting():
+        return _exported(f, z0, return_info, derivatives, options)
     return _eager(f, z0, return_info, derivatives, options)
 
 
@@ -99,20 +101,44 @@ def _eager(f: Callable[[S], S], z0: S, return_info: bool, derivatives: int, opti
     return (solved, SolveInfo.of(found.result.solve_info().expand(rows, -1))) if return_info else solved
 
 
-_WHY = "deq_compile.fixed_point: only backend='deq' makes it a part of the graph; elsewhere it is solved outside"
+_WHY = (
+    "deq_compile.fixed_point: only backend='deq' makes it a part of the graph; elsewhere it is solved outside. "
+    "Fix for torch.export: strict=False"
+)
 _disabled: Callable[..., Any] | None = None  # once Dynamo is there
+
+
+def prepare() -> None:
+    """Make what `outside` calls, now that Dynamo is there: within a trace torch 2.14 refuses to."""
+    global _disabled
+    if _disabled is None:  # Dynamo may trace this: torch 2.11 warns of a list's `append`
+        _disabled = torch.compiler.disable(_eager, reason=_WHY)
 
 
 def outside(*given: Any) -> Any:
     """`_eager`, outside of the graph of whoever traces."""
-    global _disabled
-    if _disabled is None:  # Dynamo traces this: torch 2.11 warns of a list's `append`
-        _disabled = torch.compiler.disable(_eager, reason=_WHY)
+    if _disabled is None:
+        prepare()
+    assert _disabled is not None
     return _disabled(*given)
 
 
 if "torch._dynamo" in sys.modules:
-    _disabled = torch.compiler.disable(_eager, reason=_WHY)
+    prepare()
+
+
+def _exported(*given: Any) -> Any:
+    """`fixed_point` while an export traces: a loop of the exported program, where this torch has the parts for it."""
+    from .exporting import exporting, traced
+
+    if not exporting():
+        return _eager(*given)
+    f, z0, return_info, derivatives, options = given
+
+    def call(z0: Any) -> Any:
+        return fixed_point(f, z0, return_info=return_info, derivatives=derivatives, **options)
+
+    return traced(call, Options())(z0)
 
 
 def check_flag(return_info: Any) -> None:

@@ -48,8 +48,8 @@ FOLDERS = "Inductor's folder as the place of our C++ kernels"
 KERNELS = "C++ kernels (ATen serves)"
 BY_NAME = 'torch.compile(backend="deq") by name, from a plain checkout'
 RANKS = "agreement of ranks (each decides about its regions alone)"
-LIMITS = "more than a few explanations of one model"
-AOT_EAGER = "aot_eager (graphs run as they are)"
+LIMITS, AOT_EAGER = "more than a few explanations of one model", "aot_eager (graphs run as they are)"
+EXPORTS = "solvers in exported programs (the user's own loop is exported)"
 POOLS, CAPTURES = "freeing the memory of a CUDA graph whose capture failed", "CUDA graphs"
 
 _FEATURE: dict[str, str] = {}  # name -> what needs it
@@ -296,6 +296,9 @@ _LATE: dict[str, tuple[Any, ...]] = {
     "get_cpp_compiler": ("torch._inductor.cpp_builder", "get_cpp_compiler", COMPILER, lambda: ""),
     "InvalidCxxCompiler": ("torch._inductor.exc", "InvalidCxxCompiler", COMPILER, RuntimeError),
     "CppCodeCache": ("torch._inductor.codecache", "CppCodeCache", KERNELS, None),
+    "while_loop": ("torch._higher_order_ops.while_loop", "while_loop_op", EXPORTS),
+    "compiling_inside": ("torch._higher_order_ops.utils", "setup_compilation_env", EXPORTS),
+    "without_modes": ("torch.utils._python_dispatch", "_disable_current_modes", EXPORTS),
     "default_store": ("torch.distributed.distributed_c10d", "_get_default_store", RANKS, lambda: None),
     "inductor_cache_dir": ("torch._inductor.runtime.cache_dir_utils", "cache_dir", FOLDERS, tempfile.gettempdir),
 }

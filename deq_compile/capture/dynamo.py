@@ -44,6 +44,7 @@ GlobalSource = find("torch._dynamo.source", "GlobalSource")
 AttrSource = find("torch._dynamo.source", "AttrSource")
 WeakTensorKeyDictionary = find("torch.utils.weak", "WeakTensorKeyDictionary")
 VariableBuilder = find("torch._dynamo.variables.builder", "VariableBuilder")
+OptimizedModule = find("torch._dynamo.eval_frame", "OptimizedModule")
 DDPOptimizer = find("torch._dynamo.backends.distributed", "DDPOptimizer")
 DynamoException = find("torch._dynamo.exc", "TorchDynamoException")
 # the one exception by which a backend can have a frame traced again
@@ -266,6 +267,17 @@ def frames(tx: Any) -> Iterator[Any]:
 def removed_handle() -> Any:
     """The variable of a hook's handle after `handle.remove()`."""
     return RemovableHandleVariable(mutation_type=ValueMutationNew(), idx=RemovableHandleVariable.REMOVED)
+
+
+def leave_out_of_packages(reason: str) -> None:
+    """Have torch compile the frame at work anew in the process that loads a precompiled package: it says so, with the reason.
+
+    Raises:
+        TorchDynamoException: the user has asked for an error there (`strict_precompile`).
+    """
+    tx = current()
+    if tx is not None and hasattr(tx.output, "bypass_package"):
+        tx.output.bypass_package(reason)
 
 
 def must_be_whole(tx: Any) -> bool:

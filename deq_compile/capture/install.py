@@ -88,10 +88,15 @@ def _try(feature: str, switch_on: Callable[[], Callable[[], None]], test: Callab
 
 @contextlib.contextmanager
 def _unseen() -> Iterator[None]:
-    """Leave no trace in the counters that users look at."""
+    """Leave no trace in the counters that users look at, nor in the packages that torch makes of what is compiled; and do not
+    mind what modes of autograd the first call came under."""
     before = copy.deepcopy(counters)
+    packages: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+    if hasattr(dynamo.config, "caching_precompile"):
+        packages = dynamo.config.patch(caching_precompile=False)
     try:
-        yield
+        with packages, torch.inference_mode(False), torch.enable_grad():
+            yield
     finally:
         counters.clear()
         counters.update(before)

@@ -23,6 +23,10 @@ class StopTest(Protocol):
 
     def holds(self, layout: Layout, z: Tensor, f: Tensor, others: Sequence[Any]) -> bool: ...
 
+    def as_tensor(self, layout: Layout, z: Tensor, f: Tensor, others: Sequence[Any]) -> Tensor:
+        """The same as a bool tensor of no dimensions, for a loop that is itself part of a graph."""
+        ...
+
 
 @dataclass(frozen=True)
 class GraphTest:
@@ -44,8 +48,18 @@ class GraphTest:
         return hashlib.sha256(repr((self.hash, self.when, self.positions)).encode()).hexdigest()[:8]
 
     def holds(self, layout: Layout, z: Tensor, f: Tensor, others: Sequence[Any]) -> bool:
+        return bool(self._said(layout, z, f, others)) is self.when
+
+    def as_tensor(self, layout: Layout, z: Tensor, f: Tensor, others: Sequence[Any]) -> Tensor:
+        said = self._said(layout, z, f, others)
+        if not isinstance(said, Tensor):
+            return torch.full((), bool(said) is self.when, device=z.device)
+        true = said.reshape(()) != 0
+        return true if self.when else ~true
+
+    def _said(self, layout: Layout, z: Tensor, f: Tensor, others: Sequence[Any]) -> Any:
         own = [others[i] for i in self.positions]
-        return bool(self.call(*layout.unflatten(z), *layout.unflatten(f), *own)) is self.when
+        return self.call(*layout.unflatten(z), *layout.unflatten(f), *own)
 
 
 @dataclass(frozen=True)
@@ -60,9 +74,12 @@ class NormTest:
         return f"norm-{self.tol:g}-{self.relative}"
 
     def holds(self, layout: Layout, z: Tensor, f: Tensor, others: Sequence[Any]) -> bool:
+        return bool(self.as_tensor(layout, z, f, others))
+
+    def as_tensor(self, layout: Layout, z: Tensor, f: Tensor, others: Sequence[Any]) -> Tensor:
         norm = torch.linalg.vector_norm(f - z)
         scale = torch.linalg.vector_norm(f) + NORM_EPS if self.relative else 1.0
-        return bool(norm <= self.tol * scale)
+        return norm <= self.tol * scale
 
 
 def any_of(tests: Sequence[StopTest], layout: Layout, others: Sequence[Any]) -> Callable[[Tensor, Tensor], bool] | None:
@@ -73,9 +90,14 @@ def any_of(tests: Sequence[StopTest], layout: Layout, others: Sequence[Any]) -> 
 def ends_well(start: tuple[Tensor, Tensor], here: tuple[Tensor, Tensor]) -> bool:
     """Whether a test that holds may end a solve: every sample's residual |g| is finite and has fallen, or |f| has kept its size.
     Both are (|g|, |f|), each (B,), of the first and of this evaluation; see ``FALL`` of the kernels."""
+    return bool(ends_well_as_tensor(start, here))
+
+
+def ends_well_as_tensor(start: tuple[Tensor, Tensor], here: tuple[Tensor, Tensor]) -> Tensor:
+    """The same as a bool tensor of no dimensions."""
     (g0, f0), (g, f) = start, here
     g = torch.maximum(g, RESOLUTION * torch.finfo(g.dtype).eps * f)
-    return bool(((g <= FALL * g0) | ((f <= 2 * f0) & torch.isfinite(g))).all())
+    return ((g <= FALL * g0) | ((f <= 2 * f0) & torch.isfinite(g))).all()
 
 
 def accept(progress: Progress, z: Tensor, f: Tensor) -> None:

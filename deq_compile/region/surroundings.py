@@ -60,12 +60,12 @@ def values_are_known(states: Sequence[Tensor]) -> bool:
     if is_jit_tracing():
         raise NotHere(
             "fixed_point cannot be traced by torch.jit.trace: the number of its iterations depends on data, and the trace would "
-            f"hold that of one example. {_COMPILE}"
+            "hold that of one example. Fix: torch.export.export, which makes a loop of it"
         )
     if proxy_mode() is not None:
         raise NotHere(
-            "fixed_point cannot be traced by torch.export or make_fx: the number of its iterations depends on data. "
-            f"{_COMPILE}; for an export, write the loop out"
+            "fixed_point cannot be traced by make_fx: the number of its iterations depends on data. "
+            f"{_COMPILE}; or torch.export.export, which makes a loop of it"
         )
     outer = transform()
     if outer is not None and _name_of(outer) == "functionalize":

@@ -4,12 +4,16 @@ The one place where an implementation is chosen: callers use the names below and
 """
 
 from .dispatch import advance, new_state, step, step_preconditioned, step_residual
+from .padded import Steps
+from .padded import advance as advance_padded
 from .state import BroydenState, Factors, coefficient_width, factors_of, row_width
 
 __all__ = [
     "BroydenState",
     "Factors",
+    "Steps",
     "advance",
+    "advance_padded",
     "coefficient_width",
     "factors_of",
     "new_state",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -121,6 +122,8 @@ def observe_by_masks(p: Progress, z: Tensor, g: Tensor, f: Tensor, last: bool) -
         g: (B, D) residuals at z.
         f: (B, D) body(z), compute dtype.
         last: no evaluation will follow.
+
+    `p.evaluations` may be a tensor of one integer, where the iteration is itself part of a graph (broyden/padded.py).
     """
     p.evaluations += 1
     scale = torch.linalg.vector_norm(f, dim=1).add_(NORM_EPS)
@@ -128,7 +131,10 @@ def observe_by_masks(p: Progress, z: Tensor, g: Tensor, f: Tensor, last: bool) -
     threshold = p.floor if p.relative else p.floor * scale
     if p.relative:
         stop = norm / scale
-    if p.evaluations == 1:
+    counted: Any = p.evaluations
+    if isinstance(counted, Tensor):
+        torch.where(counted == 1, p.ceiling_at(norm, scale), p.ceiling, out=p.ceiling)
+    elif counted == 1:
         p.ceiling.copy_(p.ceiling_at(norm, scale))
     norm = torch.maximum(norm, RESOLUTION * torch.finfo(z.dtype).eps * scale)
     running, finite = p.done == RUNNING, torch.isfinite(stop)
