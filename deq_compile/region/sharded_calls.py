@@ -57,7 +57,8 @@ class _HeldOnce:
         if self.held is None:
             found, seen = self._first(states)
             self.held = [self._hold(*one) for one in seen.values()]
-            return found
+            if not torch.is_grad_enabled():  # else this evaluation is the attached one: a state without elements needs no other
+                return found
         with contextlib.ExitStack() as stack:
             for held in self.held:
                 stack.enter_context(_without_hooks(held))
