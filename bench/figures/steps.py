@@ -186,3 +186,27 @@ def speedup(name: str, against: str) -> float:
 def accuracy(name: str) -> str:
     """Test accuracy of the demo's rows, in percent: one figure where they agree."""
     return span([100 * row["accuracy"] for row in _demo(name).values()], ".1f") + " %"
+
+
+def sizes(name: str) -> str:
+    """Compilations and steady steps over many sizes."""
+    lines = [
+        [
+            {"batches": "batch sizes", "lengths": "lengths, with attention"}[row["problem"]],
+            row["sizes"], row["body_compilations"], f"{row['ratio']:.2f}", f"{row['peak_mib'] - row['peak_mib_half_way']:.0f}",
+        ]
+        for row in read(name)["rows"]
+    ]  # fmt: skip
+    headers = ["", "sizes", "compilations of the body", "step, of one compiled for that size", "MiB that the second half added"]
+    return markdown(headers, lines)
+
+
+def first_steps(name: str) -> str:
+    """CPU seconds of a process's first step with an empty cache and with a filled one, and what part of Inductor's that is."""
+    found = {(row["row"], row["cache"]): row["cpu_s"] for row in read(name)["rows"] if "error" not in row}
+    lines = [
+        [label, *(f"{found[row, cache]:.1f}" for cache in ("cold", "warm"))]
+        for row, label in (("inductor", PEERS["inductor"]), ("deq", PEERS["deq"]))
+    ]
+    shares = [f"{found['deq', cache] / found['inductor', cache]:.2f}" for cache in ("cold", "warm")]
+    return markdown(["CPU seconds", "cold", "warm"], [*lines, ["share", *shares]])
