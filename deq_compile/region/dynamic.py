@@ -93,7 +93,7 @@ class SymbolicProgram(Program):
 
     def _compiled_guards(self) -> Callable[[Sizes], bool]:
         texts = [f"({self._printed(guard.expr)})" for guard in self.env.guards]
-        texts += [f"sizes[{i}] == {self._printed(d.node._expr)}" for i, d in enumerate(self.dims) if isinstance(d, torch.SymInt)]
+        texts += [f"sizes[{i}] == {self._printed(d.node.expr)}" for i, d in enumerate(self.dims) if isinstance(d, torch.SymInt)]
         texts += [f"sizes[{i}] == {d}" for i, d in enumerate(self.dims) if isinstance(d, int)]
         code = compile(" and ".join(f"({text})" for text in texts) or "True", "<guards of a body>", "eval")
 
