@@ -162,6 +162,9 @@ class SymbolicProgram(Program):
 
     def _laid_out(self, value: Tensor, real: Tensor) -> Tensor:
         strides = real.stride()
+        if tuple(_now(s) for s in value.stride()) == strides:
+            with self.mode:
+                return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
         order = sorted(range(real.dim()), key=lambda d: (-strides[d], d))
         dense = torch.empty_permuted(real.shape, order, device="meta").stride()
         if any(s != d for s, d, n in zip(strides, dense, real.shape, strict=True) if n > 1):
@@ -177,3 +180,8 @@ class SymbolicProgram(Program):
     def retrace(self, graph: Callable[..., Any], inputs: list[Any]) -> fx.GraphModule:
         with self.mode:
             return make_fx(graph, tracing_mode="real")(*distinct(inputs))
+
+
+def _now(size: Any) -> int:
+    """The number that a size of the trace has for the example."""
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

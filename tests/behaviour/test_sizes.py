@@ -19,7 +19,8 @@ from deq_compile.region.layout import Layout
 from deq_compile.region.modes import Ambient
 from deq_compile.region.program import Program
 from deq_compile.region.runners import MAX_COMPILED_SHAPES, MAX_SHAPES, runner_for
-from tests.helpers import compiled
+from tests.helpers import compiled, largest_error, reference, value_and_grads
+from tests.models.loops import CASES
 
 Body = Callable[..., tuple[Tensor, ...]]
 
@@ -92,6 +93,17 @@ def test_three_hundred_batches_and_fifty_lengths(kind: str, dynamic: bool | None
     assert 1 <= len(programs) <= 2
     assert isinstance(programs[-1], SymbolicProgram)
     assert {region.status for region in report.regions} == {"solve"}
+
+
+@pytest.mark.parametrize("name", ["two_states"])
+def test_models_that_save_views(name: str, programs: list[Program]) -> None:
+    """What the body saves for its products may be a part of a larger tensor; that is no reason to compile each size."""
+    model, x = CASES[name].make()
+    run, _ = compiled(model, inner="aot_eager")
+    for count in (2, 4, 5, 3):
+        inputs = x[:1].expand(count, *x.shape[1:]) + 0.1 * torch.randn(count, *x.shape[1:])
+        assert largest_error(value_and_grads(run, model, inputs), reference(model, inputs)) < 2e-3
+    assert len(programs) == 2
 
 
 # ---- what may be assumed, on runners alone
