@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ from deq_compile.capture import OFF
 from deq_compile.capture.bytecode import Code
 from deq_compile.capture.install import _FEATURES
 from deq_compile.torch_parts import MISSING, NEEDED
+from tests.fresh import python
 from tests.helpers import compiled
 
 install: Any = importlib.import_module("deq_compile.capture.install")
@@ -57,7 +57,7 @@ print(len(OFF), str(explain(until, inner="eager")(x)).count("off  "))
 
 def run(damage: str) -> list[str]:
     code = UNKNOWN_TORCH.format(damage=damage)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = python(code, "dynamo")
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

@@ -25,11 +25,12 @@ def _only_once(implementation: str) -> None:
         pytest.skip("no matter of the CPU implementation")
 
 
-LANES = {
-    "step": (["kernels/test_triton"], 50),
-    "adjoint": (["kernels/test_gcr", "kernels/test_weights", "kernels/test_stopping"], 34),
-    "engine": (["region/test_graphs", "region/test_graphs_host"], 12),
-    "failures": (["region/test_graphs_failures", "region/test_graphs_robust"], 20),
+LANES = {  # two, for two workers: each takes ten seconds before its first test
+    "kernels": (["kernels/test_triton", "kernels/test_gcr", "kernels/test_weights", "kernels/test_stopping"], 90),
+    "engines": (
+        ["region/test_graphs", "region/test_graphs_host", "region/test_graphs_failures", "region/test_graphs_robust"],
+        40,
+    ),
 }
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 
 from deq_compile import torch_parts
 from deq_compile.capture.install import _FEATURES, _TESTED
+from tests.fresh import python
 
 ROOT = Path(__file__).resolve().parents[2]
 BORDER = {"deq_compile/torch_parts.py", "deq_compile/capture/dynamo.py", "deq_compile/fsdp_parts.py"}
@@ -153,9 +152,7 @@ def test_the_reader_sees_what_a_file_defines() -> None:
 
 PROGRAM = """
 import gc, importlib, importlib.machinery, json, os, sys, traceback, warnings
-import torch
-import torch._dynamo.testing  # what torch itself needs of its parts is in place before they go
-import torch._inductor.compile_fx
+import torch  # and what torch itself needs of its parts, which is in place before they go
 from torch._dynamo.backends import debugging, distributed
 
 warnings.simplefilter("ignore")
@@ -224,7 +221,7 @@ def check(module, name, features, nothing, inner, model, self_tests):
 
 # The package is compiled once for all of them: where no bytecode may be written, that is half of the time.
 codes = {}
-for folder, _, files in os.walk(os.path.join(os.environ["PYTHONPATH"], "deq_compile"), followlinks=True):
+for folder, _, files in os.walk(os.path.join(os.getcwd(), "deq_compile"), followlinks=True):
     for path in (os.path.join(folder, file) for file in files if file.endswith(".py")):
         codes[path] = compile(open(path, "rb").read(), path, "exec", dont_inherit=True)
 Loader = importlib.machinery.SourceFileLoader
@@ -235,7 +232,7 @@ with torch.no_grad():  # where autograd has started its threads, no process may 
 torch._dynamo.reset()
 gc.disable()  # it would copy every page that a child shares with its parent
 failed = []
-for case in json.loads(sys.argv[1]):
+for case in json.loads(os.environ["CASES"]):
     child = os.fork()
     if child == 0:
         try:
@@ -284,9 +281,7 @@ def test_the_border_has_a_list() -> None:
 @pytest.mark.parametrize("half", [0, 1])
 def test_a_missing_name_costs_its_feature(half: int) -> None:
     """The import works, values and gradients are right, and `explain` says what is off."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DEQ_COMPILE_NATIVE": "0", "DEQ_COMPILE_RAISE": "1"}
-    environment["OMP_NUM_THREADS"] = "1"  # a number that is set while it runs would not outlive a fork
-    command = [sys.executable, "-c", PROGRAM, json.dumps(cases()[half::2])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    environment = {"DEQ_COMPILE_NATIVE": "0", "DEQ_COMPILE_RAISE": "1", "CASES": json.dumps(cases()[half::2])}
+    done = python(PROGRAM, "dynamo", **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1]) == [], done.stderr[-20000:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import warnings
@@ -17,6 +16,7 @@ from bench import demo
 from deq_compile import capture, doctor, inner, ready, torch_parts
 from deq_compile.doctor import Finding, Level
 from deq_compile.kernels import native
+from tests.fresh import python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -205,14 +205,10 @@ def test_folders_beside_the_package_are_found(tmp_path: Path) -> None:
     assert path == ["first", str(tmp_path)]
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "DEQ_COMPILE_NATIVE": "1"}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-
-
 def test_an_old_torch_is_told_by_name_too() -> None:
     """Without an import of ours: torch finds the backend through the entry point of the installed package."""
-    done = python("import torch; torch.__version__ = '2.10.0'; torch.compile(lambda x: x, backend='deq')(torch.ones(1))")
+    code = "import torch; torch.__version__ = '2.10.0'; torch.compile(lambda x: x, backend='deq')(torch.ones(1))"
+    done = python(code, "dynamo")
     assert done.returncode != 0
     assert "ImportError: deq_compile: expected torch 2.11 or newer, got torch 2.10.0. Fix: " in done.stderr
 
@@ -233,7 +229,7 @@ sys.exit(doctor.main([]))
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux plays Windows")
 def test_as_on_windows_without_a_compiler() -> None:
     """No owners of files, no fork, no cl: aot_eager and ATen serve, and the small model is right."""
-    done = python(WINDOWS)
+    done = python(WINDOWS, "dynamo", DEQ_COMPILE_NATIVE="1")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert "(inner='aot_eager')" in done.stdout
     assert "developer prompt of Visual Studio" in done.stdout

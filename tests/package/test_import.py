@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import fresh
+
 # What an import may not load: each takes longer than all of ours, or is what users of other backends do without.
 DEAR = ("torch._dynamo", "torch._inductor", "triton", "sympy", "tabulate", "deq_compile.backend", "deq_compile.capture")
 MOST_SECONDS = 0.3  # beyond torch's own, as CPU time
 
 
-def python(code: str) -> str:
+def python(code: str, stage: str) -> str:
     """What a fresh process prints. Without C++ kernels, which torch's own compiler of C++ makes."""
-    env = {**os.environ, "DEQ_COMPILE_NATIVE": "0"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = fresh.python(code, stage, DEQ_COMPILE_NATIVE="0")
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -33,7 +28,7 @@ import deq_compile
 spent = time.process_time() - begun
 print([name for name in {DEAR} if name in sys.modules], spent)
 """
-    said = [python(code) for _ in range(2)]
+    said = [python(code, "torch") for _ in range(2)]
     assert all(line.startswith("[] ") for line in said)
     assert min(float(line.rpartition(" ")[2]) for line in said) < MOST_SECONDS
 
@@ -49,7 +44,7 @@ with record_solves() as solves:
 assert solves[0].converged == 1.0 and x.grad is not None
 print("torch._dynamo" in sys.modules)
 """
-    assert python(code).strip() == "False"
+    assert python(code, "torch").strip() == "False"
 
 
 LOOP = """
@@ -79,24 +74,33 @@ print(len(solves))
 
 
 @pytest.mark.parametrize(
-    "way",
+    ("way", "stage"),
     [
-        "import deq_compile as d; call = torch.compile(model, backend='deq', fullgraph=True, options={'inner': 'eager'})",
-        "call = torch.compile(model, backend='deq', fullgraph=True, options={'inner': 'eager'}); import deq_compile as d",
-        "import deq_compile as d; call = d.deq_compile(inner='eager')(model)",
-        "from deq_compile.backend import Backend; import deq_compile as d\n"
-        "call = torch.compile(model, backend=Backend({'inner': 'eager'}))",
+        (
+            "import deq_compile as d; call = torch.compile(model, backend='deq', fullgraph=True, options={'inner': 'eager'})",
+            "parts",
+        ),
+        (
+            "call = torch.compile(model, backend='deq', fullgraph=True, options={'inner': 'eager'}); import deq_compile as d",
+            "dynamo",
+        ),
+        ("import deq_compile as d; call = d.deq_compile(inner='eager')(model)", "dynamo"),
+        (
+            "from deq_compile.backend import Backend; import deq_compile as d\n"
+            "call = torch.compile(model, backend=Backend({'inner': 'eager'}))",
+            "dynamo",
+        ),
     ],
     ids=["by name", "by name alone", "decorator", "backend object"],
 )
-def test_capture_is_on_whichever_way_comes_first(way: str) -> None:
-    """A loop whose exit depends on data is seen by capture only."""
-    assert python(LOOP + EXITS + way + "\nwith d.record_solves() as solves:" + RECORDED).strip() == "1"
+def test_capture_is_on_whichever_way_comes_first(way: str, stage: str) -> None:
+    """A loop whose exit depends on data is seen by capture only. Dynamo comes behind the package in the first way alone."""
+    assert python(LOOP + EXITS + way + "\nwith d.record_solves() as solves:" + RECORDED, stage).strip() == "1"
 
 
 def test_explain_first() -> None:
     code = LOOP + EXITS + "from deq_compile import explain\nprint(len(explain(model, inner='eager')(x, W).regions))"
-    assert python(code).strip() == "1"
+    assert python(code, "dynamo").strip() == "1"
 
 
 def test_fixed_point_is_traced_by_our_backend_and_stands_outside_of_others() -> None:
@@ -112,8 +116,9 @@ for name in BACKENDS:
         torch.testing.assert_close(got(x), want, rtol=1e-4, atol=1e-5)
 print("right")
 """
-    for backends in ("['eager', 'deq']", "['deq', 'eager']"):
-        assert python(code.replace("BACKENDS", backends)).strip() == "right"
+    # Dynamo comes behind the package in the one, and before it in the other.
+    for backends, stage in (("['eager', 'deq']", "parts"), ("['deq', 'eager']", "dynamo")):
+        assert python(code.replace("BACKENDS", backends), stage).strip() == "right"
 
 
 def test_an_import_changes_nothing_for_other_backends() -> None:
@@ -130,7 +135,7 @@ torch.compile(model, backend=backend)(x, W)
 print(seen)
 """
     )
-    assert python("import deq_compile\n" + code) == python(code)
+    assert python("import deq_compile\n" + code, "dynamo") == python(code, "dynamo")
 
 
 def test_from_a_plain_checkout() -> None:
@@ -144,7 +149,7 @@ metadata.entry_points = lambda **given: metadata.EntryPoints() if given.get("gro
         + LOOP
         + "import deq_compile as d; call = torch.compile(model, backend='deq', options={'inner': 'eager'})\n"
     )
-    assert python(code + "with d.record_solves() as solves:" + RECORDED).strip() == "1"
+    assert python(code + "with d.record_solves() as solves:" + RECORDED, "dynamo").strip() == "1"
 
 
 def test_the_module_in_place_of_the_decorator_says_what_to_write() -> None:
@@ -158,6 +163,6 @@ def test_the_module_in_place_of_the_decorator_says_what_to_write() -> None:
 
 def test_what_is_imported_late_is_there() -> None:
     code = "import deq_compile as d; print([n for n in d.__all__ if n not in dir(d) or getattr(d, n, None) is None])"
-    assert python(code).strip() == "[]"
+    assert python(code, "dynamo").strip() == "[]"
     with pytest.raises(AssertionError, match="has no attribute 'compile'"):
-        python("import deq_compile; deq_compile.compile")
+        python("import deq_compile; deq_compile.compile", "torch")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import ast
 import importlib
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deq_compile import testing
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fresh import python
 
 
 def declared() -> dict[str, tuple[str, str]]:
@@ -57,5 +54,6 @@ def test_a_replacement_in_its_module_is_seen_and_does_not_stay() -> None:
 def test_the_door_is_not_imported_with_the_package_and_imports_nothing() -> None:
     code = "import sys, deq_compile; a = 'deq_compile.testing' in sys.modules; b = set(sys.modules); import deq_compile.testing\n"
     code += "print(a, sorted(set(sys.modules) - b))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = python(code, "torch")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "False ['deq_compile.testing']"

@@ -5,6 +5,7 @@ Needs TRITON_INTERPRET=1 from the start: tests/kernels/test_triton.py runs it in
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -37,6 +38,21 @@ def forwards(call: Any, x: Tensor) -> None:
             call(x)
 
 
+def example() -> tuple[Loop, Tensor]:
+    torch.manual_seed(0)
+    return Loop(5), torch.randn(1, 5)
+
+
+@functools.cache
+def from_the_loop() -> tuple[Tensor, Tensor]:
+    """Value and gradient of the example in the loop engine: one reference for every way to fail."""
+    model, x = example()
+    found = gradient(compiled(model, engine="loop", verify="first"), model, x)
+    torch._dynamo.reset()
+    graphs.clear()
+    return found
+
+
 def engines() -> tuple[list[str], str]:
     names, reasons = graphs.used()
     return names, " | ".join(reasons)
@@ -44,8 +60,7 @@ def engines() -> tuple[list[str], str]:
 
 def test_chunks_serve_where_while_is_refused_after_its_captures(device: type[RehearsalDevice]) -> None:
     """All of `while` was recorded; its graphs are gone when `chunks` begins, and the pool with them."""
-    model, x = Loop(5), torch.randn(1, 5)
-    want = gradient(compiled(model, engine="loop", verify="first"), model, x)
+    want, (model, x) = from_the_loop(), example()
     device.refuse["while_graph"] = graphs.Refused("the captured body has nodes of type Host")
     call = compiled(model, verify="first")
     for _ in range(3):
@@ -61,8 +76,7 @@ def test_chunks_serve_where_while_is_refused_after_its_captures(device: type[Reh
     ("stage", "at"), [*(("invalidated", at) for at in range(FORWARD + ADJOINT)), ("begin", 0), ("work", 1), ("instantiate", 3)]
 )
 def test_chunks_serve_whichever_capture_of_while_fails(stage: str, at: int, device: type[RehearsalDevice]) -> None:
-    model, x = Loop(5), torch.randn(1, 5)
-    want = gradient(compiled(model, engine="loop", verify="first"), model, x)
+    want, (model, x) = from_the_loop(), example()
     forward = at < FORWARD
     device.faults[at] = Fault(stage, RuntimeError("operation not permitted when stream is capturing\nmore"))
     call = compiled(model, verify="first")
@@ -96,8 +110,7 @@ def test_the_loop_serves_where_nothing_can_be_captured(stage: str, device: type[
 @pytest.mark.parametrize("last", [3, 4], ids=["before", "chunk"])
 def test_an_adjoint_that_cannot_be_captured_runs_in_the_loop(last: int, device: type[RehearsalDevice]) -> None:
     """`while` fails in its first capture, `chunks` in one of its two; the forward keeps its engine."""
-    model, x = Loop(5), torch.randn(1, 5)
-    want = gradient(compiled(model, engine="loop", verify="first"), model, x)
+    want, (model, x) = from_the_loop(), example()
     device.faults.update({FORWARD: Fault("invalidated"), last: Fault("work")})
     call = compiled(model, verify="first")
     for _ in range(3):

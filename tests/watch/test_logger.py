@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,7 @@ from deq_compile import SolveRecord, fixed_point, record_solves
 from deq_compile.backend import Backend
 from deq_compile.region.records import recording
 from deq_compile.watch import COLUMNS, CSVSink, SolveLogger, TensorBoardSink, WandbSink, rows_of
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.fresh import python
 
 
 class Model(nn.Module):
@@ -186,7 +184,7 @@ for _ in range(3):
     log.step()
 os._exit(9)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    done = python(code, "torch")
     assert done.returncode == 9
     assert [row["step"] for row in read(tmp_path / "solves.csv")] == ["1", "2", "3"]
 
@@ -257,5 +255,6 @@ print("deq_compile.watch" in sys.modules)
 import deq_compile.watch
 print([name for name in {dear} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = python(code, "torch")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["False", "[]"]
