@@ -42,6 +42,8 @@ Call = Callable[..., Any]
 
 def exporting() -> bool:
     """Whether `torch.export` traces the calling code, and no Dynamo in between."""
+    if torch.compiler.is_dynamo_compiling():  # who traces this call: torch 2.11 takes each of its traces for an export
+        return False
     return torch.compiler.is_exporting() and dynamo.current() is None and _can_export()
 
 
