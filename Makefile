@@ -1,5 +1,6 @@
 # make demo          train one model three ways (eager, Inductor, deq) on real digits, print the table, write demo.png
 # make test          ruff, mypy, pytest: the gate
+# make test-all      the same with the tests that take long: a private name of torch taken away at a time, a rehearsal of the GPU's bench
 # make test-oldest   the same on torch 2.11 and Python 3.12, in an environment of its own
 # make docs          the site, into build/site; warnings are errors
 # make bench         one training step, the user's eager loop against backend="deq"
@@ -35,7 +36,7 @@ define install
 @touch $(@)
 endef
 
-.PHONY: help demo test test-oldest docs bench lint typecheck clean
+.PHONY: help demo test test-all test-oldest docs bench lint typecheck clean
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
@@ -75,6 +76,9 @@ typecheck: $(VENV)/.installed
 	$(RUN) -m mypy
 
 test: lint typecheck
+	$(RUN) -m pytest -q -m "not thorough" $(PARALLEL) $(ARGS)
+
+test-all: lint typecheck
 	$(RUN) -m pytest -q $(PARALLEL) $(ARGS)
 
 # An ignore that torch 2.13 needs may be unused under 2.11, so that one warning is off here.

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_dry_run(tmp_path: Path) -> None:
     """Every part runs without a device, all checks pass, and both directions of a compiled model run as WHILE graphs."""
     pytest.importorskip("triton")

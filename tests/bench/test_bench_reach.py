@@ -306,6 +306,7 @@ def test_an_interrupted_run_keeps_its_rows_and_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_repository_from_end_to_end(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conduct, "TURNS", 3)
     monkeypatch.setenv(VARIABLE, str(private()))  # its own cache is cold: the C++ kernels would be compiled for each run of tests

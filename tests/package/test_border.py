@@ -278,6 +278,7 @@ def test_the_border_has_a_list() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="each name is taken away in a process of its own")
+@pytest.mark.thorough
 @pytest.mark.parametrize("half", [0, 1])
 def test_a_missing_name_costs_its_feature(half: int) -> None:
     """The import works, values and gradients are right, and `explain` says what is off."""
