@@ -11,12 +11,14 @@ import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import types
 from typing import Any, TextIO
 
 import torch  # noqa: F401
 
+MOST_SECONDS = 300  # a program that takes longer is ended, by SIGALRM
 STAGES = {
     # As after `import torch`.
     "torch": (),
@@ -63,6 +65,7 @@ def serve(source: TextIO, sink: TextIO, stage: str) -> dict[str, Any] | None:
 
 def run(asked: dict[str, Any]) -> None:
     """The program, as `python -c` would run it."""
+    signal.alarm(MOST_SECONDS)
     gc.unfreeze()
     gc.enable()
     os.environ.clear()
