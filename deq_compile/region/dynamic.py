@@ -1,7 +1,7 @@
 """A body traced with symbols for sizes: compiled once, it serves all shapes that the guards of its trace admit.
 
-Symbols belong to dimensions that have had more than one size, or that the graph around the region has as symbols. Each is a
-symbol of its own; what has to be equal comes out of the trace, as a guard. Sizes 0 and 1 are numbers: they broadcast.
+Symbols belong to dimensions that have had more than one size, or that the graph around the region has as symbols. Sizes that
+have been equal share one; what else has to hold comes out of the trace, as a guard. Sizes 0 and 1 are numbers: they broadcast.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def _new_runner(spec: BodySpec, shapes: Shapes, layout: Layout, operands: Sequen
         log.warning("bodies run eagerly on torch %s: %s", torch.__version__, error)
         return EagerRunner(spec, layout, sizes)
     here = Sizes.of(layout, operands, sizes)
-    same = (layout.dtypes, layout.orders, layout.rows, layout.channels_last)
+    same = (layout.dtypes, layout.orders, layout.rows, layout.channels_last, len(sizes))
     family = shapes.families.setdefault((*same, *((o.dtype, o.device, o.dim()) for o in operands)), Family())
     free = family.free(here, spec.symbols)
 
