@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -19,3 +23,23 @@ def example(name: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses and pickles look there
     spec.loader.exec_module(module)
     return module
+
+
+def two_ranks(script: str) -> list[dict[str, Any]]:
+    """What each of two processes of an example says of ten steps, in order of ranks; what holds of any of them is checked."""
+    options = {"tol": 1e-6, "backward_tol": 1e-5, "inner": "eager"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, f"examples/{script}.py", "--check", "--steps", "10", "--options", json.dumps(options)],
+        cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=100,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), "DEQ_COMPILE_NATIVE": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = sorted((json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")), key=lambda s: s["rank"])
+    assert [s["rank"] for s in said] == [0, 1]
+    assert [s["statuses"] for s in said] == [["solve"]] * 2
+    assert said[0]["losses"] != said[1]["losses"]  # each saw samples of its own
+    assert said[0]["weights"] == said[1]["weights"]
+    assert said[0]["distance"] < 1e-5
+    assert said[0]["losses"][-1] < said[0]["losses"][0]
+    return said
