@@ -98,6 +98,7 @@ class Standing:
     gradient_error: float | None = None
     reuse: bool = True
     recycle: str = ""
+    chosen: str = ""
     kept_reason: str = ""
 
 
@@ -149,6 +150,10 @@ class Region:
     @property
     def recycle(self) -> str:
         return self.standing.recycle
+
+    @property
+    def chosen(self) -> str:
+        return self.standing.chosen
 
     @property
     def kept_reason(self) -> str:
@@ -217,6 +222,7 @@ class Report:
                 lines.append("no loop that repeats a map was met, and no call of a solver")
         lines += [f"kept        {r.location}: {r.kept_reason}" for r in self.regions if r.kept_reason]
         lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
+        lines += [f"solver      {r.location}: {r.chosen}" for r in self.regions if r.chosen]
         idle = "without the forward's factors, which cost more than they save"
         lines += [f"backward    {r.location}: {idle}" for r in self.regions if not r.reuse]
         lines += [f"recycled    {r.location}: factors of earlier batches serve {r.recycle}" for r in self.regions if r.recycle]

@@ -14,6 +14,7 @@ from . import graphs, records
 from .agree import look
 from .backward import BACKWARDS
 from .body import EagerRunner, Runner
+from .choice import choice_of, solve_chosen
 from .forward import Solution, solve
 from .kept import OwnLoop, own_loop
 from .layout import Layout
@@ -105,8 +106,10 @@ class Call:
             solution = captured.solve(self.z0, self.operands, leaves=site.spec.stores_steps)
             if solution is not None:
                 return solution
-        pool = pool_of(self)
-        return self.solved(self.z0, site.tol) if pool is None else solve_recycled(self, pool)
+        if (pool := pool_of(self)) is not None:
+            return solve_recycled(self, pool)
+        choice = choice_of(self)
+        return self.solved(self.z0, site.tol) if choice is None else solve_chosen(self, choice)
 
     def own(self, linearised: bool) -> OwnLoop:
         """The user's own loop. `linearised`: with the body linearised at each iterate, as the loop itself would save it."""

@@ -30,10 +30,11 @@ from deq_compile.torch_parts import callable_below
 from . import why_kept
 from .backward import BACKWARDS
 from .body import BodySpec
+from .choice import Choice
 from .forward import Solution
 from .layout import Layout, channels_last, flat_dtype, layout_of
 from .pool import Pool
-from .solvers import SOLVERS
+from .solvers import AUTO, SOLVERS
 from .stop import StopTest
 from .worth import WayOut
 
@@ -181,8 +182,7 @@ class Site:
     backward_tol  the adjoint's tolerance; a measurement may have tightened the default
     gradient_error  relative error of the operands' gradients, as measured last; None before
     expected_vjps  what the last backward needed, for the next one to predict with
-    reuses    whether the adjoint makes use of the forward's factors
-    backwards adjoint solves so far
+    reuses    whether the adjoint makes use of the forward's factors; backwards: adjoint solves so far
     steps     evaluations that solves needed lately: what the next one makes room for
     pending   captured solves whose outcome nobody has asked for yet, oldest first
     prepared  facts about the last call, and what serves for those: what runs the body; problem, adjoint_problem: what is asked
@@ -192,7 +192,8 @@ class Site:
     votes     whether what it finds counts for the other ranks
     has_captures  whether captured solves are held for it; uncompiled: whether its body runs as it is, for now
     way_out   how the loop can be given back to stock Dynamo, where solving it cannot pay
-    standing  what a report may ask for, for as long as somebody has it, the site gone or not; pool: what outlives a training step
+    standing  what a report may ask for, for as long as somebody has it, the site gone or not
+    pool, choice  what outlives a training step; the solver that is less work, under "auto"
     """
 
     def __init__(self, key: str, spec: RegionSpec) -> None:
@@ -206,14 +207,11 @@ class Site:
         self.longest = self.compared_at = self.blank = 0
         self.checked, self.loose = 0, self.allowed_distance
         self.tol = 0.0 if spec.stop else config.tol  # the user's test stops the batch, in place of a tolerance
-        self.calls = self.misses = self.adjoint_misses = 0
-        self.verify_gradient = False  # the next backward looks at its gradient as the forward did at the value
-        self.backward_tol = config.backward_tol
+        self.calls = self.misses = self.adjoint_misses = self.backwards = 0
+        self.backward_tol, self.verify_gradient = config.backward_tol, False  # looked at by the next backward, as the value was
         self.gradient_error: float | None = None
         self.expected_vjps: int | None = None
-        self.reuses, self.backwards = True, 0
-        self.steps = FIRST_STEPS
-        self.warned = self.warned_of_gradient = False
+        self.reuses, self.steps, self.warned, self.warned_of_gradient = True, FIRST_STEPS, False, False
         self.pending: list[Solution] = []
         self.prepared: tuple[Any, Any] = (None, None)
         self.problem = self.adjoint_problem = cast("tuple[Any, Any]", (None, None))
@@ -221,6 +219,7 @@ class Site:
         self.has_captures, self.uncompiled, self.place, self.votes = False, False, "", True
         self.finding: str | None = None
         self.pool = None if config.recycle == "never" else Pool(always=config.recycle == "always")
+        self.choice = Choice() if config.solver == AUTO.name else None
         self.standing = Standing()
         self.way_out: WayOut | None = None
         self.stand()
@@ -236,7 +235,8 @@ class Site:
         now = self.standing
         now.status, now.distance, now.reuse = self.verdict, self.distance, self.reuses
         now.engine, now.engine_reason, now.gradient_error = self.engine, self.engine_reason, self.gradient_error
-        now.recycle, now.kept_reason = "" if self.pool is None else str(self.pool), self.kept_reason
+        now.recycle, now.chosen = ("" if found is None else str(found) for found in (self.pool, self.choice))
+        now.kept_reason = self.kept_reason
 
     @property
     def solving(self) -> str:

@@ -2,11 +2,11 @@
 // signs and guards; here every sample has its own number of stored steps, so nothing is computed for samples that stopped.
 //
 // A sample's row of S, f, z is read once for the residual, its steps once for both sets of dot products, and once for the
-// update: 2n + 8 words a state element.
+// update: 2n + 8 words a state element. Plain iteration is the same step with nothing stored: 6 words at most, no S and no C.
 
 #include <omp.h>
 
-enum Flag : i64 { LAST = 1, NO_OBSERVATION = 2, RESIDUAL_GIVEN = 4, PRECONDITIONED = 8 };
+enum Flag : i64 { LAST = 1, NO_OBSERVATION = 2, RESIDUAL_GIVEN = 4, PRECONDITIONED = 8, PLAIN = 16 };
 
 template <class T>
 struct Broyden {
@@ -28,8 +28,8 @@ static inline void over_chunks(i64 D, i64 threads, bool split, F work) {
   for (i64 c = 0; c < count; c++) work(c * CHUNK, c * CHUNK + CHUNK < D ? c * CHUNK + CHUNK : D, c);
 }
 
-// g = f - z; returns |g|^2 and |f|^2 of a chunk.
-template <class T>
+// g = f - z, stored where KEEP; returns |g|^2 and |f|^2 of a chunk.
+template <class T, bool KEEP>
 static inline void residual(const T* f, const T* z, T* g, i64 len, T& gg, T& ff) {
   constexpr int N = Vec<T>::N;
   typename Vec<T>::type G[2], F[2];
@@ -38,7 +38,7 @@ static inline void residual(const T* f, const T* z, T* g, i64 len, T& gg, T& ff)
   for (; d + 2 * N <= len; d += 2 * N)
     for (int u = 0; u < 2; u++) {
       auto x = load(f + d + u * N), y = x - load(z + d + u * N);
-      store(g + d + u * N, y);
+      if (KEEP) store(g + d + u * N, y);
       G[u] += y * y;
       F[u] += x * x;
     }
@@ -46,7 +46,7 @@ static inline void residual(const T* f, const T* z, T* g, i64 len, T& gg, T& ff)
   ff = sum<T>(F[0] + F[1]);
   for (; d < len; d++) {
     T x = f[d], y = x - z[d];
-    g[d] = y;
+    if (KEEP) g[d] = y;
     gg += y * y;
     ff += x * x;
   }
@@ -217,7 +217,8 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
   w.fit(s.ld, chunks_of(s.D));
   i64 D = s.D, n = s.n[b];
   if (n > s.M && i64(w.row.size()) < D) w.row.resize(D);
-  T* g = n > s.M ? w.row.data() : s.S + (b * (s.M + 1) + n) * D;
+  bool plain = flags & PLAIN;
+  T* g = plain ? nullptr : n > s.M ? w.row.data() : s.S + (b * (s.M + 1) + n) * D;
   T stop, scale = 1, norm = 0, ceiling = std::numeric_limits<T>::infinity();
   if (flags & RESIDUAL_GIVEN) {
     std::memcpy(g, f, sizeof(T) * D);
@@ -226,8 +227,10 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
     i64 count = chunks_of(D);
     T gg = 0, ff = 0;
     T* parts = w.parts.data();
-    over_chunks(D, s.threads, split,
-                [&](i64 lo, i64 hi, i64 c) { residual<T>(f + lo, z + lo, g + lo, hi - lo, parts[2 * c], parts[2 * c + 1]); });
+    over_chunks(D, s.threads, split, [&](i64 lo, i64 hi, i64 c) {
+      if (plain) residual<T, false>(f + lo, z + lo, nullptr, hi - lo, parts[2 * c], parts[2 * c + 1]);
+      else residual<T, true>(f + lo, z + lo, g + lo, hi - lo, parts[2 * c], parts[2 * c + 1]);
+    });
     for (i64 c = 0; c < count; c++) gg += parts[2 * c], ff += parts[2 * c + 1];
     stop = norms ? norms[b] : std::sqrt(gg);
     if (!norms) scale = std::sqrt(ff) + T(1e-9);
@@ -243,6 +246,11 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
   if (!(flags & NO_OBSERVATION)) {
     const T* image = flags & RESIDUAL_GIVEN ? nullptr : f;
     if (!observe<T>(s, b, z, stop, scale, evaluation, flags & LAST, improved, norm, ceiling, image)) return false;
+  }
+  if (plain) {
+    if (improved) std::memcpy(s.z_best + b * D, z, sizeof(T) * D);
+    std::memcpy(z, f, sizeof(T) * D);
+    return true;
   }
   if (moved) std::memcpy(g, moved, sizeof(T) * D);
   advance<T>(s, w, b, z, g, improved, split);

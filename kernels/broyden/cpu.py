@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import native, workspace
 from .state import BroydenState, Factors, coefficient_width, new_factors
 
-_LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN, _PRECONDITIONED = 1, 2, 4, 8
+_LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN, _PRECONDITIONED, _PLAIN = 1, 2, 4, 8, 16
 
 
 def describe(factors: Factors) -> native.Broyden:
@@ -150,3 +150,15 @@ class CpuState(native.Parts, BroydenState):
 
     def advance(self, z: Tensor, g: Tensor) -> None:
         self._call(z, g, None, _RESIDUAL_GIVEN | _NO_OBSERVATION)
+
+
+class CpuPlain(CpuState):
+    """Plain iteration, z <- f(z), by the same C++: nothing is stored, and there are no factors."""
+
+    def __init__(self, z0: Tensor, *, tol: float, relative: bool, floor: float, functions: native.Functions) -> None:
+        nothing = z0.new_empty(0)
+        super().__init__(z0, nothing, nothing, 0, 0, eta=0.0, tol=tol, relative=relative, floor=floor, functions=functions)
+
+    def step(self, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
+        self.evaluations += 1
+        self._call(z, f, stop_norm, _PLAIN | (_LAST if last else 0))

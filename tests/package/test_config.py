@@ -97,7 +97,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("max_iter", True, "an integer of at least 1"),
     ("max_iter", 40.0, "an integer of at least 1"),
     ("memory", 0, "an integer of at least 1"),
-    ("solver", "newton", "one of 'broyden', 'anderson', 'picard'"),
+    ("solver", "newton", "one of 'broyden', 'anderson', 'picard', 'auto'"),
     ("backward", "implicit", "one of 'reuse', 'jfb', 'phantom', 'neumann', 'unroll', 'exact'"),
     ("backward_steps", 0, "an integer of at least 1"),
     ("anderson_memory", 0, "an integer of at least 1"),

@@ -5,5 +5,6 @@ from .base import FLOOR_EPS, SOLVERS, Problem, Solver
 from .broyden import BROYDEN
 from .anderson import ANDERSON
 from .picard import PLAIN
+from .auto import AUTO
 
-__all__ = ["ANDERSON", "BROYDEN", "FLOOR_EPS", "PLAIN", "SOLVERS", "Problem", "Solver"]
+__all__ = ["ANDERSON", "AUTO", "BROYDEN", "FLOOR_EPS", "PLAIN", "SOLVERS", "Problem", "Solver"]

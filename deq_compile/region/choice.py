@@ -1,0 +1,147 @@
+"""``solver="auto"``: Broyden or plain iteration for a region, whichever is less work at equal tolerance, as counted.
+
+What is counted are evaluations and their arithmetic. No clock is asked, so that equal runs decide alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from deq_compile.kernels.device import on_gpu
+
+from .pool import Watch
+from .recycling import CALL_FLOPS, ELEMENT_FLOPS, missed
+from .solvers import PLAIN
+
+if TYPE_CHECKING:
+    from .call import Call
+    from .forward import Solution
+
+log = logging.getLogger("deq_compile.region")
+
+# Operations of a large matrix product (100 a nanosecond) for each element of the state: a Broyden step, what each stored step
+# adds to it, and a plain step. Measured on one core of an Intel Xeon, 4096 to 65536 elements: 0.7 + 0.16 k and 0.35 ns.
+BROYDEN_ELEMENT, BROYDEN_STORED, PLAIN_ELEMENT = 70.0, 16.0, 35.0
+DECIDED_AT = (0, 20)
+DECIDE_EVERY = 200
+SAVING = 0.98  # what plain iteration may cost at most of Broyden's: the counts of one batch are not those of the next
+AFTER_MISS = 40  # calls from a miss to the next decision, and twice as many after each further one
+
+
+class Choice:
+    """What has been decided for one region.
+
+    plain   whether plain iteration is less work; None: not known
+    calls   of the region in which a choice was to be made
+    counts  evaluations by Broyden and by plain iteration at the last decision; those of a plain one that was stopped are "more"
+    """
+
+    def __init__(self) -> None:
+        self.plain: bool | None = None
+        self.calls = self.again = self.settled = self.doubted = self.missed = 0
+        self.counts = 0, ""
+        self.watch = Watch()
+
+    def due(self, periodic: bool) -> bool:
+        """Whether this call tries both."""
+        call = self.calls
+        if call in DECIDED_AT[:1] or (call == self.again and call > 0):
+            return True
+        return periodic and (call in DECIDED_AT or call % DECIDE_EVERY == 0)
+
+    def decide(self, plain: bool, broyden: int, found: str, worth: float) -> None:
+        """Note a decision. `worth`: evaluations of plain iteration that cost as much as Broyden's whole solve."""
+        self.plain, self.counts = plain, (broyden, found)
+        self.watch.decided(worth, float(broyden))
+
+    def doubt(self) -> None:
+        """Decide at the next call, unless that was asked for not long ago."""
+        if self.calls >= self.settled:
+            self.again = self.calls
+            self.settled = self.calls + (AFTER_MISS << self.doubted)
+            self.doubted += 1
+
+    def miss(self) -> None:
+        """Plain iteration has missed the tolerance: on with Broyden, for now."""
+        self.plain = False
+        self.again = self.calls + min(AFTER_MISS << self.missed, DECIDE_EVERY)
+        self.missed += 1
+
+    def __str__(self) -> str:
+        """What was chosen, and why."""
+        if self.plain is None:
+            return ""
+        name, other = ("plain iteration", "Broyden") if self.plain else ("Broyden", "plain iteration")
+        broyden, plain = self.counts
+        return f"{name}, less work than {other}: {broyden} evaluations by Broyden, {plain} by plain iteration"
+
+
+def choice_of(call: Call) -> Choice | None:
+    """The choice of a call that may make one: on a CPU, where nobody captures it."""
+    choice = call.site.choice
+    return choice if choice is not None and not call.inside and call.z0.numel() and not on_gpu(call.z0.device) else None
+
+
+def solve_chosen(call: Call, choice: Choice) -> Solution:
+    """The solve of a region by the solver that is less work."""
+    site = call.site
+    periodic = site.spec.config.verify == "periodic"
+    due = choice.due(periodic)
+    choice.calls += 1
+    needs_factors = site.spec.stores_steps and (site.reuses or site.reuse_due())
+    if due:
+        return _both(call, choice, needs_factors)
+    if not choice.plain or needs_factors:
+        return call.solved(call.z0, site.tol)
+    found = call.solved(call.z0, site.tol, solver=PLAIN)
+    if missed(found):
+        choice.miss()
+        log.info("region %s at %s: plain iteration missed the tolerance, on with Broyden", site.key, site.spec.where)
+        site.stand()
+        return call.solved(call.z0, site.tol)
+    if choice.watch.doubts(found.evaluations):
+        choice.doubt()
+    return found
+
+
+def _both(call: Call, choice: Choice, needs_factors: bool) -> Solution:
+    """Broyden's solve and a plain one that may cost as much; decides between them."""
+    site, z0 = call.site, call.z0
+    broyden = call.solved(z0, site.tol)
+    body = flops(call, broyden.z)
+    worth = allowed(broyden.evaluations, body, z0)
+    plain = None
+    if not missed(broyden) and worth >= 1:
+        plain = call.solved(z0, site.tol, solver=PLAIN, max_iter=min(math.floor(worth), site.spec.config.max_iter))
+    pays = plain is not None and not missed(plain)
+    counted = "not tried" if plain is None else f"{plain.evaluations}" if pays else f"more than {plain.evaluations}"
+    choice.decide(pays, broyden.evaluations, counted, worth)
+    log.info("region %s at %s: %s", site.key, site.spec.where, choice)
+    site.stand()
+    if pays and not needs_factors:
+        assert plain is not None
+        return plain
+    if plain is not None:
+        call.body(broyden.z)  # what the last evaluation saves serves the backward, and the last was the other solve's
+    return broyden
+
+
+def flops(call: Call, z: Tensor) -> float:
+    """Operations of the matrix products in one evaluation of the body."""
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
+
+    with FlopCounterMode(display=False) as counter:
+        call.body(z)
+    return float(counter.get_total_flops())
+
+
+def allowed(evaluations: int, body: float, z: Tensor) -> float:
+    """How many evaluations plain iteration may take to be less work than a Broyden solve of so many: for states like z (B, D)
+    and a body of so many operations."""
+    evaluation = body + ELEMENT_FLOPS * z.numel() + CALL_FLOPS
+    ours = evaluations * (evaluation + BROYDEN_ELEMENT * z.numel()) + 0.5 * BROYDEN_STORED * evaluations**2 * z.numel()
+    return SAVING * ours / (evaluation + PLAIN_ELEMENT * z.numel())

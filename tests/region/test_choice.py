@@ -1,0 +1,176 @@
+"""``solver="auto"``: the solver that is less work, by counting; the same answers; back to Broyden where bodies change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deq_compile
+from deq_compile import fixed_point, record_solves
+from deq_compile.region import choice as choices
+from deq_compile.report import Report
+from deq_compile.testing import Backend
+
+B, D = 64, 128  # large enough for a Broyden step to be felt beside its calls
+
+
+class Body(nn.Module):
+    """tanh(W z + x), W orthogonal times `gain` (easy: plain iteration takes as many evaluations), or eigenvalues near 1."""
+
+    def __init__(self, gain: float, slow: bool = False) -> None:
+        super().__init__()
+        Q = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+        self.W = nn.Parameter(Q @ torch.diag(torch.linspace(0.3, 0.95, D).double()) @ Q.T if slow else gain * Q)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(z @ self.W.T + x)
+
+
+def batch(i: int) -> Tensor:
+    return 0.3 * torch.randn(B, D, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+
+
+def solve(body: Callable[[Tensor, Tensor], Tensor], x: Tensor, **options: Any) -> Tensor:
+    return fixed_point(lambda z: body(z, x), torch.zeros_like(x), **{"solver": "auto", "tol": 1e-7, **options})
+
+
+def reference(body: nn.Module, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """The loop of 600 and its gradient."""
+    z = torch.zeros_like(x)
+    for _ in range(600):
+        z = body(z, x)
+    return z.detach(), torch.autograd.grad((z * q).sum(), body.W)[0]
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    deq_compile.reset()
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["easy", "slow"])
+def test_what_is_less_work_is_chosen_and_the_answers_are_right(slow: bool) -> None:
+    body = Body(0.3, slow)
+    with record_solves() as solves:
+        for i in range(4):
+            x, q = batch(i), batch(50 + i)
+            z = solve(body, x, backward="exact", reuse="never")
+            (gradient,) = torch.autograd.grad((z * q).sum(), body.W)
+            right, theirs = reference(body, x, q)
+            torch.testing.assert_close(z.detach(), right, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-4)
+    with record_solves() as alone:
+        for i in range(4):
+            solve(body, batch(i), solver="broyden" if slow else "picard")
+    assert [s.evaluations for s in solves[2:]] == [s.evaluations for s in alone[2:]]
+
+
+def test_the_report_says_which_and_why() -> None:
+    body = Body(0.3)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = body
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.zeros_like(x)
+            for _ in range(60):
+                z = self.body(z, x)
+            return z
+
+    model = Model()
+    backend = Backend({"solver": "auto", "inner": "eager", "reuse": "never"}, Report())
+    run = torch.compile(model, backend=backend)
+    for i in range(3):
+        run(batch(i)).sum().backward()
+    assert backend.report is not None
+    (region,) = backend.report.regions
+    assert region.chosen.startswith("plain iteration, less work than Broyden: ")
+    assert f"solver      {region.location}: plain iteration" in str(backend.report)
+
+
+def test_a_body_that_becomes_hard_goes_back_to_broyden_and_is_right_in_that_very_call() -> None:
+    body, x = Body(0.3), batch(0)
+    for _ in range(4):
+        solve(body, x).sum().backward()
+    with torch.no_grad():
+        body.W.copy_(Body(0.0, slow=True).W)
+    q = batch(1)
+    with record_solves() as solves:
+        for _ in range(6):
+            z = solve(body, x, backward="exact")
+            (gradient,) = torch.autograd.grad((z * q).sum(), body.W)
+            right, theirs = reference(body, x, q)
+            torch.testing.assert_close(z.detach(), right, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-4)
+    with record_solves() as broyden:
+        solve(body, x, solver="broyden")
+    assert solves[-1].evaluations == broyden[0].evaluations
+
+
+def test_a_miss_is_solved_by_broyden_and_stays_so_for_a_while() -> None:
+    body, x = Body(0.3), batch(0)
+    with record_solves() as solves:
+        for _ in range(3):
+            solve(body, x)
+        with torch.no_grad():
+            body.W.copy_(Body(0.0, slow=True).W)
+        for _ in range(3):
+            solve(body, x, max_iter=40)
+    easy, hard = solves[:3], solves[3:]
+    assert easy[1].evaluations == easy[2].evaluations < 20
+    assert all(s.converged == 1 for s in hard)
+    assert hard[1].evaluations == hard[2].evaluations
+
+
+def test_factors_that_pay_keep_broyden() -> None:
+    """Plain iteration leaves none; where the adjoint is always to be preconditioned with them, Broyden makes them."""
+    body, x = Body(0.3), batch(0)
+    with record_solves() as solves:
+        for _ in range(3):
+            solve(body, x, reuse="always").sum().backward()
+    assert all(s.reused for s in solves)
+
+
+def test_deciding_costs_little() -> None:
+    """Over 200 calls at most 2 % more evaluations than by the better solver alone, the deciding calls included."""
+    body = Body(0.3, slow=True)
+    counted = [0, 0]
+    for k, solver in enumerate(("broyden", "auto")):
+
+        def f(z: Tensor, x: Tensor, k: int = k) -> Tensor:
+            counted[k] += 1
+            return body(z, x)
+
+        with torch.no_grad():
+            for i in range(200):
+                x = batch(i)
+                solve(f, x, tol=1e-4, solver=solver, batch="rows")
+    assert counted[1] <= 1.02 * counted[0]
+
+
+def test_equal_runs_are_equal_bit_by_bit_and_so_are_repeated_backwards() -> None:
+    runs = []
+    for _ in range(2):
+        deq_compile.reset()
+        body, found = Body(0.3), []
+        for i in range(3):
+            z = solve(body, batch(i))
+            one, two = (torch.autograd.grad(z.sum(), body.W, retain_graph=True)[0] for _ in range(2))
+            assert torch.equal(one, two)
+            found.append((z.detach(), one))
+        runs.append(found)
+    for (z, g), (y, h) in zip(*runs, strict=True):
+        assert torch.equal(z, y)
+        assert torch.equal(g, h)
+
+
+def test_plain_iteration_may_take_as_many_evaluations_as_cost_what_broyden_does() -> None:
+    small, large = torch.zeros(1, 8), torch.zeros(64, 4096)
+    assert 12 <= choices.allowed(12, 1e6, small) + 1 <= 13.1  # steps cost nothing beside calls
+    assert choices.allowed(12, 1e6, large) > 16  # and most of it beside a body that does little
+    assert choices.allowed(12, 1e12, large) < 12  # but next to nothing beside one that does much
