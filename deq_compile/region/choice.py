@@ -1,6 +1,6 @@
 """``solver="auto"``: Broyden or plain iteration for a region, whichever is less work at equal tolerance, as counted.
 
-What is counted are evaluations and their arithmetic. No clock is asked, so that equal runs decide alike.
+What is counted are evaluations and their arithmetic (``counting``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from deq_compile.kernels.device import on_gpu
 
+from .counting import work
 from .pool import Watch
-from .recycling import CALL_FLOPS, ELEMENT_FLOPS, missed
+from .recycling import missed
 from .solvers import PLAIN
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deq_compile.region")
 
-# Operations of a large matrix product (100 a nanosecond) for each element of the state: a Broyden step, what each stored step
-# adds to it, and a plain step. Measured on one core of an Intel Xeon, 4096 to 65536 elements: 0.7 + 0.16 k and 0.35 ns.
+# Operations for each element of the state: a Broyden step, what each stored step adds to it, and a plain step. Measured on one
+# core of an Intel Xeon, 4096 to 65536 elements: 0.7 + 0.16 k and 0.35 ns.
 BROYDEN_ELEMENT, BROYDEN_STORED, PLAIN_ELEMENT = 70.0, 16.0, 35.0
 DECIDED_AT = (0, 20)
 DECIDE_EVERY = 200
@@ -112,8 +113,7 @@ def _both(call: Call, choice: Choice, needs_factors: bool) -> Solution:
     """Broyden's solve and a plain one that may cost as much; decides between them."""
     site, z0 = call.site, call.z0
     broyden = call.solved(z0, site.tol)
-    body = flops(call, broyden.z)
-    worth = allowed(broyden.evaluations, body, z0)
+    worth = allowed(broyden.evaluations, work(call.body, broyden.z), z0)
     plain = None
     if not missed(broyden) and worth >= 1:
         plain = call.solved(z0, site.tol, solver=PLAIN, max_iter=min(math.floor(worth), site.spec.config.max_iter))
@@ -130,18 +130,8 @@ def _both(call: Call, choice: Choice, needs_factors: bool) -> Solution:
     return broyden
 
 
-def flops(call: Call, z: Tensor) -> float:
-    """Operations of the matrix products in one evaluation of the body."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
-
-    with FlopCounterMode(display=False) as counter:
-        call.body(z)
-    return float(counter.get_total_flops())
-
-
 def allowed(evaluations: int, body: float, z: Tensor) -> float:
     """How many evaluations plain iteration may take to be less work than a Broyden solve of so many: for states like z (B, D)
-    and a body of so many operations."""
-    evaluation = body + ELEMENT_FLOPS * z.numel() + CALL_FLOPS
-    ours = evaluations * (evaluation + BROYDEN_ELEMENT * z.numel()) + 0.5 * BROYDEN_STORED * evaluations**2 * z.numel()
-    return SAVING * ours / (evaluation + PLAIN_ELEMENT * z.numel())
+    and evaluations of `body` operations each."""
+    ours = evaluations * (body + BROYDEN_ELEMENT * z.numel()) + 0.5 * BROYDEN_STORED * evaluations**2 * z.numel()
+    return SAVING * ours / (body + PLAIN_ELEMENT * z.numel())

@@ -20,19 +20,22 @@ log = logging.getLogger("deq_compile.region")
 
 # Training calls at which it is decided what pays, and then every so many: the ways are tried on the same inputs, the forward's
 # factors at the latter only.
-DECIDED_AT = (10, 100)
+DECIDED_AT = (20, 100)
 DECIDE_EVERY = 200
 # Calls between two that feed the pool; more where compressing would take more than a hundredth of them (Pool.note_cost).
 FEED_EVERY, SELDOM = 10, 50
 FEED_SHARE = 0.01
-# Where nothing pays, the pool is empty, and fed only in these calls before it is tried again.
-FED_BEFORE = (11, 6, 1)
+# Where nothing pays, the pool is empty, and fed only in these calls before it is tried again: fewer know too little of the
+# inverse for the first decision to say anything of the later ones.
+FED_BEFORE = (18, 15, 12, 9, 6, 3, 1)
 # What earlier decisions count in a later one: the counts of one batch are noise.
 MEMORY = 0.5
 # Calls from a miss to the next decision, and twice as many after each further one.
-AFTER_MISS = 40
-# Solves that may be saved up for those that are made twice since they miss with the pool and without.
-MOST_SAVED = 3
+AFTER_MISS = 20
+# Decisions beside the usual ones may cost this share of all evaluations.
+SHARE = 0.01
+# What one decision says of the ratio of costs at most: a solve that misses costs several times as much, now and then.
+LEAST_RATIO, MOST_RATIO = 0.7, 1.4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +113,12 @@ class Pool:
         self.way: str | None = None
         self.usual = "plain"
         self.period = FEED_EVERY
-        self.tally = 0.0, 0.0  # operations without and with, over the decisions so far
-        self.saved = 0.0  # evaluations, since the last decision
+        self.tally = 0.0, 0.0  # ratios of operations with and without, and their weights, over the decisions so far
+        self.misses = 0  # of solves with the pool, since one was seen to be its fault
+        self.spent = self.evaluations = 0  # by decisions; by all calls
         self.again = 0  # a call that decides beside the usual ones
         self.watch_forward, self.watch_adjoint = Watch(), Watch()
         self.doubted, self.settled = 0, 0  # how often, and until which call it is not again
-        self.rests = False  # whether the next usual ones are left out, but for those every so many
 
     def due(self) -> bool:
         """Whether this call decides what pays."""
@@ -151,14 +154,20 @@ class Pool:
         self.adjoint = _fed(self.adjoint, sketch)
 
     def decide_forward(self, without: float, with_it: float, saving: float) -> None:
-        """Decide by operations without and with, of which the share `saving` may be left at most. inf: that solve missed.
-        Where the plain one does, those with the pool will too, and be made twice."""
-        missed = not (math.isfinite(without) and math.isfinite(with_it))
-        if not missed:
-            self.tally = MEMORY * self.tally[0] + without, MEMORY * self.tally[1] + with_it
-        self.pays = not missed and self.tally[1] <= saving * self.tally[0]
-        self.saved = 0.0
+        """Decide by operations without and with, of which the share `saving` may be left at most."""
+        ratio = min(max(with_it / without, LEAST_RATIO), MOST_RATIO) if without > 0 else 1.0
+        self.tally = MEMORY * self.tally[0] + ratio, MEMORY * self.tally[1] + 1.0
+        self.pays = self.tally[0] <= saving * self.tally[1]
         self._empty_if_idle()
+
+    def undecided(self) -> None:
+        """Both solves of a decision have missed: ask the next call."""
+        self.again, self.pays = self.calls, bool(self.pays)
+
+    def note(self, evaluations: int, deciding: int = 0) -> None:
+        """Note the evaluations of a call, and how many of them were for a decision."""
+        self.evaluations += evaluations
+        self.spent += deciding
 
     def decide_adjoint(self, way: str) -> None:
         self.way = way
@@ -168,6 +177,7 @@ class Pool:
         """A solve with the shared inverse for "forward" or "adjoint" has missed: make it anew, decide before it is used."""
         setattr(self, what, None)
         self.dropped += 1
+        self.misses = 0
         if not self.always:
             if what == "forward":
                 self.pays = False
@@ -175,19 +185,11 @@ class Pool:
                 self.way = self.usual
             self.again = self.calls + min(AFTER_MISS << (self.dropped - 1), DECIDE_EVERY)
 
-    def gain(self, evaluations: int) -> None:
-        """Note a solve with it that took so many evaluations."""
-        without, with_it = self.tally
-        if with_it:
-            self.saved = min(self.saved + evaluations * (without / with_it - 1), MOST_SAVED * evaluations)
-
-    def lose(self, evaluations: int) -> bool:
-        """Note evaluations that were for nothing; whether it goes on."""
-        self.saved -= evaluations
-        if self.saved < 0 and not self.always:
-            self.pays, self.rests = False, True
-            self._empty_if_idle()
-        return bool(self.pays)
+    def doubtful(self) -> bool:
+        """Note that a solve with it has missed; whether it is to be seen if one without does: at misses 1, 2, 4, 8, ..., since
+        without it no fewer are to be expected."""
+        self.misses += 1
+        return self.misses & (self.misses - 1) == 0
 
     def reconsider(self) -> None:
         """Decide at the next call, unless that was asked for not long ago."""
@@ -204,9 +206,9 @@ class Pool:
     def _next_decision(self) -> int:
         """The next call that decides, this one included."""
         later = -(-max(self.calls, 1) // DECIDE_EVERY) * DECIDE_EVERY
-        early = () if self.rests else DECIDED_AT
-        usual = next((call for call in early if call >= self.calls), later)
-        return min(usual, self.again) if self.again >= self.calls > 0 else usual
+        usual = next((call for call in DECIDED_AT if call >= self.calls), later)
+        extra = self.again >= self.calls > 0 and self.spent <= SHARE * self.evaluations
+        return min(usual, self.again) if extra else usual
 
     def _empty_if_idle(self) -> None:
         if self.idle():

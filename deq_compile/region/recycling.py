@@ -6,7 +6,6 @@ What is counted are evaluations, products and their arithmetic. No clock is aske
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from deq_compile.kernels.device import on_gpu
 from deq_compile.kernels.recycle import Shared
 from deq_compile.kernels.recycle.sketch import ROWS
 
+from .counting import thin, work
 from .pool import Pool, Recycled, compressing
 
 if TYPE_CHECKING:
@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("deq_compile.region")
 
-# In operations of a large matrix product: what an evaluation costs beside its own, for each element of the state and for its
-# calls (40 us at 1e5 operations a us, as in worth.py), and what a stored step adds in the solver. A thin product runs at a third
-# of the speed of a square one, takes 10 us of calls, and what goes through it is read and written twice more.
-ELEMENT_FLOPS, CALL_FLOPS, STEP_FLOPS = 100.0, 4e6, 8.0
-THIN_COST, THIN_ELEMENT, THIN_CALLS = 3.0, 100.0, 1e6
+# What a stored step adds to a step of the solver, for each element of the state.
+STEP_FLOPS = 8.0
 # What has to be saved: counts of one batch are not those of the next.
 SAVING = 0.97
 
@@ -56,12 +53,11 @@ def solve_recycled(call: Call, pool: Pool) -> Solution:
     else:
         used = shared if pool.pays else None
         found = call.solved(call.z0, site.tol, shared=used, sketch=sketch)
+        pool.note(found.evaluations)
         if used is not None and missed(found):
-            found, sketch = _without(call, pool, found), None
-        elif used is not None:
-            pool.gain(found.evaluations)
-            if pool.watch_forward.doubts(found.evaluations):
-                pool.reconsider()
+            found, sketch = _where_it_missed(call, pool, found), None
+        elif used is not None and pool.watch_forward.doubts(found.evaluations):
+            pool.reconsider()
     if sketch is not None:
         pool.feed_forward(sketch)
     return found
@@ -77,32 +73,32 @@ def drop(site: Site, pool: Pool, what: str) -> None:
     site.stand()
 
 
-def _without(call: Call, pool: Pool, found: Solution) -> Solution:
-    """The plain solve in the place of one that missed. Where that misses too, the pool is not to blame, but it has to earn the
-    evaluations that are spent twice."""
+def _where_it_missed(call: Call, pool: Pool, found: Solution) -> Solution:
+    """The plain solve in the place of one that missed: always where the user's own loop would have to be run, else now and then.
+    Where that misses too, the pool is not to blame."""
+    if call.site.spec.own_loop_cap is None and not pool.doubtful():
+        return found
     plain = call.solved(call.z0, call.site.tol)
     if not missed(plain):
         drop(call.site, pool, "forward")
-    elif not pool.lose(found.evaluations):
-        log.info("region %s at %s: too many solves miss with recycled factors and without", call.site.key, call.site.spec.where)
-        call.site.stand()
     return plain
 
 
 def _both(call: Call, pool: Pool, shared: Shared) -> Solution:
     """The solve with the pool and without; decides between them."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
-
     site, z0 = call.site, call.z0
     plain = call.solved(z0, site.tol)
-    with FlopCounterMode(display=False) as counter:  # not around the solve: the body may be compiled there
-        call.body(plain.z)
-    body = counter.get_total_flops()
+    pool.note(plain.evaluations)
+    body = work(call.body, plain.z)  # after a solve: the body may be compiled there
     recycled = call.solved(z0, site.tol, shared=shared)
-    without, with_it = cost(length(plain), body, z0, 0), cost(length(recycled), body, z0, shared.rank)
+    pool.note(recycled.evaluations, recycled.evaluations)
+    without, with_it = (_all(call, found, body, rank) for found, rank in ((plain, 0), (recycled, shared.rank)))
     # a step is a forward and about as many products, each of which is two evaluations
     pool.note_cost(2 * compressing(z0.shape[1], ROWS), 3 * without)
-    pool.decide_forward(math.inf if missed(plain) else without, math.inf if missed(recycled) else with_it, SAVING)
+    if missed(plain) and missed(recycled):
+        pool.undecided()
+    else:
+        pool.decide_forward(without, with_it, SAVING)
     pool.watch_forward.decided(plain.evaluations, recycled.evaluations)
     pays = bool(pool.pays)
     log.info(
@@ -116,6 +112,13 @@ def _both(call: Call, pool: Pool, shared: Shared) -> Solution:
     return plain
 
 
+def _all(call: Call, found: Solution, body: float, rank: int) -> float:
+    """Operations of a solve, and of what follows where it missed: the user's loop, or as many plain iterations."""
+    spec, evaluations = call.site.spec, length(found)
+    more = (spec.own_loop_cap or spec.config.max_iter) if missed(found) else 0
+    return cost(evaluations, body, call.z0, rank) + more * body
+
+
 def length(found: Solution) -> float:
     """Evaluations of the quarter of the samples that took the most: the last sample alone says little about the next batch."""
     longest = found.iterations.sort(descending=True).values
@@ -123,11 +126,7 @@ def length(found: Solution) -> float:
 
 
 def cost(evaluations: float, body: float, z: Tensor, rank: int) -> float:
-    """Operations of a solve for states like z (B, D); `rank` of the shared inverse it takes, 0 for none."""
+    """Operations of a solve for states like z (B, D), by evaluations of `body` each; `rank` of the shared inverse it takes, 0
+    for none."""
     steps = 0.5 * STEP_FLOPS * evaluations**2 * z.numel()
-    return evaluations * (body + ELEMENT_FLOPS * z.numel() + CALL_FLOPS + thin(rank, z)) + steps
-
-
-def thin(rank: int, z: Tensor) -> float:
-    """Operations of taking states like z (B, D) through a shared inverse of that rank."""
-    return (4.0 * THIN_COST * rank + THIN_ELEMENT) * z.numel() + THIN_CALLS if rank else 0.0
+    return evaluations * (body + thin(rank, z)) + steps

@@ -8,7 +8,7 @@ from torch import Tensor
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.gcr import move
 from deq_compile.region.adjoint import VJP, AdjointProblem, AdjointSolution, begin
-from deq_compile.region.recycling import ELEMENT_FLOPS
+from deq_compile.region.counting import ELEMENT
 from deq_compile.region.status import AdjointStatus
 
 # An operation of M counts twice: short rows run at half the speed of a matrix product (NOTES.md, "Is M worth it").
@@ -29,7 +29,7 @@ def factors_pay(vjp: VJP, q: Tensor, factors: Factors, found: AdjointSolution, p
         plain = products(vjp, q, None, problem)
     if plain is None:
         return True
-    product = counter.get_total_flops() / plain + ELEMENT_FLOPS * q.numel()
+    product = counter.get_total_flops() / plain + ELEMENT * q.numel()
     return (plain - found.needed) * product > OPERATOR_COST * operator_flops(factors.n, q.shape[1], found.needed + 1)
 
 

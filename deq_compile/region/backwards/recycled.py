@@ -13,15 +13,15 @@ from deq_compile.region.adjoint import VJP, AdjointProblem, AdjointSolution, sol
 from deq_compile.region.backward import AdjointCall
 from deq_compile.region.backwards.policy import OPERATOR_COST, operator_flops, products
 from deq_compile.region.body import Linearised
+from deq_compile.region.counting import thin, work
 from deq_compile.region.pool import Pool, Recycled, Way
-from deq_compile.region.recycling import ELEMENT_FLOPS, SAVING, drop, thin
+from deq_compile.region.recycling import SAVING, drop
 from deq_compile.region.status import AdjointStatus
 
 log = logging.getLogger("deq_compile.region")
 
 USUAL_PRODUCTS = 8
-# The calls of a product and of the move behind it, in operations: 80 us, as in worth.py.
-CALL_FLOPS = 8e6
+PRODUCT_CALLS = 2  # of a product and of the move behind it
 
 
 def solve_recycled(
@@ -95,11 +95,7 @@ def choose(pool: Pool, vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[st
     Args:
         known: products of ways that were gone already, None for one that missed.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
-
-    with FlopCounterMode(display=False) as counter:
-        vjp(q)
-    product = counter.get_total_flops() + ELEMENT_FLOPS * q.numel()
+    product = work(vjp, q, PRODUCT_CALLS)
     needed = dict(known)
     for name, way in ways.items():
         if name not in needed:
@@ -110,9 +106,10 @@ def choose(pool: Pool, vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[st
 
     def cost(name: str) -> float:
         count = needed.get(name)
-        return math.inf if count is None else count * (product + CALL_FLOPS) + own_cost(ways[name], q, count)
+        return math.inf if count is None else count * product + own_cost(ways[name], q, count)
 
-    best = "shared" if cost("shared") < SAVING * cost(pool.usual) else pool.usual
+    fewer = (needed.get("shared") or math.inf) <= (needed.get(pool.usual) or math.inf)
+    best = "shared" if fewer and cost("shared") < SAVING * cost(pool.usual) else pool.usual
     pool.decide_adjoint(best)
     pool.watch_adjoint.decided(needed.get(pool.usual) or math.inf, needed.get("shared") or math.inf)
     return best
