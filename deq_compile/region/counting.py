@@ -2,10 +2,12 @@
 alike.
 
 The unit is an operation of a large matrix product, 100 of which one core of an Intel Xeon carries out in a nanosecond.
+(`torch.utils.flop_counter` counts the same, and brings Dynamo and Triton with it, a second of imports in eager mode.)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,20 +22,43 @@ ELEMENT, CALL, OPERATOR = 100.0, 4e6, 4e5
 THIN_COST, THIN_ELEMENT, THIN_CALLS = 1.5, 60.0, 1.2e6
 
 
+class Counter(TorchDispatchMode):
+    """Counts what runs within it: `flops` of matrix products, convolutions and attention, and `operators`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops, self.operators = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.operators += 1
+        self.flops += _flops(str(func).split(".")[1], args, out)
+        return out
+
+
+def _flops(name: str, args: Any, out: Any) -> int:
+    """Operations of one operator of ATen."""
+    if name in ("mm", "bmm"):
+        return 2 * math.prod(args[0].shape) * args[1].shape[-1]
+    if name in ("addmm", "baddbmm"):
+        return 2 * math.prod(args[1].shape) * args[2].shape[-1]
+    if name == "convolution":
+        image, weight, transposed = args[0], args[1], args[6]
+        return 2 * (image if transposed else out).numel() * weight[0].numel()
+    if name == "convolution_backward":
+        grad, image, weight, transposed = args[0], args[1], args[2], args[7]
+        return 2 * (image if transposed else grad).numel() * weight[0].numel() * sum(args[-1][:2])
+    if name.startswith("_scaled_dot_product"):
+        query, key = args[1:3] if "backward" in name else args[:2]
+        return (10 if "backward" in name else 4) * query.numel() * key.shape[-2]
+    return 0
+
+
 def work(function: Callable[[Tensor], Any], z: Tensor, calls: int = 1) -> float:
     """Operations of function(z), for states like z (B, D), which takes so many calls of compiled code at least."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
-
-    class Operators(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.count += 1
-            return func(*args, **(kwargs or {}))
-
-    with FlopCounterMode(display=False) as counter, Operators() as operators:
+    with Counter() as counter:
         function(z)
-    return counter.get_total_flops() + ELEMENT * z.numel() + max(calls * CALL, operators.count * OPERATOR)
+    return counter.flops + ELEMENT * z.numel() + max(calls * CALL, counter.operators * OPERATOR)
 
 
 def thin(rank: int, z: Tensor) -> float:

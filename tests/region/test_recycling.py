@@ -174,7 +174,7 @@ def test_counting_decides_and_turns_on_what_pays(monkeypatch: pytest.MonkeyPatch
 
 def test_counting_turns_off_what_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pools, "DECIDED_AT", (3,))
-    monkeypatch.setattr("deq_compile.region.recycling.THIN_COST", 1e6)
+    monkeypatch.setattr("deq_compile.region.counting.THIN_COST", 1e6)
     solves, _ = train(6, recycle="auto")
     assert not any(s.recycled or s.recycled_adjoint for s in solves)
 
@@ -293,7 +293,7 @@ def test_a_miss_drops_what_missed_and_nothing_else() -> None:
     pool.drop("forward")
     assert (vars(pool)["forward"], vars(pool)["adjoint"]) == (None, shared)
     assert (pool.pays, pool.way) == (False, "shared")
-    assert [call for call in range(61, 400) if _decides(pool, call)] == [100, 200]
+    assert [call for call in range(61, 400) if _decides(pool, call)] == [80, 100, 200]
     pool.drop("adjoint")
     assert (vars(pool)["adjoint"], pool.way) == (None, "plain")
     assert pool.idle()
@@ -302,6 +302,38 @@ def test_a_miss_drops_what_missed_and_nothing_else() -> None:
 def _decides(pool: pools.Pool, call: int) -> bool:
     pool.calls = call
     return pool.due()
+
+
+def test_decisions_beside_the_usual_ones_have_a_budget() -> None:
+    """One part in a hundred of all evaluations."""
+    pool = pools.Pool(always=False)
+    for call in range(1, 60):
+        pool.calls = call
+        pool.note(20)
+    pool.calls = pool.again = 60
+    assert pool.due()
+    pool.note(20, deciding=20)
+    assert not pool.due()
+    pool.note(1000)
+    assert pool.due()
+
+
+def test_one_batch_that_misses_does_not_decide_for_those_to_come() -> None:
+    """A missed solve costs several times as much as others; what it says of the ratio is bounded."""
+    pool = pools.Pool(always=False)
+    pool.decide_forward(without=100, with_it=20, saving=0.97)
+    assert pool.pays
+    pool.decide_forward(without=100, with_it=115, saving=0.97)
+    pool.decide_forward(without=100, with_it=115, saving=0.97)
+    assert not pool.pays
+
+
+def test_misses_of_a_declared_fixed_point_are_looked_into_now_and_then() -> None:
+    """Where solves miss with the pool and without, the plain solve is made beside the other at misses 1, 2, 4, 8, ... only."""
+    pool = pools.Pool(always=True)
+    assert [n for n in range(1, 20) if pool.doubtful()] == [1, 2, 4, 8, 16]
+    pool.drop("forward")
+    assert pool.doubtful()
 
 
 def test_no_refinement_asked_for_is_no_miss() -> None:
@@ -322,7 +354,7 @@ def test_what_has_become_worse_is_decided_again() -> None:
         pool.reconsider()
         if pool.due() and call % 200:
             asked.append(call)
-    assert asked == [101, 141, 221, 381]
+    assert asked == [101, 121, 161, 241]
 
 
 def test_an_autocast_of_the_users_is_no_matter_of_the_pool() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.gcr import move
 from deq_compile.region.adjoint import VJP, AdjointProblem, AdjointSolution, begin
-from deq_compile.region.counting import ELEMENT
+from deq_compile.region.counting import ELEMENT, Counter
 from deq_compile.region.status import AdjointStatus
 
 # An operation of M counts twice: short rows run at half the speed of a matrix product (NOTES.md, "Is M worth it").
@@ -21,15 +21,13 @@ def factors_pay(vjp: VJP, q: Tensor, factors: Factors, found: AdjointSolution, p
 
     A saved product counts with the floating-point operations of its matrix products and convolutions.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton
-
     if found.status != AdjointStatus.CONVERGED:
         return True
-    with FlopCounterMode(display=False) as counter:
+    with Counter() as counter:
         plain = products(vjp, q, None, problem)
     if plain is None:
         return True
-    product = counter.get_total_flops() / plain + ELEMENT * q.numel()
+    product = counter.flops / plain + ELEMENT * q.numel()
     return (plain - found.needed) * product > OPERATOR_COST * operator_flops(factors.n, q.shape[1], found.needed + 1)
 
 

@@ -97,9 +97,11 @@ def choose(pool: Pool, vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[st
     """
     product = work(vjp, q, PRODUCT_CALLS)
     needed = dict(known)
-    for name, way in ways.items():
+    for name, way in sorted(ways.items(), key=lambda item: item[0] == "shared"):  # which has to need no more than the others
         if name not in needed:
-            needed[name] = products(vjp, q, way.factors, dataclasses.replace(problem, shared=way.shared))
+            most = min((n for n in needed.values() if name == "shared" and n is not None), default=problem.max_iter)
+            asked = dataclasses.replace(problem, shared=way.shared, max_iter=most)
+            needed[name] = products(vjp, q, way.factors, asked)
     log.info("adjoint: products %s", needed)
     if {"plain", "factors"} <= {*ways}:
         pool.usual = _usual(ways["factors"], q, needed["plain"], needed["factors"], product)
