@@ -52,7 +52,8 @@ class Options:
     ``stop_mode``              "rel"          "rel": as above; "abs": |f(z) − z|
     ``max_iter``               40             cap on evaluations of the body
     ``memory``                 = max_iter     stored steps; when full, the solver restarts
-    ``solver``                 "broyden"      "broyden", "anderson", "picard"
+    ``solver``                 "auto"         "broyden", "anderson", "picard"; "auto": Broyden or plain iteration, whichever has
+                                              been seen to be less work (on a CPU; elsewhere Broyden)
     ``anderson_memory``        5              differences that Anderson acceleration keeps
     ``anderson_damping``       1.0            its mixing, 0 < β ≤ 1
     ``backward``               "reuse"        "reuse"; "exact": "reuse" with ``backward_tol=1e-6``;

@@ -109,7 +109,7 @@ RULES: dict[str, Rule] = {
     "stop_mode": Rule("rel", _choice("rel", "abs")),
     "max_iter": Rule(40, _integer(1)),
     "memory": Rule(None, _integer(1)),
-    "solver": Rule("broyden", _named(SOLVERS)),
+    "solver": Rule("auto", _named(SOLVERS)),
     "anderson_memory": Rule(5, _integer(1)),
     "anderson_damping": Rule(1.0, _fraction),
     "backward": Rule("reuse", _named(BACKWARDS, *ALIASES)),

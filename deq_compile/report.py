@@ -222,7 +222,7 @@ class Report:
                 lines.append("no loop that repeats a map was met, and no call of a solver")
         lines += [f"kept        {r.location}: {r.kept_reason}" for r in self.regions if r.kept_reason]
         lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
-        lines += [f"solver      {r.location}: {r.chosen}" for r in self.regions if r.chosen]
+        lines += [f"solver      {r.location}: {r.chosen}" for r in self.regions if r.chosen and not r.kept_reason]
         idle = "without the forward's factors, which cost more than they save"
         lines += [f"backward    {r.location}: {idle}" for r in self.regions if not r.reuse]
         lines += [f"recycled    {r.location}: factors of earlier batches serve {r.recycle}" for r in self.regions if r.recycle]

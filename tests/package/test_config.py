@@ -19,7 +19,7 @@ DEFAULTS = {
     "stop_mode": "rel",
     "max_iter": 40,
     "memory": 40,
-    "solver": "broyden",
+    "solver": "auto",
     "anderson_memory": 5,
     "anderson_damping": 1.0,
     "backward": "reuse",

@@ -34,13 +34,12 @@ print([name for name in {DEAR} if name in sys.modules], spent)
 
 
 def test_fixed_point_in_eager_mode_needs_no_dynamo() -> None:
-    """But for torch's own counter of operations, by which `reuse="auto"` decides."""
     code = """
 import sys, torch
 from deq_compile import fixed_point, record_solves
 x = torch.randn(4, 8, requires_grad=True)
 with record_solves() as solves:
-    fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros(4, 8), tol=1e-5, reuse="never").sum().backward()
+    fixed_point(lambda z: torch.tanh(0.5 * z + x), torch.zeros(4, 8), tol=1e-5).sum().backward()
 assert solves[0].converged == 1.0 and x.grad is not None
 print("torch._dynamo" in sys.modules)
 """
