@@ -3,8 +3,8 @@
 Bodies are affine, z -> z J^T + b, drawn in groups of one kind and solved as one batch: contractions, non-normal and near-singular
 ones, spectral radii above 1, forwards that were cut off long before they converged; cotangents at random, along the worst
 singular vector, tiny, huge, and zero. |reported - recomputed| <= 1e-3 recomputed + 1e-6 in fp32, 1e-12 (1 + recomputed) in fp64,
-relative to |q|. In fp32 the 1e-6 grows with |w| (1 + |J|) / |q| beyond 10: the residual is a difference of numbers that large, and 1e-7 of them
-is less than two units of rounding.
+relative to |q|. In fp32 the 1e-6 grows with |w| (1 + |J|) / |q| beyond 10: the residual is a difference of numbers that
+large, and 1e-7 of them is less than two units of rounding.
 """
 
 from __future__ import annotations
