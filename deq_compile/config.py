@@ -71,6 +71,9 @@ class Options:
     ``recycle``                "never"        whether training calls begin with what earlier batches have learnt of
                                               the inverse Jacobian, forward and adjoint: "always", "never"; "auto":
                                               where that has been seen to save more than it costs. On a CPU
+    ``warm_start``             "never"        "previous": a solve begins from the last fixed point of the same shapes, and its
+                                              adjoint from the last w, where those are nearer; not where a loop has
+                                              several fixed points
     ``factor_dtype``           None           dtype of the stored steps; None: the state's
     ``batch``                  "auto"         "rows": dim 0 is a batch; "whole": one coupled system;
                                               "auto": probed once
@@ -109,6 +112,7 @@ class Options:
     backward_max_iter: int | None = None
     reuse: str | None = None
     recycle: str | None = None
+    warm_start: str | None = None
     factor_dtype: torch.dtype | None = None
     batch: str | None = None
     min_repeats: int | None = None
@@ -232,6 +236,7 @@ class Config:
     backward_max_iter: int
     reuse: str
     recycle: str
+    warm_start: str
     factor_dtype: torch.dtype | None
     batch: str
     min_repeats: int

@@ -120,6 +120,7 @@ RULES: dict[str, Rule] = {
     "backward_max_iter": Rule(40, _integer(0)),
     "reuse": Rule("auto", _choice("auto", "always", "never")),
     "recycle": Rule("never", _choice("auto", "always", "never")),
+    "warm_start": Rule("never", _choice("never", "previous")),
     "factor_dtype": Rule(None, _floating_dtype),
     "batch": Rule("auto", _choice("auto", "rows", "whole")),
     "min_repeats": Rule(7, _integer(2)),

@@ -46,7 +46,7 @@ _twins: weakref.WeakKeyDictionary[Site, Site] = weakref.WeakKeyDictionary()
 @dataclasses.dataclass(frozen=True)
 class Attachment:
     """What is known of a fixed point: its region, how its state lies, what its solve has left, the number of its record,
-    what earlier batches have left, and how many derivatives the user has asked for."""
+    what earlier batches have left, how many derivatives the user has asked for, and the last adjoint."""
 
     site: Site
     layout: Layout
@@ -54,6 +54,7 @@ class Attachment:
     serial: int = 0
     recycled: Recycled | None = None
     derivatives: int = 1
+    warm: Tensor | None = None
 
 
 def attach(f: Body, z: Tensor, known: Attachment, levels: int) -> list[Tensor]:
@@ -148,7 +149,9 @@ class _Node(Linearised):
         """What goes on to the attached evaluation of f, for the cotangents of the fixed point."""
         layout, site = self.known.layout, self.known.site
         given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, self.inputs, strict=True)]
-        call = AdjointCall(site, self.known.factors, inside=graphs.capturing(), recycled=self.known.recycled)
+        call = AdjointCall(
+            site, self.known.factors, inside=graphs.capturing(), recycled=self.known.recycled, warm=self.known.warm
+        )
         w = adjoint(BACKWARDS[site.spec.config.backward], self, layout.flatten(given), call, self.known.serial).w
         return layout.unflatten(w)
 

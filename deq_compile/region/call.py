@@ -26,6 +26,7 @@ from .solvers import PLAIN, SOLVERS, Problem, Solver
 from .stop import any_of
 from .stopwatch import Stopwatch
 from .verdict import decide_rows, settle
+from .warm import solve_warm, warm_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +94,12 @@ class Call:
             site.note_length(found.evaluations)
         return found
 
-    def first(self) -> Solution:
-        """The solve that stands in for the loop, or the loop's own iterates to where they converge."""
+    def first(self, due: bool) -> Solution:
+        """The solve that stands in for the loop, or the loop's own iterates to where they converge. `due`: it is compared."""
+        warm = warm_of(self, due)
+        return self._first() if warm is None else solve_warm(self, warm, self._first)
+
+    def _first(self) -> Solution:
         site = self.site
         if site.follows:
             followed = self.solved(self.z0, site.tol, solver=PLAIN, max_iter=site.spec.own_loop_cap)

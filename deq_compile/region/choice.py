@@ -16,9 +16,11 @@ from deq_compile.kernels.device import on_gpu
 from .counting import work
 from .pool import Watch
 from .recycling import missed
-from .solvers import PLAIN
+from .solvers import AUTO, PLAIN
 
 if TYPE_CHECKING:
+    from deq_compile.config import Config
+
     from .call import Call
     from .forward import Solution
 
@@ -79,6 +81,11 @@ class Choice:
         name, other = ("plain iteration", "Broyden") if self.plain else ("Broyden", "plain iteration")
         broyden, plain = self.counts
         return f"{name}, less work than {other}: {broyden} evaluations by Broyden, {plain} by plain iteration"
+
+
+def choice_for(config: Config) -> Choice | None:
+    """Where what is decided for a new region is kept; None where the options name its solver."""
+    return Choice() if config.solver == AUTO.name else None
 
 
 def choice_of(call: Call) -> Choice | None:

@@ -79,7 +79,9 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
         call = Call(site, state0, (), (), _prepare(site, as_given, state0))
         found, layout = run(call), call.layout
     if torch.is_grad_enabled():
-        known = Attachment(site, layout, found.saved.factors, found.serial, found.saved.recycled, derivatives)
+        saved = found.saved
+        warm = saved.warm if derivatives == 1 else None
+        known = Attachment(site, layout, saved.factors, found.serial, saved.recycled, derivatives, warm)
         states = attach((lambda states: primals(f(states))) if duals else f, found.z, known, derivatives)
     else:
         states = layout.outputs(found.z)

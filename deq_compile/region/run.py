@@ -29,6 +29,7 @@ from .solvers import SOLVERS
 from .stop import any_of
 from .stopwatch import Stopwatch, TimedLinearised
 from .verdict import count_misses, gradient_is_the_loops, warn_of_gradient
+from .warm import remember
 from .worth import weigh
 
 __all__ = ["BackwardInputs", "Forward", "Result", "SavedForBackward", "Ticket", "adjoint", "backwards", "run", "run_backward",
@@ -44,13 +45,14 @@ class SavedForBackward:
     linear   the body linearised at the fixed point, where the last evaluation gave that too
     loop     the body linearised at every iterate of a loop that was kept
     factors  of the solve, where the adjoint makes use of them
-    recycled what earlier batches have left for the adjoint
+    recycled what earlier batches have left for the adjoint; warm: the last adjoint
     """
 
     linear: Linearised | None = None
     loop: Sequence[Linearised] = ()
     factors: Factors | None = None
     recycled: Recycled | None = None
+    warm: Tensor | None = None
 
 
 class Ticket(NamedTuple):
@@ -138,7 +140,9 @@ def run(call: Call) -> Result:
         if first is None or z is not first.z:
             linear = image = None
         given = _given(call, z, image)
-        saved = SavedForBackward(linear, factors=_factors(site, solution, call.recycled), recycled=call.recycled)
+        known = None if site.warm is None else site.warm.w
+        saved = SavedForBackward(linear, (), _factors(site, solution, call.recycled), call.recycled, known)
+        remember(site, call, z)
     serial = 0 if call.inside else _record(call, solution, z, saved.factors, kept)
     return Result(z, given, solution, own, kept, serial, saved)
 
@@ -162,7 +166,7 @@ def _solve(call: Call) -> tuple[Solution | None, bool]:
     """The solve, unless the loop is kept; and whether it is to be compared with the loop."""
     site = call.site
     due = site.due() and not call.inside
-    first = call.first() if due or site.verdict != "kept" else None
+    first = call.first(due) if due or site.verdict != "kept" else None
     return first, due or (first is not None and not call.inside and site.unusual(first.evaluations))
 
 
@@ -289,7 +293,7 @@ class _Backward:
         linear: Linearised = known or self.deferred
         if self.watch is not None:
             linear = TimedLinearised(self.deferred.get(), self.watch)
-        call = AdjointCall(site, saved.factors, self.inside, self._factors_again, self._captured, saved.recycled)
+        call = AdjointCall(site, saved.factors, self.inside, self._factors_again, self._captured, saved.recycled, saved.warm)
         found = adjoint(mode, linear, self.q, call, self.inputs.ticket.serial, self.watch)
         if self.inside or gradient_is_the_loops(site, linear, found):  # inside nothing may be asked of the device
             return None, found.payload

@@ -30,12 +30,13 @@ from deq_compile.torch_parts import callable_below
 from . import why_kept
 from .backward import BACKWARDS
 from .body import BodySpec
-from .choice import Choice
+from .choice import choice_for
 from .forward import Solution
 from .layout import Layout, channels_last, flat_dtype, layout_of
 from .pool import Pool
-from .solvers import AUTO, SOLVERS
+from .solvers import SOLVERS
 from .stop import StopTest
+from .warm import warm_for
 from .worth import WayOut
 
 log = logging.getLogger("deq_compile.region")
@@ -193,7 +194,7 @@ class Site:
     has_captures  whether captured solves are held for it; uncompiled: whether its body runs as it is, for now
     way_out   how the loop can be given back to stock Dynamo, where solving it cannot pay
     standing  what a report may ask for, for as long as somebody has it, the site gone or not
-    pool, choice  what outlives a training step; the solver that is less work, under "auto"
+    pool, choice  what outlives a training step; the solver that is less work, under "auto"; warm: what the last call found
     """
 
     def __init__(self, key: str, spec: RegionSpec) -> None:
@@ -209,19 +210,16 @@ class Site:
         self.tol = 0.0 if spec.stop else config.tol  # the user's test stops the batch, in place of a tolerance
         self.calls = self.misses = self.adjoint_misses = self.backwards = 0
         self.backward_tol, self.verify_gradient = config.backward_tol, False  # looked at by the next backward, as the value was
-        self.gradient_error: float | None = None
-        self.expected_vjps: int | None = None
+        self.gradient_error, self.expected_vjps = cast("tuple[float | None, int | None]", (None, None))
         self.reuses, self.steps, self.warned, self.warned_of_gradient = True, FIRST_STEPS, False, False
         self.pending: list[Solution] = []
-        self.prepared: tuple[Any, Any] = (None, None)
-        self.problem = self.adjoint_problem = cast("tuple[Any, Any]", (None, None))
+        self.prepared = self.problem = self.adjoint_problem = cast("tuple[Any, Any]", (None, None))
         self.engine, self.engine_reason, self.kept_reason = "loop", "", ""  # a loop that is kept from the start has a note
         self.has_captures, self.uncompiled, self.place, self.votes = False, False, "", True
         self.finding: str | None = None
         self.pool = None if config.recycle == "never" else Pool(always=config.recycle == "always")
-        self.choice = Choice() if config.solver == AUTO.name else None
-        self.standing = Standing()
-        self.way_out: WayOut | None = None
+        self.choice, self.warm = choice_for(config), warm_for(config)
+        self.standing, self.way_out = Standing(), cast("WayOut | None", None)
         self.stand()
 
     def restart(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import cast
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from deq_compile.region.body import Linearised
 from deq_compile.region.pool import Way
 from deq_compile.region.site import Site
 from deq_compile.region.verdict import measure_gradient
+from deq_compile.region.warm import adjoint_from
 
 
 class Reuse(Backward):
@@ -38,7 +40,12 @@ class Reuse(Backward):
             site.expected_vjps = found.needed
             return dataclasses.replace(found, reused=factors is not None)
         # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
-        found, way = self._solve(linear, q, call, factors, asks=asked and not on_gpu(q.device))
+        if asked and _begins_from(call, q):
+            way = Way("plain", factors if site.reuses else None)
+            site.backwards += 1
+            found = adjoint_from(cast("Tensor", call.warm), linear, q, way.factors, _problem(call, q))
+        else:
+            found, way = self._solve(linear, q, call, factors, asks=asked and not on_gpu(q.device))
         if measures:
 
             def attempt(tol: float) -> AdjointSolution:
@@ -46,8 +53,7 @@ class Reuse(Backward):
                 return solve_adjoint(linear.vjp, linear.vjp_full, q, way.factors, problem)
 
             found = measure_gradient(site, found, attempt)
-        site.expected_vjps = found.needed
-        return found
+        return _noted(site, found)
 
     def _solve(
         self, linear: Linearised, q: Tensor, call: AdjointCall, factors: Factors | None, asks: bool
@@ -70,6 +76,22 @@ class Reuse(Backward):
                 factors = None
                 found = solve_adjoint(linear.vjp, linear.vjp_full, q, None, problem)
         return found, Way("plain" if factors is None else "factors", factors)
+
+
+def _begins_from(call: AdjointCall, q: Tensor) -> bool:
+    """Whether an adjoint for cotangents q (B, D) begins from the last one."""
+    w = call.warm
+    if w is None or call.recycled is not None or not q.numel():
+        return False
+    return w.shape == q.shape and w.dtype == q.dtype and w.device == q.device
+
+
+def _noted(site: Site, found: AdjointSolution) -> AdjointSolution:
+    """The same, with what the next adjoint wants to know of it noted."""
+    site.expected_vjps = found.needed
+    if site.warm is not None:
+        site.warm.w = found.w.clone()  # what is handed on may be changed in place
+    return found
 
 
 def _problem(call: AdjointCall, q: Tensor) -> AdjointProblem:
