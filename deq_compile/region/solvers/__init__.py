@@ -5,5 +5,6 @@ from .base import FLOOR_EPS, SOLVERS, Problem, Solver
 from .broyden import BROYDEN
 from .anderson import ANDERSON
 from .picard import PLAIN
+from .reversible import REVERSIBLE
 
-__all__ = ["ANDERSON", "BROYDEN", "FLOOR_EPS", "PLAIN", "SOLVERS", "Problem", "Solver"]
+__all__ = ["ANDERSON", "BROYDEN", "FLOOR_EPS", "PLAIN", "REVERSIBLE", "SOLVERS", "Problem", "Solver"]
