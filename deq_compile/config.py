@@ -187,7 +187,8 @@ class Options:
         """
         values, over = self.explicit(), inner.explicit()
         if reversible(over) or (reversible(values) and not {"solver", "backward"}.isdisjoint(over)):
-            values = {name: value for name, value in values.items() if name not in ("solver", "backward", "reuse", "recycle")}
+            for name in ("solver", "backward", "reuse", "recycle"):
+                values.pop(name, None)
         if over.get("backward") in ALIASES:
             values.pop("backward_tol", None)
         elif "backward_tol" in over and values.get("backward") in ALIASES:

@@ -14,7 +14,7 @@ from deq_compile.region.modes import Ambient
 from deq_compile.torch_parts import HigherOrderOperator
 
 from .ambient import GRAD_TARGETS, ambient_at
-from .base import Loop, value_of
+from .base import Loop, hint, value_of
 from .copies import is_copy
 
 
@@ -59,5 +59,5 @@ def _handed_on(graph: fx.Graph, loop: Loop, live: list[fx.Node]) -> list[fx.Node
 
 def _two_alike(nodes: list[fx.Node]) -> bool:
     values = [value_of(node) for node in nodes]
-    shapes = [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
+    shapes = [tuple(hint(size) for size in value.shape) for value in values if isinstance(value, torch.Tensor)]
     return len(set(shapes)) < len(shapes)

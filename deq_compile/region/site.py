@@ -125,8 +125,8 @@ class RegionSpec:
     @property
     def keeps(self) -> bool:
         """Whether the loop is kept whatever its calls may show."""
-        blind = self.start_decides or (of_steps(self.config) and self.own_loop_cap is not None)
-        return self.only_start_differs or (self.suspect and blind)
+        start = self.only_start_differs or (self.suspect and self.start_decides)
+        return start or (self.suspect and self.own_loop_cap is not None and of_steps(self.config))
 
     @property
     def written_out(self) -> bool:
