@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import graphs, records
+from .attach import reads_more_than
 from .body import BodySpec, EagerRunner
 from .call import Call, Prepared, arranged
 from .layout import Layout
@@ -54,6 +55,8 @@ def solve_by_steps(f: Body, state0: Sequence[Tensor], site: Site) -> Solved:
         state0: real floating-point tensors; left as they are.
         site: of the call.
 
+    Before the solve f is evaluated twice, to see what it reads.
+
     Raises:
         NotHere: an f that is not as above, tangents of forward-mode AD, or modules that FSDP2 shards.
     """
@@ -71,9 +74,12 @@ def solve_by_steps(f: Body, state0: Sequence[Tensor], site: Site) -> Solved:
         body = BodySpec(lambda *given: pure(given[:count], given[count:]), "eager", Ambient.now(), "eager")
         rows, layout = arranged(site, lambda states: pure(states, pure.operands), state0)
         call = Call(site, state0, pure.operands, (), Prepared(rows, layout, EagerRunner(body, layout, ())))
+        given = (*state0, *pure.operands)
+        recorded = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+        if recorded:
+            _check_gradients(site.spec.where, pure, state0)
         found = run(call)
-    given = (*state0, *pure.operands)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in given)):
+    if not recorded:
         return Solved(layout.outputs(found.z), found)
     assert found.saved.trail is not None
     taken = _Taken(site, layout, call.runner, found.saved.trail, found.serial, count)
@@ -90,6 +96,19 @@ def _check(where: str, tensors: Sequence[Tensor], sharded: bool) -> None:
         raise NotHere(
             f"fixed_point at {where}: solver='reversible' is not implemented in eager mode for an f that calls modules which FSDP2 "
             "shards. Fix: torch.compile(model, backend='deq'), or another solver"
+        )
+
+
+def _check_gradients(where: str, pure: Pure, state0: Sequence[Tensor]) -> None:
+    """Raise where gradients would go past the operands: a Function that is given a tensor itself is not given its stand-in."""
+    with torch.enable_grad():
+        own = [t.detach().requires_grad_(t.requires_grad) for t in (*state0, *pure.operands)]
+        images = pure(own[: len(state0)], own[len(state0) :])
+    if reads_more_than(images, own):
+        raise NotHere(
+            f"fixed_point at {where}: expected an f of torch's own functions for solver='reversible', got one that gives a tensor "
+            "which needs a gradient to an autograd.Function, a transform or a compiled function of its own. Fix: f of plain torch "
+            "operations; or another solver"
         )
 
 

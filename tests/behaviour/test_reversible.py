@@ -1,0 +1,429 @@
+"""`solver="reversible"`: two coupled iterations, and the exact gradient of their steps (arXiv 2509.12917)."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from deq_compile import deq_compile, explain, fixed_point, record_solves
+from deq_compile.option_rules import OptionError
+from deq_compile.region import reversal
+from deq_compile.region.reversal import reversed_gradient
+from deq_compile.region.solvers import reversible
+from deq_compile.region.verdict import RegionWarning
+from tests.helpers import compiled, largest_error, reference, value_and_grads
+
+D, B = 8, 4
+MISSED = "ignore:fixed-point region:deq_compile.region.verdict.RegionWarning"
+pytestmark = pytest.mark.filterwarnings(MISSED)
+
+
+def pairs(f: Callable[[Tensor], Tensor], z0: Tensor, count: int, b: float = 0.8) -> Tensor:
+    """z_N as the paper writes it."""
+    y = z = z0
+    for _ in range(count):
+        y = (1 - b) * y + b * f(z)
+        z = (1 - b) * z + b * f(y)
+    return z
+
+
+def leaky(gain: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A weight that turns by `gain`, an input, a start and a cotangent. A leaky layer forgives no drift, as a saturated one does."""
+    torch.manual_seed(0)
+    W = gain * torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0]
+    x, z0, q = (torch.randn(B, D, dtype=torch.float64) for _ in range(3))
+    return W.to(dtype).requires_grad_(), x.to(dtype).requires_grad_(), z0.to(dtype).requires_grad_(), q.to(dtype)
+
+
+def layer(W: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda z: nn.functional.leaky_relu(z @ W.T + x, 0.5)
+
+
+def steps(f: Callable[[Tensor], Tensor], z0: Tensor, evaluations: int, **options: Any) -> Tensor:
+    """So many evaluations, whatever the residual."""
+    return fixed_point(f, z0, solver="reversible", tol=1e-30, max_iter=evaluations, batch="whole", **options)
+
+
+def gradients(z: Tensor, q: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [g.double() for g in torch.autograd.grad((z * q).sum(), inputs)]
+
+
+def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("b", [0.5, 0.8])
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_its_gradient_is_that_of_the_papers_loop_unrolled(count: int, b: float, dtype: torch.dtype) -> None:
+    """Of weight, input and start; 20 pairs are more than can be walked back in one go."""
+    *given, q = leaky(0.9, dtype)
+    with record_solves() as solves:
+        W, x, z0 = given
+        z = steps(layer(W, x), z0, 2 * count, relaxation=b)
+        found = gradients(z, q, given)
+    wide = [t.detach().double().requires_grad_() for t in given]
+    z_wide = pairs(layer(*wide[:2]), wide[2], count, b)
+    limit = 1e-10 if dtype == torch.float64 else 1e-5
+    assert errors([z.detach().double()], [z_wide.detach()]) < limit
+    assert errors(found, gradients(z_wide, q.double(), wide)) < limit
+    assert solves[0].vjps == 2 * count
+    assert solves[0].adjoint_message.startswith("the exact gradient of the iteration's own steps")
+
+
+def test_each_sample_makes_its_own_number_of_steps() -> None:
+    """A batch gives what its samples give alone, values and gradients."""
+    W, x, z0, q = leaky(0.6)
+    with torch.no_grad():
+        x[0] *= 1e3
+        z0.mul_(torch.tensor([1.0, 1e-3, 1e3, 1.0])[:, None])
+
+    def solve(rows: slice) -> tuple[Tensor, list[Tensor]]:
+        z, info = fixed_point(
+            layer(W, x[rows]), z0[rows], solver="reversible", tol=1e-6, max_iter=80, batch="rows", return_info=True
+        )
+        counts.append(info.iterations)
+        return z.detach(), gradients(z, q[rows], (W, x, z0))
+
+    counts: list[Tensor] = []
+    z, whole = solve(slice(None))
+    alone = [solve(slice(i, i + 1)) for i in range(B)]
+    torch.testing.assert_close(z, torch.cat([one for one, _ in alone]), rtol=1e-12, atol=1e-12)
+    for k, together in enumerate(whole):
+        torch.testing.assert_close(together, sum(each[k] for _, each in alone), rtol=1e-9, atol=1e-9)
+    assert len(set(counts[0].tolist())) > 1
+    assert counts[0].tolist() == [int(c) for c in torch.cat(counts[1:])]
+
+
+def test_gradcheck() -> None:
+    W, x, z0 = (t.detach()[:2, :2].clone().requires_grad_() for t in leaky(0.9)[:3])
+
+    def run(W: Tensor, x: Tensor, z0: Tensor) -> Tensor:
+        return steps(lambda z: torch.tanh(z @ W.T + x), z0, 21)
+
+    torch.autograd.gradcheck(run, (W, x, z0))
+
+
+class Model(nn.Module):
+    def __init__(self, call: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.W, self.call = nn.Linear(D, D), call
+        nn.init.orthogonal_(self.W.weight, gain=0.6)
+
+    def f(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.W(z) + x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        if self.call == "fixed_point":
+            return fixed_point(lambda z: self.f(z, x), z)
+        for _ in range(60):
+            before, z = z, self.f(z, x)
+            if self.call == "until close" and (z - before).norm() < 1e-7 * z.norm():
+                break
+        return z
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("call", ["fixed_point", "counted", "until close"])
+def test_compiled(call: str, inner: str) -> None:
+    """The gradient of the steps that were made, to rounding; and within the tolerance that of the user's own loop."""
+    model, x = Model(call).double(), torch.randn(B, D, dtype=torch.float64)
+    run, report = compiled(model, solver="reversible", backward_tol=None, batch="whole", inner=inner, max_iter=80)
+    with record_solves() as solves:
+        value_and_grads(run, model, x)
+        found = value_and_grads(run, model, x)
+    assert [(r.solver, r.backward) for r in report.regions] == [("reversible", "reversible")]
+    made = solves[1].iterations_max
+    assert solves[1].status == "solve"
+    assert solves[1].vjps == made < 60
+
+    def unrolled(x: Tensor) -> Tensor:
+        before = now = torch.zeros_like(x)
+        for _ in range(made):
+            before, now = now, 0.2 * before + 0.8 * model.f(now, x)
+        return now
+
+    assert largest_error(found, value_and_grads(unrolled, model, x)) < 1e-10
+    assert largest_error(found, reference(Model("counted"), x)) < 1e-5
+
+
+def test_a_region_with_an_attached_step() -> None:
+    """z = f(solver(f, z0)) is differentiated through both."""
+    model, x = Model("counted").double(), torch.randn(B, D, dtype=torch.float64)
+
+    def solver(f: Callable[[Tensor], Tensor], z: Tensor, tol: float = 1e-6, max_iter: int = 60) -> Tensor:
+        for _ in range(max_iter):
+            before, z = z, f(z)
+            if (z - before).norm() < tol * z.norm():
+                break
+        return z
+
+    def attached(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            z = solver(lambda z: model.f(z, x), torch.zeros_like(x))
+        return model.f(z, x)
+
+    run, _ = compiled(attached, solver="reversible", backward_tol=None)
+    found = value_and_grads(run, model, x)
+    assert torch.isfinite(found[1]).all()
+
+
+def test_opcheck() -> None:
+    from tests.region.test_op import body, inputs, key_of, solve_op
+
+    z, w, x = inputs()
+    key = key_of(body, 1, None, solver="reversible", backward_tol=None)
+    torch.library.opcheck(solve_op, ([z.clone().requires_grad_()], [w.requires_grad_(), x.requires_grad_()], [], key))
+
+
+def test_memory_is_two_terms_and_a_pair_every_so_many_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What autograd saves does not depend on the number of steps; beside it, two float64 states every 8 evaluations in float64."""
+    W, x, z0, q = leaky(0.9)
+    trails = []
+    monkeypatch.setattr("deq_compile.region.steps.reversed_gradient", lambda t, *a: trails.append(t) or reversed_gradient(t, *a))
+
+    def saved(run: Callable[[], Tensor]) -> int:
+        held: dict[int, Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (t, held.setdefault(t.data_ptr(), t))[0], lambda t: t):
+            z = run()
+        gradients(z, q, (W, x, z0))
+        return sum(t.numel() for t in held.values())
+
+    few, many = (saved(lambda n=n: steps(layer(W, x), z0, n)) for n in (8, 64))  # type: ignore[misc]
+    assert few == many == W.numel() + x.numel() + z0.numel()
+    assert 8 * saved(lambda: pairs(layer(W, x), z0, 4)) == pytest.approx(saved(lambda: pairs(layer(W, x), z0, 32)), rel=0.1)
+    assert [len(trail.kept) for trail in trails] == [0, 7]
+    assert reversible.stride_of(0.8, torch.float64) == 8
+    assert [reversible.stride_of(b, torch.float32) for b in (0.5, 0.8, 0.999)] == [28, 12, 2]
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    W, x, z0, _ = leaky(0.9)
+    problem = reversible.Problem(tol=0.0, max_iter=64)
+    from deq_compile.region.forward import solve
+
+    assert solve(layer(W, x), z0.detach(), problem, solver="reversible").progress.kept == []
+    with torch.no_grad():
+        assert not steps(layer(W, x), z0, 4).requires_grad
+
+
+@pytest.mark.parametrize("certified", [True, False])
+def test_drift_is_seen_at_the_start_and_the_steps_are_made_again(certified: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is kept on the way, 60 steps back in float64 end nowhere; without the look at the start the gradient is lost."""
+    *given, q = leaky(0.9)
+    monkeypatch.setattr(reversible, "stride_of", lambda *_: 0)
+    if not certified:
+        monkeypatch.setattr(reversal, "_apart", lambda *_: 0.0)
+    with record_solves() as solves:
+        found = gradients(steps(layer(*given[:2]), given[2], 60), q, given)
+    error = errors(found, gradients(pairs(layer(*given[:2]), given[2], 30), q, given))
+    assert error < 1e-10 if certified else error > 1e-3
+    assert ("1 of 1 stretches were not reversible, and made again" in solves[0].adjoint_message) is certified
+
+
+def test_an_f_that_stretches_is_differentiated_as_well() -> None:
+    """No contraction, no fixed point in reach: still the gradient of what was computed."""
+    *given, q = leaky(1.6)
+    found = gradients(steps(layer(*given[:2]), given[2], 24), q, given)
+    assert errors(found, gradients(pairs(layer(*given[:2]), given[2], 12), q, given)) < 1e-9
+
+
+def test_an_f_that_draws_is_refused() -> None:
+    W, x, z0, q = leaky(0.5)
+    z = steps(lambda z: torch.tanh(nn.functional.dropout(z @ W.T, 0.5) + x), z0, 8)
+    with pytest.raises(RuntimeError, match="expected f to give the same values in the backward as in the forward"):
+        gradients(z, q, (W, x))
+
+
+def test_what_was_written_to_is_refused() -> None:
+    W, x, z0, q = leaky(0.5)
+    z = steps(layer(W, x), z0, 8)
+    with torch.no_grad():
+        W.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(z, q, (W, x))
+
+
+def test_the_last_term_is_given_and_a_miss_is_said() -> None:
+    W, x, z0, _ = leaky(0.9)
+    with pytest.warns(RegionWarning, match="missed tol=1e-06 within max_iter=6; their last iterate is used"):
+        z = fixed_point(layer(W, x), z0, solver="reversible", tol=1e-6, max_iter=6)
+    torch.testing.assert_close(z, pairs(layer(W, x), z0, 3))
+
+
+def test_other_states() -> None:
+    """A dictionary with bfloat16 in it, an odd number of evaluations, no samples at all, and values that are not finite."""
+    W, x, z0, _ = leaky(0.5, torch.float32)
+
+    def f(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"a": torch.tanh(state["a"] @ W.T + x + state["b"].float()), "b": (0.5 * state["a"]).bfloat16()}
+
+    def gradient(x: Tensor, z0: Tensor) -> Tensor:
+        state = {"a": z0, "b": z0.bfloat16()}
+        found = fixed_point(f if x.shape[0] else lambda s: s, state, solver="reversible", tol=1e-6, max_iter=31)
+        return torch.autograd.grad(found["a"].sum() + found["b"].sum(), (x, z0), allow_unused=True)[1]
+
+    assert torch.isfinite(gradient(x, z0)).all()
+    none = z0.detach()[:0].requires_grad_()
+    assert gradient(x[:0], none).shape == (0, D)
+    bad = x.detach().clone()
+    bad[1] = torch.nan
+    z = fixed_point(layer(W, bad), z0, solver="reversible", max_iter=40)
+    assert torch.isfinite(z[[0, 2, 3]]).all()
+    assert z[1].isnan().all()
+
+
+def test_a_forward_whose_steps_got_lost_is_made_again() -> None:
+    """Hooks on saved tensors may hand a copy of the ticket on, to which nothing is attached."""
+    model, x = Model("fixed_point").double(), torch.randn(B, D, dtype=torch.float64)
+    run, _ = compiled(model, solver="reversible", backward_tol=None)
+    want = value_and_grads(run, model, x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        found = value_and_grads(run, model, x)
+    assert largest_error(found, want) < 1e-12
+
+
+def test_batched_cotangents() -> None:
+    W, x, z0, q = leaky(0.6)
+    z = steps(layer(W, x), z0, 10)
+    (each,) = torch.autograd.grad(z, x, torch.stack([q, 2 * q]), is_grads_batched=True, retain_graph=True)
+    (one,) = torch.autograd.grad(z, x, q)
+    torch.testing.assert_close(each, torch.stack([one, 2 * one]))
+
+
+class Product(torch.autograd.Function):
+    """z W^T, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, W: Tensor) -> Tensor:
+        ctx.save_for_backward(z, W)
+        return z @ W.T
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        z, W = ctx.saved_tensors
+        return g @ W, g.T @ z
+
+
+def test_a_function_that_sees_the_state_alone() -> None:
+    *given, q = leaky(0.6)
+    frozen = given[0].detach()
+    z = steps(lambda z: torch.tanh(Product.apply(z, frozen) + given[1]), given[2], 12)  # type: ignore[no-untyped-call]
+    want = pairs(lambda z: torch.tanh(z @ frozen.T + given[1]), given[2], 6)
+    assert errors(gradients(z, q, given[1:]), gradients(want, q, given[1:])) < 1e-10
+
+
+def tangent() -> None:
+    W, x, z0, _ = leaky(0.5)
+    with forward_ad.dual_level():
+        steps(layer(W, forward_ad.make_dual(x.detach(), x.detach())), z0, 4)
+
+
+def twice() -> None:
+    W, x, z0, q = leaky(0.5)
+    (g,) = torch.autograd.grad((steps(layer(W, x), z0, 4) * q).sum(), x, create_graph=True)
+    g.sum().backward()
+
+
+def transformed() -> None:
+    W, x, z0, _ = leaky(0.5)
+    torch.func.grad(lambda x: steps(layer(W.detach(), x), z0.detach(), 4).sum())(x.detach())
+
+
+def unseen() -> None:
+    W, x, z0, _ = leaky(0.5)
+    each = iter([x, 2 * x, 3 * x])
+    steps(lambda z: torch.tanh(z @ W.T + next(each)), z0, 4)
+
+
+def past() -> None:
+    W, x, z0, _ = leaky(0.5)
+    steps(lambda z: torch.tanh(Product.apply(z, W) + x), z0, 4)  # type: ignore[no-untyped-call]
+
+
+def exported() -> None:
+    model = deq_compile(Model("fixed_point"), solver="reversible").eval()
+    torch.export.export(model, (torch.randn(B, D),), strict=False)
+
+
+REFUSED: dict[Callable[[], None], str] = {
+    tangent: "no forward-mode derivative",
+    twice: "a double backward .* backward='exact' and derivatives=2",
+    transformed: "inside of a torch.func transform is not implemented",
+    past: "gives a tensor which needs a gradient to an autograd.Function",
+    unseen: "reads a tensor that it did not read when it was called first",
+    exported: "expected a solver whose result does not hang on its steps",
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("ask", REFUSED, ids=lambda ask: ask.__name__)
+def test_refused_in_a_sentence(ask: Callable[[], None]) -> None:
+    with pytest.raises(RuntimeError, match=REFUSED[ask]):
+        ask()
+
+
+@pytest.mark.parametrize("other", [{"backward": "exact"}, {"recycle": "auto"}, {"reuse": "always"}])
+def test_options_that_contradict_it(other: dict[str, str]) -> None:
+    with pytest.raises(OptionError, match="contradict each other.*Fix: drop one of them"):
+        fixed_point(torch.cos, torch.zeros(1), solver="reversible", **other)
+    with pytest.raises(OptionError, match="solver='picard'"):
+        fixed_point(torch.cos, torch.zeros(1), solver="picard", backward="reversible")
+    with pytest.raises(ValueError, match="expected an implicit gradient for derivatives=2, got backward='reversible'"):
+        fixed_point(torch.cos, torch.zeros(1), solver="reversible", derivatives=2)
+
+
+def test_an_inner_decorator_replaces_it_and_the_other_way_around() -> None:
+    from deq_compile import Options
+
+    ours, others = Options(solver="reversible"), Options(backward="exact", recycle="auto")
+    assert (settled := others.merge(ours).resolve()).backward == settled.solver == "reversible"
+    assert (settled := ours.merge(others).resolve()).solver == "broyden"
+    assert settled.recycle == "auto"
+    assert Options(backward="reversible").resolve(backward="jfb").solver == "reversible"
+
+
+def test_several_fixed_points_are_left_to_the_loop() -> None:
+    class Bistable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(2.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.sin(5 * x.detach())
+            for _ in range(40):
+                z = torch.tanh(self.w * z + 0.01 * x)
+            return z
+
+    model, x = Bistable(), torch.linspace(-1, 1, 32).reshape(4, 8)
+    run, report = compiled(model, solver="reversible", backward_tol=None)
+    found = value_and_grads(run, model, x)
+    assert largest_error(found, reference(model, x)) < 1e-5
+    assert report.regions[0].status.startswith("kept"), str(report)
+    assert "steps that may end in another one" in str(report)
+
+
+def test_it_trains_and_explain_names_it() -> None:
+    model, x = Model("counted"), torch.randn(B, D)
+    assert "reversible" in str(explain(model, solver="reversible", inner="eager")(x))
+    run = deq_compile(copy.deepcopy(model), solver="reversible", inner="eager")
+    optimiser = torch.optim.SGD(run.parameters(), lr=0.5)
+    losses = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RegionWarning)
+        for _ in range(6):
+            loss = (run(x) - 0.3).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
