@@ -15,8 +15,8 @@ from .config import Options
 from .region.backward import of_steps
 from .region.eager import region_of, solve_eagerly
 from .region.functional import solve_in_transform
-from .region.surroundings import NotHere, inside_transform, plain, values_are_known
 from .region.steps import refuse_transform
+from .region.surroundings import NotHere, inside_transform, plain, values_are_known
 from .solve_info import COLUMNS, SolveInfo
 from .structure import Structure, flatten, unflatten
 from .torch_parts import AGAIN, graph_task, lost
@@ -40,8 +40,8 @@ def fixed_point(
     Works in plain eager mode. Inside a model compiled with this backend it becomes a region of the whole graph; another
     backend breaks its graph here. Gradients flow to everything that `f` reads: parameters, closures, tensors it captured.
     The initial state has gradient zero, but with `solver="reversible"`, whose own steps are differentiated. In eager mode it may
-    stand inside of `torch.func` transforms (vmap, grad, jacrev, jacfwd, jvp, hessian), in any order and depth; the samples of vmap
-    are the rows of one solve.
+    stand inside of `torch.func` transforms (vmap, grad, jacrev, jacfwd, jvp, hessian), in any order and depth; the samples of
+    vmap are the rows of one solve.
 
     Args:
         f: maps a state to a state of the same structure, shapes and dtypes. It is called many times, so it should neither

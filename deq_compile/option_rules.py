@@ -151,12 +151,17 @@ def check_together(values: Mapping[str, Any]) -> None:
     """Raise where options that somebody set contradict the reversible iteration, which leaves nothing but its own steps."""
     if not reversible(values):
         return
-    for name, fitting in (("solver", (REVERSIBLE,)), ("backward", (REVERSIBLE,)), ("reuse", ("auto", "never")), ("recycle", ("never",))):
+    for name, fitting in (
+        ("solver", (REVERSIBLE,)),
+        ("backward", (REVERSIBLE,)),
+        ("reuse", ("auto", "never")),
+        ("recycle", ("never",)),
+    ):
         if values.get(name) not in (None, *fitting):
             raise OptionError(
                 f"options of the 'deq' backend contradict each other: solver={REVERSIBLE!r} and backward={REVERSIBLE!r} are one "
-                f"method, the iteration and the exact gradient of its steps; expected {name} to be {fitting[0]!r} or not given, got "
-                f"{name}={values[name]!r}. Fix: drop one of them"
+                f"method, the iteration and the exact gradient of its steps; expected {name} to be {fitting[0]!r} or not given, "
+                f"got {name}={values[name]!r}. Fix: drop one of them"
             )
 
 

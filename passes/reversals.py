@@ -1,8 +1,8 @@
 """Loops whose last states a backward of the user's own may go back from, step by step, as those of reversible networks do.
 
 Such a backward needs the states in which the user's steps have ended. What is a fixed point but for the tolerance leads back to
-another start, further off by every step: on a leaky layer in twelve steps of RevDEQ (arXiv 2509.12917) the gradient of a weight was
-eighteen times the right one, in float64. A first-order state cannot be gone back from; two of one shape can.
+another start, further off by every step: on a leaky layer in twelve steps of RevDEQ (arXiv 2509.12917), in float64, the gradient
+of a weight was eighteen times the right one. A first-order state cannot be gone back from; two of one shape can.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ def differentiates_inside(cls: Any) -> bool:
 
 
 def forward_at_work() -> str:
-    """The name of the `torch.autograd.Function` of the user's whose forward has led to the calling code; "" for none. Torch's own,
-    such as a checkpoint's, compute their gradients by the forward once more.
+    """The name of the user's `torch.autograd.Function` whose forward has led to the calling code; "" for none. Torch's own, such
+    as a checkpoint's, compute their gradients by the forward once more.
     """
     code = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
     frame: FrameType | None = sys._getframe(1)

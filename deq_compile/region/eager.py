@@ -25,7 +25,6 @@ from .site import RegionSpec, Site
 from .steps import Solved, solve_by_steps
 from .tangent import primals, with_tangents
 
-
 # Sites of one function that are remembered: options may change from call to call, as an annealed tolerance does.
 MOST_SITES = 64
 _sites: weakref.WeakKeyDictionary[Any, dict[Any, Site]] = weakref.WeakKeyDictionary()

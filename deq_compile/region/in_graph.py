@@ -58,8 +58,8 @@ def run_in_graph(
     """
     if of_steps(spec.config):
         raise NotHere(
-            f"an export of the fixed-point region at {spec.where}: expected a solver whose result does not hang on its steps, got "
-            "solver='reversible'. Fix: solver='broyden' or 'picard' for the export, which end at the same fixed point within tol"
+            f"an export of the fixed-point region at {spec.where}: expected a solver whose result does not hang on its steps, "
+            "got solver='reversible'. Fix: solver='broyden' or 'picard' for the export, which end at the same one within tol"
         )
     region = _Region(spec, rows, state0, operands, sizes)
     z0 = region.layout().flatten(state0).clone()

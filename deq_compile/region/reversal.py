@@ -1,19 +1,19 @@
 """The exact gradient of a reversible iteration (solvers/reversible.py): its terms are computed back from the last two.
 
-Steps back carry roundings on, so nothing is taken on trust. Each stretch between two pairs that are known exactly, the start among
-them, is walked back to the earlier pair; what is found there has to be that pair. Where it is not, the stretch is made again from
-its beginning, and if it does not end where it did, f is no function of its inputs and there is no gradient.
+Steps back carry roundings on, so nothing is taken on trust. Each stretch between two pairs that are known exactly, the start
+among them, is walked back to the earlier pair; what is found there has to be that pair. Where it is not, the stretch is made
+again from its beginning, and if it does not end where it did, f is no function of its inputs and there is no gradient.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .body import Linearised, Runner
+from .body import Runner
 from .modes import without_grad
 from .solvers.reversible import DRIFT, DRIFT_COARSE, Pair, ReversibleProgress
 
@@ -57,12 +57,20 @@ class Reversal:
     @property
     def message(self) -> str:
         said = "the exact gradient of the iteration's own steps"
-        return said if not self.again else f"{said}; {self.again} of {self.stretches} stretches were not reversible, and made again"
+        return (
+            said if not self.again else f"{said}; {self.again} of {self.stretches} stretches were not reversible, and made again"
+        )
 
 
 @without_grad
 def reversed_gradient(
-    trail: Trail, z0: Tensor, q: Tensor, runner: Runner, operands: Sequence[Tensor], needs: tuple[bool, ...], attached: bool = False
+    trail: Trail,
+    z0: Tensor,
+    q: Tensor,
+    runner: Runner,
+    operands: Sequence[Tensor],
+    needs: tuple[bool, ...],
+    attached: bool = False,
 ) -> Reversal:
     """The exact gradient of an iteration for cotangents q of its last term.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import graphs, records
 from .attach import reads_more_than
-from .body import BodySpec, EagerRunner
+from .body import BodySpec, EagerRunner, Runner
 from .call import Call, Prepared, arranged
 from .layout import Layout
 from .modes import Ambient
@@ -41,17 +41,17 @@ class Solved(NamedTuple):
 def refuse_transform(where: str) -> None:
     """Raise: the rules of torch.func are those of a fixed point."""
     raise NotHere(
-        f"fixed_point at {where}: solver='reversible' inside of a torch.func transform is not implemented: the derivatives there are "
-        "those of the fixed point, not of the solver's steps. Fix: another solver, or torch.autograd outside of transforms"
+        f"fixed_point at {where}: solver='reversible' inside of a torch.func transform is not implemented: the derivatives there "
+        "are those of the fixed point, not of the solver's steps. Fix: another solver, or torch.autograd outside of transforms"
     )
 
 
 def solve_by_steps(f: Body, state0: Sequence[Tensor], site: Site) -> Solved:
-    """The last term of the reversible iteration of `f` from `state0`, with the exact gradient of its steps for what f reads and for
-    `state0`.
+    """The last term of the reversible iteration of `f` from `state0`, with the exact gradient of its steps: for what f reads, and
+    for `state0`.
 
     Args:
-        f: list of state tensors -> tensors of the same shapes; of torch's own functions, and reading the same tensors in every call.
+        f: list of state tensors -> tensors of the same shapes; of torch's own functions, reading the same tensors in every call.
         state0: real floating-point tensors; left as they are.
         site: of the call.
 
@@ -89,13 +89,13 @@ def solve_by_steps(f: Body, state0: Sequence[Tensor], site: Site) -> Solved:
 def _check(where: str, tensors: Sequence[Tensor], sharded: bool) -> None:
     if any_tangent(tensors):
         raise NotHere(
-            f"fixed_point at {where}: solver='reversible' has no forward-mode derivative: the tangent that f's inputs carry would be "
-            "lost. Fix: another solver, or reverse mode"
+            f"fixed_point at {where}: solver='reversible' has no forward-mode derivative: the tangent that f's inputs carry "
+            "would be lost. Fix: another solver, or reverse mode"
         )
     if sharded:
         raise NotHere(
-            f"fixed_point at {where}: solver='reversible' is not implemented in eager mode for an f that calls modules which FSDP2 "
-            "shards. Fix: torch.compile(model, backend='deq'), or another solver"
+            f"fixed_point at {where}: solver='reversible' is not implemented in eager mode for an f that calls modules which "
+            "FSDP2 shards. Fix: torch.compile(model, backend='deq'), or another solver"
         )
 
 
@@ -106,9 +106,9 @@ def _check_gradients(where: str, pure: Pure, state0: Sequence[Tensor]) -> None:
         images = pure(own[: len(state0)], own[len(state0) :])
     if reads_more_than(images, own):
         raise NotHere(
-            f"fixed_point at {where}: expected an f of torch's own functions for solver='reversible', got one that gives a tensor "
-            "which needs a gradient to an autograd.Function, a transform or a compiled function of its own. Fix: f of plain torch "
-            "operations; or another solver"
+            f"fixed_point at {where}: expected an f of torch's own functions for solver='reversible', got one that gives a "
+            "tensor which needs a gradient to an autograd.Function, a transform or a compiled function of its own. Fix: f of "
+            "plain torch operations; or another solver"
         )
 
 
@@ -118,7 +118,7 @@ class _Taken:
 
     site: Site
     layout: Layout
-    runner: EagerRunner
+    runner: Runner
     trail: Trail
     serial: int
     count: int
@@ -133,7 +133,9 @@ class _Taken:
             records.complete(self.serial, cotangent=flat, w=flat, vjps=found.products, adjoint_message=found.message)
         wanted = [t for t, need in zip(given, needs, strict=True) if need]
         starts = [g for g, need in zip(layout.unflatten(found.start), needs, strict=False) if need]
-        return [torch.zeros_like(t) if g is None else g.to(t.dtype) for g, t in zip((*starts, *found.operands), wanted, strict=True)]
+        return [
+            torch.zeros_like(t) if g is None else g.to(t.dtype) for g, t in zip((*starts, *found.operands), wanted, strict=True)
+        ]
 
 
 class _Steps(torch.autograd.Function):
