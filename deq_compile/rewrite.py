@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx
 
-from .capture import OFF, bars, said, sharded, sites, sparse
+from .capture import OFF, bars, dynamo, said, sharded, sites, sparse
 from .capture.install import EVERYTHING
 from .config import OptionError, Options
 from .families.functions import forward_at_work
@@ -126,7 +126,7 @@ def _attempt(gm: fx.GraphModule, start: Ambient, options: Options, report: Repor
     def keep_hooks(nodes: Sequence[fx.Node]) -> bool:
         return scoped_options(nodes, options).resolve().hooks == "keep"
 
-    context = PassContext(min_repeats, keep_hooks, report, function=forward_at_work())
+    context = PassContext(min_repeats, keep_hooks, report, function=forward_at_work(getattr(dynamo.current(), "f_code", None)))
     work = Work(gm, start, skip)
     found = _Found()
     consumed: set[tuple[Any, ...]] = set()

@@ -7,7 +7,8 @@ import functools
 import inspect
 import sys
 import textwrap
-from types import FrameType
+from collections.abc import Iterator
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -24,16 +25,32 @@ def differentiates_inside(cls: Any) -> bool:
     return any((f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "")) in ("grad", "vjp") for f in calls)
 
 
-def forward_at_work() -> str:
+def forward_at_work(code: CodeType | None) -> str:
     """The name of the user's `torch.autograd.Function` whose forward has led to the calling code; "" for none. Torch's own, such
-    as a checkpoint's, compute their gradients by the forward once more.
+    as a checkpoint's, compute their gradients by the forward once more. `code` is of a frame that is about to run.
+
+    By where forwards stand in their files: a frame that Dynamo has compiled runs other code, and no torch keeps the class on the
+    stack.
     """
-    code = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    known = {_place(forward): name for name, forward in _forwards(torch.autograd.Function)}
+    if code is not None and (name := known.get(_place(code))):
+        return name
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is code:
-            function = frame.f_locals["cls"]
-            if not function.__module__.startswith("torch."):
-                return str(function.__name__)
+        if name := known.get(_place(frame.f_code)):
+            return name
         frame = frame.f_back
     return ""
+
+
+def _place(code: CodeType) -> tuple[str, int]:
+    return code.co_filename, code.co_firstlineno
+
+
+def _forwards(base: Any) -> Iterator[tuple[str, CodeType]]:
+    """Name and code of the forward of each class of the user's below `base`."""
+    for cls in base.__subclasses__():
+        code = getattr(inspect.unwrap(cls.forward), "__code__", None)
+        if code is not None and not cls.__module__.startswith("torch."):
+            yield cls.__name__, code
+        yield from _forwards(cls)
