@@ -2,61 +2,30 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from deq_compile import deq_compile, explain, fixed_point, record_solves
-from deq_compile.option_rules import OptionError
+from deq_compile import fixed_point, record_solves
+from deq_compile.config import Options
 from deq_compile.region import reversal
+from deq_compile.region.body import BodySpec
+from deq_compile.region.forward import solve
+from deq_compile.region.modes import Ambient
+from deq_compile.region.op import solve_op
 from deq_compile.region.reversal import reversed_gradient
+from deq_compile.region.site import RegionSpec, register
 from deq_compile.region.solvers import reversible
 from deq_compile.region.verdict import RegionWarning
 from tests.helpers import compiled, largest_error, reference, value_and_grads
+from tests.models.reversible import B, D, Model, errors, gradients, in_turn, layer, leaky, pairs, steps
+from tests.region.test_op import body, inputs, key_of
 
-D, B = 8, 4
 MISSED = "ignore:fixed-point region:deq_compile.region.verdict.RegionWarning"
 pytestmark = pytest.mark.filterwarnings(MISSED)
-
-
-def pairs(f: Callable[[Tensor], Tensor], z0: Tensor, count: int, b: float = 0.8) -> Tensor:
-    """z_N as the paper writes it."""
-    y = z = z0
-    for _ in range(count):
-        y = (1 - b) * y + b * f(z)
-        z = (1 - b) * z + b * f(y)
-    return z
-
-
-def leaky(gain: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A weight that turns by `gain`, an input, a start, a cotangent. A leaky layer forgives no drift, as a saturated one does."""
-    torch.manual_seed(0)
-    W = gain * torch.linalg.qr(torch.randn(D, D, dtype=torch.float64))[0]
-    x, z0, q = (torch.randn(B, D, dtype=torch.float64) for _ in range(3))
-    return W.to(dtype).requires_grad_(), x.to(dtype).requires_grad_(), z0.to(dtype).requires_grad_(), q.to(dtype)
-
-
-def layer(W: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda z: nn.functional.leaky_relu(z @ W.T + x, 0.5)
-
-
-def steps(f: Callable[[Tensor], Tensor], z0: Tensor, evaluations: int, **options: Any) -> Tensor:
-    """So many evaluations, whatever the residual."""
-    return fixed_point(f, z0, solver="reversible", tol=1e-30, max_iter=evaluations, batch="whole", **options)
-
-
-def gradients(z: Tensor, q: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [g.double() for g in torch.autograd.grad((z * q).sum(), inputs)]
-
-
-def errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -111,27 +80,6 @@ def test_gradcheck() -> None:
     torch.autograd.gradcheck(run, (W, x, z0))
 
 
-class Model(nn.Module):
-    def __init__(self, call: str) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.W, self.call = nn.Linear(D, D), call
-        nn.init.orthogonal_(self.W.weight, gain=0.6)
-
-    def f(self, z: Tensor, x: Tensor) -> Tensor:
-        return torch.tanh(self.W(z) + x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        if self.call == "fixed_point":
-            return fixed_point(lambda z: self.f(z, x), z)
-        for _ in range(60):
-            before, z = z, self.f(z, x)
-            if self.call == "until close" and (z - before).norm() < 1e-7 * z.norm():
-                break
-        return z
-
-
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("call", ["fixed_point", "counted", "until close"])
 def test_compiled(call: str, inner: str) -> None:
@@ -145,43 +93,41 @@ def test_compiled(call: str, inner: str) -> None:
     made = solves[1].iterations_max
     assert solves[1].status == "solve"
     assert solves[1].vjps == made < 60
-
-    def unrolled(x: Tensor) -> Tensor:
-        before = now = torch.zeros_like(x)
-        for _ in range(made):
-            before, now = now, 0.2 * before + 0.8 * model.f(now, x)
-        return now
-
-    assert largest_error(found, value_and_grads(unrolled, model, x)) < 1e-10
+    assert largest_error(found, value_and_grads(lambda x: in_turn(model, x, made), model, x)) < 1e-10
     assert largest_error(found, reference(Model("counted"), x)) < 1e-5
 
 
-def test_a_region_with_an_attached_step() -> None:
-    """z = f(solver(f, z0)) is differentiated through both."""
-    model, x = Model("counted").double(), torch.randn(B, D, dtype=torch.float64)
+def test_the_users_own_test_ends_it() -> None:
+    """At the term where it holds, which is given: what led there is differentiated, and no step more."""
+    model, x = Model("until close").double(), torch.randn(B, D, dtype=torch.float64)
+    run, _ = compiled(model, solver="reversible", tol=None, backward_tol=None, max_iter=80)
+    with record_solves() as solves:
+        value_and_grads(run, model, x)
+        found = value_and_grads(run, model, x)
+    made = solves[1].vjps
+    assert made is not None
+    assert solves[1].status == "solve"
+    assert made == solves[1].iterations_max - 1
+    assert largest_error(found, value_and_grads(lambda x: in_turn(model, x, made), model, x)) < 1e-10
 
-    def solver(f: Callable[[Tensor], Tensor], z: Tensor, tol: float = 1e-6, max_iter: int = 60) -> Tensor:
-        for _ in range(max_iter):
-            before, z = z, f(z)
-            if (z - before).norm() < tol * z.norm():
-                break
-        return z
 
-    def attached(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            z = solver(lambda z: model.f(z, x), torch.zeros_like(x))
-        return model.f(z, x)
-
-    run, _ = compiled(attached, solver="reversible", backward_tol=None)
-    found = value_and_grads(run, model, x)
-    assert torch.isfinite(found[1]).all()
+def test_an_attached_step_is_differentiated_with_the_others() -> None:
+    """A region that returns f of its last term."""
+    (z, w, x), ambient = inputs(), Ambient.now()
+    config = Options(solver="reversible", inner="eager", tol=1e-30, max_iter=20, batch="whole").resolve()
+    spec = RegionSpec(
+        BodySpec(body, "attached", ambient, "eager"), (torch.float64,), ((0, 1),), None, True, config, attached=True
+    )
+    made, given = register(spec), (w.requires_grad_(), x.requires_grad_(), z.add(0.1).requires_grad_())
+    found = solve_op([given[2]], [w, x], [], made.key)[0]
+    want = torch.tanh(pairs(lambda z: torch.tanh(z @ w + x), given[2], 10) @ w + x)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
+    assert errors(gradients(found, x.detach(), given), gradients(want, x.detach(), given)) < 1e-10
 
 
 # torch 2.14: opcheck itself reads `.grad` of tensors that are no leaves
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_opcheck() -> None:
-    from tests.region.test_op import body, inputs, key_of, solve_op
-
     z, w, x = inputs()
     key = key_of(body, 1, None, solver="reversible", backward_tol=None)
     torch.library.opcheck(solve_op, ([z.clone().requires_grad_()], [w.requires_grad_(), x.requires_grad_()], [], key))
@@ -217,8 +163,6 @@ def test_memory_is_two_terms_and_a_pair_every_so_many_evaluations(monkeypatch: p
 def test_without_gradients_nothing_is_kept() -> None:
     W, x, z0, _ = leaky(0.9)
     problem = reversible.Problem(tol=0.0, max_iter=64)
-    from deq_compile.region.forward import solve
-
     assert solve(layer(W, x), z0.detach(), problem, solver="reversible").progress.kept == []
     with torch.no_grad():
         assert not steps(layer(W, x), z0, 4).requires_grad
@@ -306,132 +250,3 @@ def test_batched_cotangents() -> None:
     (each,) = torch.autograd.grad(z, x, torch.stack([q, 2 * q]), is_grads_batched=True, retain_graph=True)
     (one,) = torch.autograd.grad(z, x, q)
     torch.testing.assert_close(each, torch.stack([one, 2 * one]))
-
-
-class Product(torch.autograd.Function):
-    """z W^T, with a gradient of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, W: Tensor) -> Tensor:
-        ctx.save_for_backward(z, W)
-        return z @ W.T
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        z, W = ctx.saved_tensors
-        return g @ W, g.T @ z
-
-
-def test_a_function_that_sees_the_state_alone() -> None:
-    *given, q = leaky(0.6)
-    frozen = given[0].detach()
-    z = steps(lambda z: torch.tanh(Product.apply(z, frozen) + given[1]), given[2], 12)  # type: ignore[no-untyped-call]
-    want = pairs(lambda z: torch.tanh(z @ frozen.T + given[1]), given[2], 6)
-    assert errors(gradients(z, q, given[1:]), gradients(want, q, given[1:])) < 1e-10
-
-
-def tangent() -> None:
-    W, x, z0, _ = leaky(0.5)
-    with forward_ad.dual_level():
-        steps(layer(W, forward_ad.make_dual(x.detach(), x.detach())), z0, 4)
-
-
-def twice() -> None:
-    W, x, z0, q = leaky(0.5)
-    (g,) = torch.autograd.grad((steps(layer(W, x), z0, 4) * q).sum(), x, create_graph=True)
-    g.sum().backward()
-
-
-def transformed() -> None:
-    W, x, z0, _ = leaky(0.5)
-    torch.func.grad(lambda x: steps(layer(W.detach(), x), z0.detach(), 4).sum())(x.detach())
-
-
-def unseen() -> None:
-    W, x, z0, _ = leaky(0.5)
-    each = iter([x, 2 * x, 3 * x])
-    steps(lambda z: torch.tanh(z @ W.T + next(each)), z0, 4)
-
-
-def past() -> None:
-    W, x, z0, _ = leaky(0.5)
-    steps(lambda z: torch.tanh(Product.apply(z, W) + x), z0, 4)  # type: ignore[no-untyped-call]
-
-
-def exported() -> None:
-    model = deq_compile(Model("fixed_point"), solver="reversible").eval()
-    torch.export.export(model, (torch.randn(B, D),), strict=False)
-
-
-REFUSED: dict[Callable[[], None], str] = {
-    tangent: "no forward-mode derivative",
-    twice: "a double backward .* backward='exact' and derivatives=2",
-    transformed: "inside of a torch.func transform is not implemented",
-    past: "gives a tensor which needs a gradient to an autograd.Function",
-    unseen: "reads a tensor that it did not read when it was called first",
-    exported: "expected a solver whose result does not hang on its steps",
-}
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch itself, at a first tangent
-@pytest.mark.parametrize("ask", REFUSED, ids=lambda ask: ask.__name__)
-def test_refused_in_a_sentence(ask: Callable[[], None]) -> None:
-    with pytest.raises(RuntimeError, match=REFUSED[ask]):
-        ask()
-
-
-@pytest.mark.parametrize("other", [{"backward": "exact"}, {"recycle": "auto"}, {"reuse": "always"}])
-def test_options_that_contradict_it(other: dict[str, str]) -> None:
-    with pytest.raises(OptionError, match=r"contradict each other.*Fix: drop one of them"):
-        fixed_point(torch.cos, torch.zeros(1), solver="reversible", **other)
-    with pytest.raises(OptionError, match="solver='picard'"):
-        fixed_point(torch.cos, torch.zeros(1), solver="picard", backward="reversible")
-    with pytest.raises(ValueError, match="expected an implicit gradient for derivatives=2, got backward='reversible'"):
-        fixed_point(torch.cos, torch.zeros(1), solver="reversible", derivatives=2)
-
-
-def test_an_inner_decorator_replaces_it_and_the_other_way_around() -> None:
-    from deq_compile import Options
-
-    ours, others = Options(solver="reversible"), Options(backward="exact", recycle="auto")
-    assert (settled := others.merge(ours).resolve()).backward == settled.solver == "reversible"
-    assert (settled := ours.merge(others).resolve()).solver == "broyden"
-    assert settled.recycle == "auto"
-    assert Options(backward="reversible").resolve(backward="jfb").solver == "reversible"
-
-
-def test_several_fixed_points_are_left_to_the_loop() -> None:
-    class Bistable(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.tensor(2.5))
-
-        def forward(self, x: Tensor) -> Tensor:
-            z = torch.sin(5 * x.detach())
-            for _ in range(40):
-                z = torch.tanh(self.w * z + 0.01 * x)
-            return z
-
-    model, x = Bistable(), torch.linspace(-1, 1, 32).reshape(4, 8)
-    run, report = compiled(model, solver="reversible", backward_tol=None)
-    found = value_and_grads(run, model, x)
-    assert largest_error(found, reference(model, x)) < 1e-5
-    assert report.regions[0].status.startswith("kept"), str(report)
-    assert "steps that may end in another one" in str(report)
-
-
-def test_it_trains_and_explain_names_it() -> None:
-    model, x = Model("counted"), torch.randn(B, D)
-    assert "reversible" in str(explain(model, solver="reversible", inner="eager")(x))
-    run = deq_compile(copy.deepcopy(model), solver="reversible", inner="eager")
-    optimiser = torch.optim.SGD(run.parameters(), lr=0.5)
-    losses = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RegionWarning)
-        for _ in range(6):
-            loss = (run(x) - 0.3).square().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
-            losses.append(float(loss.detach()))
-    assert losses[-1] < 0.8 * losses[0]
