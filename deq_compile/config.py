@@ -21,7 +21,18 @@ from typing import Any
 
 import torch
 
-from .option_rules import ALIASES, BACKWARD_TOL_DEFAULT, BACKWARD_TOL_EXACT, RULES, OptionError, check_name, parse_value
+from .option_rules import (
+    ALIASES,
+    BACKWARD_TOL_DEFAULT,
+    BACKWARD_TOL_EXACT,
+    RULES,
+    OptionError,
+    check_name,
+    check_together,
+    paired,
+    parse_value,
+    reversible,
+)
 
 __all__ = ["BACKWARD_TOL_DEFAULT", "BACKWARD_TOL_EXACT", "Config", "OptionError", "Options"]
 
@@ -53,12 +64,16 @@ class Options:
     ``max_iter``               40             cap on evaluations of the body
     ``memory``                 = max_iter     stored steps; when full, the solver restarts
     ``solver``                 "auto"         "broyden", "anderson", "picard"; "auto": Broyden or plain iteration, whichever has
-                                              been seen to be less work (on a CPU; elsewhere Broyden)
+                                              been seen to be less work (on a CPU; elsewhere Broyden);
+                                              "reversible": two coupled iterations, and the exact gradient of their steps
+                                              (arXiv 2509.12917)
     ``anderson_memory``        5              differences that Anderson acceleration keeps
     ``anderson_damping``       1.0            its mixing, 0 < β ≤ 1
+    ``relaxation``             0.8            of "reversible", 0 < β < 1: z ← (1 − β) z + β f(y)
     ``backward``               "reuse"        "reuse"; "exact": "reuse" with ``backward_tol=1e-6``;
                                               "jfb": Jacobian-free; "phantom", "neumann": ``backward_steps`` products;
-                                              "unroll": the loop's own gradient, at the loop's iterates
+                                              "unroll": the loop's own gradient, at the loop's iterates;
+                                              "reversible": of that solver, which implies it
     ``backward_steps``         5              k of phantom(k, τ) and of neumann(k)
     ``backward_damping``       0.5            τ of phantom(k, τ)
     ``attached``               "keep"         "keep" the Jacobian-free gradient of one attached step
@@ -104,6 +119,7 @@ class Options:
     solver: str | None = None
     anderson_memory: int | None = None
     anderson_damping: float | None = None
+    relaxation: float | None = None
     backward: str | None = None
     backward_steps: int | None = None
     backward_damping: float | None = None
@@ -128,6 +144,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, value in self.explicit().items():
             object.__setattr__(self, name, parse_value(name, value))
+        check_together(self.explicit())
         mode, tol = ALIASES.get(self.backward or "", (None, None))
         if mode is not None and self.backward_tol not in (None, tol):
             raise OptionError(
@@ -171,9 +188,13 @@ class Options:
         """These options with those of ``inner`` (a decorator inside the outer compile) on top.
 
         What ``inner`` set holds; the rest comes from here. Inductor settings merge one by one. ``backward="exact"``
-        and ``backward_tol`` speak of the same thing, so the inner one of them replaces the outer one of either.
+        and ``backward_tol`` speak of the same thing, so the inner one of them replaces the outer one of either. So do
+        ``solver="reversible"`` and the options of other backwards.
         """
         values, over = self.explicit(), inner.explicit()
+        if reversible(over) or (reversible(values) and not {"solver", "backward"}.isdisjoint(over)):
+            for name in ("solver", "backward", "reuse", "recycle"):
+                values.pop(name, None)
         if over.get("backward") in ALIASES:
             values.pop("backward_tol", None)
         elif "backward_tol" in over and values.get("backward") in ALIASES:
@@ -194,7 +215,7 @@ class Options:
         for name in hints:
             check_name(name, "hint")
         said = {name: parse_value(name, value, "hint") for name, value in hints.items() if value is not None}
-        options = self.explicit()
+        options, said = paired(self.explicit()), paired(said)
         for given in (options, said) if "backward" not in options else (options,):
             if given.get("backward") in ALIASES:
                 _, given["backward_tol"] = ALIASES[given["backward"]]
@@ -206,6 +227,7 @@ class Options:
             values[name] = {"option": options, "model": said}.get(source, {name: rule.default})[name]
             provenance[name] = source
         values["backward"], _ = ALIASES.get(values["backward"], (values["backward"], None))
+        check_together(values)
         if values["memory"] is None:
             values["memory"] = values["max_iter"]
         values["inductor"] = dict(values["inductor"])
@@ -228,6 +250,7 @@ class Config:
     solver: str
     anderson_memory: int
     anderson_damping: float
+    relaxation: float
     backward: str
     backward_steps: int
     backward_damping: float

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from .config import Options
+from .region.backward import of_steps
 from .region.eager import region_of, solve_eagerly
 from .region.functional import solve_in_transform
+from .region.steps import refuse_transform
 from .region.surroundings import NotHere, inside_transform, plain, values_are_known
 from .solve_info import COLUMNS, SolveInfo
 from .structure import Structure, flatten, unflatten
@@ -37,8 +39,9 @@ def fixed_point(
 
     Works in plain eager mode. Inside a model compiled with this backend it becomes a region of the whole graph; another
     backend breaks its graph here. Gradients flow to everything that `f` reads: parameters, closures, tensors it captured.
-    The initial state has gradient zero. In eager mode it may stand inside of `torch.func` transforms (vmap, grad, jacrev, jacfwd,
-    jvp, hessian), in any order and depth; the samples of vmap are the rows of one solve.
+    The initial state has gradient zero, but with `solver="reversible"`, whose own steps are differentiated. In eager mode it may
+    stand inside of `torch.func` transforms (vmap, grad, jacrev, jacfwd, jvp, hessian), in any order and depth; the samples of
+    vmap are the rows of one solve.
 
     Args:
         f: maps a state to a state of the same structure, shapes and dtypes. It is called many times, so it should neither
@@ -93,6 +96,8 @@ def _eager(f: Callable[[S], S], z0: S, return_info: bool, derivatives: int, opti
         return (once, SolveInfo.of(leaves[0].new_zeros((rows, COLUMNS), dtype=torch.float32))) if return_info else once
     key, where = getattr(f, "__code__", type(f)), _caller()
     if transformed:
+        if of_steps(config):
+            refuse_transform(where)
         states, info = solve_in_transform(body, leaves, functools.partial(region_of, key, config, where))
         solved = unflatten(states, structure)
         return (solved, SolveInfo.of(info)) if return_info else solved

@@ -111,6 +111,10 @@ def _notes(spec: RegionSpec) -> list[str]:
         return ["kept, since its initial state alone needs a gradient, and a fixed point has none to give it"]
     if spec.suspect and spec.start_decides:
         return ["kept, since it may have several fixed points, and its initial state, which says which one, needs a gradient"]
+    if spec.suspect and spec.keeps:
+        return [
+            "kept, since it may have several fixed points, and backward='reversible' may lead to another one than its own steps"
+        ]
     if spec.suspect and spec.own_loop_cap is not None:
         return ["the input reaches it through its initial state alone, so it may have several fixed points: no solve is tried"]
     return []

@@ -13,6 +13,7 @@ import torch
 
 from deq_compile.registry import BACKWARDS, SOLVERS, Registry
 
+REVERSIBLE = "reversible"  # a solver and a backward mode that imply each other
 BACKWARD_TOL_EXACT = 1e-6  # what backward="exact" stands for
 # Names of a backward mode that stand for another one at a tolerance.
 ALIASES = {"exact": ("reuse", BACKWARD_TOL_EXACT)}
@@ -102,6 +103,7 @@ def _patches(value: Any) -> dict[str, Any]:
 _positive = _real("a finite number above 0", lambda x: x > 0 and math.isfinite(x))
 _positive_or_inf = _real("a number above 0 (inf is allowed)", lambda x: x > 0)
 _fraction = _real("a number in (0, 1]", lambda x: 0 < x <= 1)
+_between = _real("a number between 0 and 1", lambda x: 0 < x < 1)
 
 # The one table. A default of None is settled in `Options.resolve`, except those that mean something.
 RULES: dict[str, Rule] = {
@@ -112,6 +114,7 @@ RULES: dict[str, Rule] = {
     "solver": Rule("auto", _named(SOLVERS)),
     "anderson_memory": Rule(5, _integer(1)),
     "anderson_damping": Rule(1.0, _fraction),
+    "relaxation": Rule(0.8, _between),
     "backward": Rule("reuse", _named(BACKWARDS, *ALIASES)),
     "backward_steps": Rule(5, _integer(1)),
     "backward_damping": Rule(0.5, _fraction),
@@ -133,6 +136,34 @@ RULES: dict[str, Rule] = {
     "inner": Rule("inductor", _choice("inductor", "aot_eager", "eager")),
     "inductor": Rule({}, _patches),
 }
+
+
+def paired(values: dict[str, Any]) -> dict[str, Any]:
+    """Options with the solver that a backward mode is of, and the other way around."""
+    return values | dict.fromkeys(("solver", "backward"), REVERSIBLE) if reversible(values) else values
+
+
+def reversible(values: Mapping[str, Any]) -> bool:
+    """Whether options ask for the reversible iteration."""
+    return REVERSIBLE in (values.get("solver"), values.get("backward"))
+
+
+def check_together(values: Mapping[str, Any]) -> None:
+    """Raise where options that somebody set contradict the reversible iteration, which leaves nothing but its own steps."""
+    if not reversible(values):
+        return
+    for name, fitting in (
+        ("solver", (REVERSIBLE,)),
+        ("backward", (REVERSIBLE,)),
+        ("reuse", ("auto", "never")),
+        ("recycle", ("never",)),
+    ):
+        if values.get(name) not in (None, *fitting):
+            raise OptionError(
+                f"options of the 'deq' backend contradict each other: solver={REVERSIBLE!r} and backward={REVERSIBLE!r} are one "
+                f"method, the iteration and the exact gradient of its steps; expected {name} to be {fitting[0]!r} or not given, "
+                f"got {name}={values[name]!r}. Fix: drop one of them"
+            )
 
 
 def check_name(name: object, what: str = "option") -> None:

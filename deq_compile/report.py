@@ -46,6 +46,7 @@ class Reason(enum.Enum):
     TOO_CHEAP = "a solve took longer than so few iterations of so small a body"
     HOOK = "a backward hook stays as it is"
     AUTOGRAD_FUNCTION = "an implicit gradient in a torch.autograd.Function stays outside of the graph, and as it is"
+    STATES_KEPT = "several states of the loop are kept for a backward of the user's own, which may go back through its steps"
     NOT_TRACED = "Python ran this function, outside of every graph, so that no compiler saw its loop"
     UNEXPECTED = "an exception that nobody foresaw; the code is compiled as it is"
     NOT_CAUGHT = "the call was marked as a fixed point, but the graph was cut inside of it"

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import fx
 
-from .capture import OFF, bars, said, sharded, sites, sparse
+from .capture import OFF, bars, dynamo, said, sharded, sites, sparse
 from .capture.install import EVERYTHING
 from .config import OptionError, Options
+from .families.functions import forward_at_work
 from .lower import lowered, stays
 from .markers import is_marker
 from .passes.ambient import ambient_at
@@ -125,7 +126,7 @@ def _attempt(gm: fx.GraphModule, start: Ambient, options: Options, report: Repor
     def keep_hooks(nodes: Sequence[fx.Node]) -> bool:
         return scoped_options(nodes, options).resolve().hooks == "keep"
 
-    context = PassContext(min_repeats, keep_hooks, report)
+    context = PassContext(min_repeats, keep_hooks, report, function=forward_at_work(getattr(dynamo.current(), "f_code", None)))
     work = Work(gm, start, skip)
     found = _Found()
     consumed: set[tuple[Any, ...]] = set()

@@ -148,6 +148,7 @@ class PassContext:
     keep_hooks: Callable[[Sequence[fx.Node]], bool] = lambda nodes: False
     report: Report = dataclasses.field(default_factory=Report)
     loops: list[Loop] = dataclasses.field(default_factory=list)
+    function: str = ""  # the torch.autograd.Function of the user's whose forward runs the graph
 
     def skip(self, skipped: Skipped) -> None:
         if skipped not in self.report.skipped:

@@ -18,6 +18,7 @@ from deq_compile.torch_parts import FakeTensorMode, HigherOrderOperator, TorchDi
 
 from .ambient import GRAD_TARGETS, ambient_at
 from .base import Loop, Pass, PassContext, describe, hint, location_of, value_of
+from .reversals import kept_for_backward
 
 Refusal = tuple[Reason, fx.Node, str]
 
@@ -35,6 +36,8 @@ class Judge(Pass):
         accepted = []
         for loop in context.loops:
             refusals = self._structure(loop) or self._behaviour(graph, loop)
+            if (keeper := kept_for_backward(graph, loop, self.ambient, context.function)) is not None:
+                refusals.append((Reason.STATES_KEPT, loop.outputs[0], keeper))
             if not refusals:
                 accepted.append(loop)
                 continue

@@ -67,7 +67,7 @@ def attach(f: Body, z: Tensor, known: Attachment, levels: int) -> list[Tensor]:
         inputs = states if level == 1 else list(_Gate.apply(node.passage, *states))
         images = list(f(inputs))
         if level == 1:
-            if not _reads_more_than(images, starts):
+            if not reads_more_than(images, starts):
                 return layout.outputs(z)
             for s in starts:  # the engine also brings J^T w here, where nobody wants it
                 s.register_post_accumulate_grad_hook(_forget)
@@ -77,7 +77,7 @@ def attach(f: Body, z: Tensor, known: Attachment, levels: int) -> list[Tensor]:
     return states
 
 
-def _reads_more_than(images: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+def reads_more_than(images: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
     """Whether anything but `inputs` that requires gradients went into `images`."""
     own = {id(z) for z in inputs}
     stack = [image.grad_fn for image in images if image.grad_fn is not None]

@@ -13,12 +13,18 @@ from deq_compile.kernels.broyden import Factors
 from deq_compile.region.pool import Recycled
 from deq_compile.registry import BACKWARDS
 
-__all__ = ["BACKWARDS", "AdjointCall", "Backward"]
+__all__ = ["BACKWARDS", "AdjointCall", "Backward", "of_steps"]
 
 if TYPE_CHECKING:
+    from deq_compile.config import Config
     from deq_compile.region.adjoint import AdjointSolution
     from deq_compile.region.body import Linearised
     from deq_compile.region.site import Site
+
+
+def of_steps(config: Config) -> bool:
+    """Whether the gradient is that of the solver's own steps, so that nothing else may stand in for its result."""
+    return BACKWARDS[config.backward].gradient == "iteration"
 
 
 @dataclass
@@ -49,12 +55,12 @@ class Backward(abc.ABC):
     name           what the option ``backward`` calls it
     wants_factors  whether it uses the factors that a forward solve leaves
     gradient       "implicit": that of the fixed point, which is compared with the loop's own; "loop": that of the loop's own
-                   iterates; "approximate": another one, which the user has asked for
+                   iterates; "iteration": that of the solver's own steps; "approximate": another one, which the user has asked for
     """
 
     name: str
     wants_factors: ClassVar[bool] = False
-    gradient: ClassVar[Literal["implicit", "loop", "approximate"]] = "approximate"
+    gradient: ClassVar[Literal["implicit", "loop", "iteration", "approximate"]] = "approximate"
 
     @abc.abstractmethod
     def solve(self, linear: Linearised, q: Tensor, call: AdjointCall) -> AdjointSolution:

@@ -18,6 +18,7 @@ from .choice import choice_of, solve_chosen
 from .forward import Solution, solve
 from .kept import OwnLoop, own_loop
 from .layout import Layout
+from .modes import without_grad
 from .pool import Recycled
 from .recycling import pool_of, solve_recycled
 from .runners import runner_for
@@ -175,11 +176,23 @@ def problem_of(
         watched=watched,
         anderson_memory=config.anderson_memory,
         anderson_damping=config.anderson_damping,
+        relaxation=config.relaxation,
+        recorded=spec.grad,
         stop=stop,
     )
     if stop is None:  # a test holds the tensors of its call
         site.problem = facts, found
     return found
+
+
+def arranged(site: Site, f: Callable[[list[Tensor]], Sequence[Tensor]], state0: Sequence[Tensor]) -> tuple[bool, Layout]:
+    """Whether dimension 0 of the state is a batch, and how the state lies, for a body `f` that is no graph."""
+
+    def body(layout: Layout) -> Callable[[Tensor], Tensor]:
+        return without_grad(lambda z: layout.flatten(f(layout.unflatten(z))))
+
+    rows = decide_rows(site, state0, body)
+    return rows, site.spec.layout([s.shape for s in state0], rows=rows)
 
 
 def prepare(site: Site, state0: Sequence[Tensor], operands: Sequence[Tensor], sizes: Sequence[int]) -> Prepared:

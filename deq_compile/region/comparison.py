@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import why_kept
 from .agree import agreed
+from .backward import of_steps
 from .forward import Solution
 from .kept import OwnLoop
 from .site import Site
@@ -67,8 +68,8 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
     if not good:
         reached = bool(converged(solution.status[finite]).all())
         mine, why = "kept", why_kept.apart(distance, site.allowed_distance, reached)
-    elif mine == "follow" and site.spec.start_decides:
-        mine, why = "kept", why_kept.START
+    elif mine == "follow" and (site.spec.start_decides or of_steps(site.spec.config)):
+        mine, why = "kept", why_kept.START if site.spec.start_decides else why_kept.STEPS
     site.misses = 0
     if site.verdict == "kept":
         site.adjoint_misses = 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,24 +14,16 @@ from deq_compile.torch_parts import forward_mode
 
 from . import graphs
 from .attach import Attachment, Body, attach
-from .backward import BACKWARDS
+from .backward import BACKWARDS, of_steps
 from .body import BodySpec, Linearised, Runner
-from .call import Call, Prepared
+from .call import Call, Prepared, arranged
 from .layout import Layout
 from .modes import Ambient
-from .run import Result, run
+from .run import run
 from .sharded_calls import held_once
 from .site import RegionSpec, Site
+from .steps import Solved, solve_by_steps
 from .tangent import primals, with_tangents
-from .verdict import decide_rows
-
-
-class Solved(NamedTuple):
-    """The state tensors of a fixed point, and what the solve came to."""
-
-    states: list[Tensor]
-    result: Result
-
 
 # Sites of one function that are remembered: options may change from call to call, as an annealed tolerance does.
 MOST_SITES = 64
@@ -64,6 +56,8 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
             f"{config.backward!r}, whose own derivative means nothing. Fix: backward='exact'"
         )
     site = region_of(key, config, where, state0)
+    if of_steps(config):
+        return solve_by_steps(f, state0, site)
     f = held_once(f, where)
     here = graphs.current_device(state0[0].device)
 
@@ -76,8 +70,9 @@ def solve_eagerly(f: Body, state0: Sequence[Tensor], config: Config, *, key: Any
         state0, values = primals(state0), as_given
         as_given = lambda states: primals(values(states))  # noqa: E731
     with graphs.made_current(state0[0].device):
-        call = Call(site, state0, (), (), _prepare(site, as_given, state0))
-        found, layout = run(call), call.layout
+        rows, layout = arranged(site, as_given, state0)
+        call = Call(site, state0, (), (), Prepared(rows, layout, _Function(as_given, layout)))
+        found = run(call)
     if torch.is_grad_enabled():
         saved = found.saved
         warm = saved.warm if derivatives == 1 else None
@@ -100,16 +95,6 @@ class _Function(Runner):
 
     def evaluate_and_linearise(self, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...]) -> tuple[Tensor, Linearised]:
         raise NotImplementedError("the attached evaluation of f gives its products")
-
-
-def _prepare(site: Site, f: Body, state0: Sequence[Tensor]) -> Prepared:
-    def body(layout: Layout) -> Callable[[Tensor], Tensor]:
-        runner = _Function(f, layout)
-        return lambda z: runner.apply(z, ())
-
-    rows = decide_rows(site, state0, body)
-    layout = site.spec.layout([s.shape for s in state0], rows=rows)
-    return Prepared(rows, layout, _Function(f, layout))
 
 
 def region_of(key: Any, config: Config, where: str, state0: Sequence[Tensor]) -> Site:

@@ -30,12 +30,14 @@ from deq_compile.kernels.iteration import (
     solve_info_of,
 )
 
+from .backward import of_steps
 from .layout import Layout
 from .outputs import Outputs
 from .run import OPEN_CAP
 from .site import RegionSpec
 from .solvers import SOLVERS, Problem
 from .stop import StopTest, ends_well_as_tensor
+from .surroundings import NotHere
 
 Carried = tuple[Any, ...]
 # (condition, turn, what is carried from turn to turn, what is read in every turn) -> what was carried last. Both functions are
@@ -54,6 +56,11 @@ def run_in_graph(
         loop: the graph's loop.
         state0, operands, sizes: as the operator is given them; sizes may be symbols.
     """
+    if of_steps(spec.config):
+        raise NotHere(
+            f"an export of the fixed-point region at {spec.where}: expected a solver whose result does not hang on its steps, "
+            "got solver='reversible'. Fix: solver='broyden' or 'picard' for the export, which end at the same one within tol"
+        )
     region = _Region(spec, rows, state0, operands, sizes)
     z0 = region.layout().flatten(state0).clone()
     if _follows(spec):

@@ -16,7 +16,7 @@ from deq_compile.kernels.iteration import CONVERGED, MAX_ITER
 
 from . import backwards, graphs, records
 from .adjoint import AdjointSolution
-from .backward import BACKWARDS, AdjointCall, Backward
+from .backward import BACKWARDS, AdjointCall, Backward, of_steps
 from .backwards.reuse import skipped_pairs
 from .body import Deferred, Linearised, Runner
 from .call import Call, problem_of, runner_of
@@ -24,8 +24,10 @@ from .comparison import compare, compare_call
 from .forward import Solution, or_plain, solve
 from .kept import OwnLoop, Trajectory, loop_gradient, own_loop
 from .pool import Recycled
+from .reversal import Trail, reversed_gradient
 from .site import Site
 from .solvers import SOLVERS
+from .solvers.reversible import ReversibleProgress
 from .stop import any_of
 from .stopwatch import Stopwatch, TimedLinearised
 from .verdict import count_misses, gradient_is_the_loops, warn_of_gradient
@@ -46,6 +48,7 @@ class SavedForBackward:
     loop     the body linearised at every iterate of a loop that was kept
     factors  of the solve, where the adjoint makes use of them
     recycled what earlier batches have left for the adjoint; warm: the last adjoint
+    trail    the steps of a reversible iteration
     """
 
     linear: Linearised | None = None
@@ -53,6 +56,7 @@ class SavedForBackward:
     factors: Factors | None = None
     recycled: Recycled | None = None
     warm: Tensor | None = None
+    trail: Trail | None = None
 
 
 class Ticket(NamedTuple):
@@ -130,6 +134,8 @@ def run(call: Call) -> Result:
         solution = compare(site, first, own, call.z0, call.rows, call.solved)
     else:
         solution = _verified(call, first, everywhere)
+    if solution is not None and of_steps(site.spec.config) and trail_of(solution) is None:
+        solution = call.solved(call.z0, site.tol)  # a comparison went on from where the steps had ended
     site.calls += call.layout.batch > 0
     if solution is None:
         own = own or call.own(linearised=True)
@@ -141,10 +147,19 @@ def run(call: Call) -> Result:
             linear = image = None
         given = _given(call, z, image)
         known = None if site.warm is None else site.warm.w
-        saved = SavedForBackward(linear, (), _factors(site, solution, call.recycled), call.recycled, known)
+        trail = trail_of(solution) if site.spec.grad else None
+        saved = SavedForBackward(linear, (), _factors(site, solution, call.recycled), call.recycled, known, trail)
         remember(site, call, z)
     serial = 0 if call.inside else _record(call, solution, z, saved.factors, kept)
     return Result(z, given, solution, own, kept, serial, saved)
+
+
+def trail_of(solution: Solution) -> Trail | None:
+    """The steps that led to a solution; None where they are not reversible, or have not led there."""
+    progress = solution.progress
+    if not isinstance(progress, ReversibleProgress) or solution.z is not progress.z_best:
+        return None
+    return Trail.of(progress)
 
 
 def _enqueued(call: Call, first: Solution | None, due: bool) -> Tensor | None:
@@ -194,7 +209,7 @@ def _where_it_missed(call: Call, solution: Solution) -> Solution | None:
     if not solution.missed():
         site.misses = 0
         return solution
-    if cap is None:
+    if cap is None and not of_steps(spec.config):
         config = spec.config
         most = max(config.max_iter, spec.iterations or min(spec.own_cap or 1, OPEN_CAP))
         relative = config.stop_mode == "rel"
@@ -285,6 +300,8 @@ class _Backward:
         if kept or mode.gradient == "loop":
             linears = self.inputs.saved.loop if kept and self.needs == spec.needs else ()
             return self._loops_own(kept or spec.iterations or spec.config.max_iter, linears)
+        if mode.gradient == "iteration":
+            return self._steps_own()
         self.z = self.layout.held(self.inputs.states)
         # Not a closure over self: what a backward holds has to go when it ends, so that its memory, still warm, is used again.
         self.deferred = Deferred(functools.partial(self.runner.linearise, self.z, self.operands, self.needs))
@@ -313,6 +330,17 @@ class _Backward:
             records.complete(serial, cotangent=self.q, w=self.q, vjps=count, adjoint_message="the loop's own gradient")
         return self.layout.unflatten(w), grads
 
+    def _steps_own(self) -> tuple[list[Tensor] | None, list[Tensor | None]]:
+        """The gradient of the solver's own steps."""
+        trail = self.inputs.saved.trail or trail_of(self._solved_again())
+        assert trail is not None
+        found = reversed_gradient(
+            trail, self._start(), self.q, self.runner, self.operands, self.needs, attached=self.site.spec.attached
+        )
+        if serial := self.inputs.ticket.serial:
+            records.complete(serial, cotangent=self.q, w=self.q, vjps=found.products, adjoint_message=found.message)
+        return self.layout.unflatten(found.start), found.operands
+
     def _captured(self, factors: Factors | None) -> AdjointSolution | None:
         """The captured adjoint for these shapes, on a GPU and from the second call on."""
         site, config = self.site, self.site.spec.config
@@ -328,13 +356,17 @@ class _Backward:
         return found
 
     def _factors_again(self) -> Factors | None:
-        """The factors of a forward whose own did not arrive: the same solve once more."""
+        """The factors of a forward whose own did not arrive."""
+        state = self._solved_again().state
+        return None if state is None else state.alone()
+
+    def _solved_again(self) -> Solution:
+        """The solve of the forward once more, where what it left did not arrive."""
         spec, operands = self.site.spec, self.operands
         stop = any_of(spec.stop, self.layout, (*operands, *self.inputs.sizes))
         problem = problem_of(self.site, watched=not self.inside, stop=stop)
         f = self.runner.evaluations(operands, None)
-        state = solve(f, self._start(), problem, solver=SOLVERS[spec.config.solver]).state
-        return None if state is None else state.alone()
+        return solve(f, self._start(), problem, solver=SOLVERS[spec.config.solver])
 
 
 def adjoint(

@@ -28,7 +28,7 @@ from deq_compile.report import Standing
 from deq_compile.torch_parts import callable_below
 
 from . import why_kept
-from .backward import BACKWARDS
+from .backward import BACKWARDS, of_steps
 from .body import BodySpec
 from .choice import choice_for
 from .forward import Solution
@@ -127,7 +127,8 @@ class RegionSpec:
     @property
     def keeps(self) -> bool:
         """Whether the loop is kept whatever its calls may show."""
-        return self.only_start_differs or (self.suspect and self.start_decides)
+        start = self.only_start_differs or (self.suspect and self.start_decides)
+        return start or (self.suspect and self.own_loop_cap is not None and of_steps(self.config))
 
     @property
     def written_out(self) -> bool:
@@ -263,7 +264,7 @@ class Site:
 
     def call_due(self) -> bool:
         """Whether this call of a solver, the `calls`-th from 0, is looked at for several fixed points."""
-        return self.spec.solver_call and not self.follows and self._scheduled(self.calls)
+        return self.spec.solver_call and not (self.follows or of_steps(self.spec.config)) and self._scheduled(self.calls)
 
     def gradient_due(self) -> bool:
         """Whether this adjoint solve, the `backwards`-th from 0, is also made at a tenth of its tolerance."""
@@ -284,9 +285,8 @@ class Site:
 
     def reuse_due(self) -> bool:
         """Whether this adjoint solve, the `backwards`-th from 0, is also tried without the forward's factors."""
-        if self.spec.config.reuse != "auto":
-            return False
-        return self.backwards == 0 or (self.spec.config.verify == "periodic" and self.backwards % VERIFY_EVERY == 0)
+        again = self.spec.config.verify == "periodic" and self.backwards % VERIFY_EVERY == 0
+        return self.spec.config.reuse == "auto" and (self.backwards == 0 or again)
 
     def reuse(self, pays: bool) -> None:
         """Note whether the factors are worth their cost."""

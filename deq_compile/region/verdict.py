@@ -13,7 +13,7 @@ from torch import Tensor
 from . import why_kept
 from .adjoint import AdjointSolution, gradient_difference
 from .agree import agreed
-from .backward import BACKWARDS
+from .backward import BACKWARDS, of_steps
 from .body import Linearised
 from .forward import Solution
 from .layout import Layout
@@ -83,10 +83,11 @@ def count_misses(site: Site, solution: Solution) -> bool:
         site.warned = True
         share = float(converged(status).double().mean())
         goal = "the loop's own test" if site.spec.stop else f"tol={site.tol:g}"
+        which = "last" if of_steps(site.spec.config) else "best"
         why = f"within max_iter={site.spec.config.max_iter}" if capped else "since the body's values are not finite"
         warnings.warn(
             f"fixed-point region at {site.spec.where}: {1 - share:.0%} of the samples missed {goal} {why}; "
-            + ("the loop's own iterations are run instead " if own else "their best iterate is used ")
+            + ("the loop's own iterations are run instead " if own else f"their {which} iterate is used ")
             + f"(largest residual {float(solution.residual.max()):.1e}). Raise max_iter or tol, or make the body contract",
             RegionWarning,
             stacklevel=2,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .adjoint import AdjointProblem, AdjointSolution, certified_at, solve_adjoint
+from .backward import BACKWARDS
 from .status import AdjointStatus
 
 if TYPE_CHECKING:
@@ -54,10 +55,13 @@ def warm_for(config: Config) -> Warm | None:
 
 
 def warm_of(call: Call, due: bool) -> Warm | None:
-    """What a call may begin from: not one that is compared with the user's loop, nor where there are several fixed points."""
+    """What a call may begin from: not one that is compared with the user's loop, nor where there are several fixed points, nor
+    where the gradient is that of the iterates."""
     site, warm = call.site, call.site.warm
+    if warm is None or BACKWARDS[site.spec.config.backward].gradient not in ("implicit", "approximate"):
+        return None
     several = site.follows or (site.spec.suspect and site.spec.own_loop_cap is not None)
-    return None if warm is None or due or several or call.inside else warm
+    return None if due or several or call.inside else warm
 
 
 def solve_warm(call: Call, warm: Warm, solve: Callable[[], Solution]) -> Solution:

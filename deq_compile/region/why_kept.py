@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 START = "the body has several fixed points, and its initial state, which says which one, needs a gradient"
+STEPS = "the body has several fixed points, and backward='reversible' is the gradient of steps that may end in another one"
 BLANK = "its results have had no finite sample since the first call"
 GRADIENT = "its gradient is not that of the fixed point: after so many iterations the state still remembers where it started"
 DEAR = "a solve costs more than its iterations, by count"

@@ -118,7 +118,8 @@ def test_a_backward_from_outside(backward: str) -> None:
 def test_a_name_that_is_taken_or_unknown(solver: str) -> None:
     with pytest.raises(ValueError, match="expected a new name for a solver, got 'damped_picard'"):
         SOLVERS.register(DampedPicard())
-    with pytest.raises(ValueError, match="expected one of 'broyden', 'anderson', 'picard', 'auto', 'damped_picard'"):
+    names = "'broyden', 'anderson', 'picard', 'auto', 'reversible', 'damped_picard'"
+    with pytest.raises(ValueError, match=f"expected one of {names}"):
         fixed_point(torch.cos, torch.zeros(1), solver="newton")
     with pytest.raises(ValueError, match=r"expected a solver among .*got 'damped' .did you mean 'damped_picard'"):
         SOLVERS["damped"]

@@ -6,5 +6,6 @@ from .broyden import BROYDEN
 from .anderson import ANDERSON
 from .picard import PLAIN
 from .auto import AUTO
+from .reversible import REVERSIBLE
 
-__all__ = ["ANDERSON", "AUTO", "BROYDEN", "FLOOR_EPS", "PLAIN", "SOLVERS", "Problem", "Solver"]
+__all__ = ["ANDERSON", "AUTO", "BROYDEN", "FLOOR_EPS", "PLAIN", "REVERSIBLE", "SOLVERS", "Problem", "Solver"]

@@ -38,6 +38,8 @@ class Problem:
         capacity: updates to make room for at first, see :func:`deq_compile.kernels.broyden.new_state`.
         watched: whether a device may be asked how far it is. False: ``max_iter`` evaluations, whatever they come to.
         anderson_memory, anderson_damping: m and beta of "anderson"; others may read them as they like.
+        relaxation: b of "reversible".
+        recorded: whether the solver's own steps may be differentiated.
         stop: (z, f(z)) -> whether the whole batch may stop here; ``tol`` and the floor stop single samples beside it.
         shared: an inverse Jacobian to begin with, in place of the identity, for a solver that takes one (``recycling``).
         sketch: where such a solver takes down what it passes.
@@ -57,6 +59,8 @@ class Problem:
     watched: bool = True
     anderson_memory: int = 5
     anderson_damping: float = 1.0
+    relaxation: float = 0.8
+    recorded: bool = False
     stop: Callable[[Tensor, Tensor], bool] | None = None
     shared: Shared | None = None
     sketch: Sketch | None = None
