@@ -16,6 +16,7 @@ PRINTED = DOCS / "printed.json"  # what named blocks print, by page and block
 SCRIPTS = ("language_model",)  # examples whose output stands on a page, as "examples/<name>"
 GENERATED = {"forms", "reach"}  # written whole by their own commands
 TABLES, MODELS, DEMO = "cpu-tables-2026-11-28", "cpu-tables-real-models", "demo"
+RECYCLE = "cpu-recycle-2026-11-28"
 
 
 def pages() -> list[Path]:
@@ -28,7 +29,7 @@ def environment() -> jinja2.Environment:
     """Unknown names are errors; views are called by module and name, as in ``{{ steps.wide(TABLES) }}``."""
     made = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
     made.globals |= {"steps": steps, "gradients": gradients, "options": options, "results": sources, "text": text}
-    made.globals |= {"TABLES": TABLES, "MODELS": MODELS, "DEMO": DEMO, "printed": printed}
+    made.globals |= {"TABLES": TABLES, "MODELS": MODELS, "DEMO": DEMO, "RECYCLE": RECYCLE, "printed": printed}
     made.filters |= {"times": text.times}
     return made
 

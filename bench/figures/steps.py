@@ -201,6 +201,33 @@ def sizes(name: str) -> str:
     return markdown(headers, lines)
 
 
+def recycled(name: str) -> str:
+    """Evaluations and products without recycled factors and with them, means over the seeds of each body and tolerance."""
+    rows, lines = read(name)["training"], []
+    for tol, body in dict.fromkeys((row["tol"], row["body"]) for row in rows):
+        mine = [row for row in rows if (row["tol"], row["body"]) == (tol, body)]
+        cells = [f"{tol:g}", body]
+        for what in ("evaluations", "products"):
+            without, with_it = (sum(row[key] for row in mine) / len(mine) for key in (f"{what} without", what))
+            on = sum(row[f"{what} share on"] for row in mine) / len(mine)
+            cells += [f"{without:.1f} → {with_it:.1f}", f"{100 * (with_it / without - 1):+.1f} %", f"{100 * on:.0f} %"]
+        lines.append(cells)
+    headers = ["tol", "body", "evaluations", "", "of the steps", "products", "", "of the steps"]
+    return markdown(headers, lines)
+
+
+def chosen(name: str) -> str:
+    """Whole training steps by Broyden and by the solver that chooses itself."""
+    lines = [
+        [
+            row["problem"], f"{row['ms broyden']:.1f}", f"{row['ms auto']:.1f}",
+            f"{row['speed-up']:.2f} ({row['quartiles'][0]:.2f} to {row['quartiles'][2]:.2f})", row["uses"].split(",")[0],
+        ]
+        for row in read(name)["solver"]
+    ]  # fmt: skip
+    return markdown(["", "ms by Broyden", "ms", "speed-up (quartiles)", "chosen"], lines)
+
+
 def first_steps(name: str) -> str:
     """CPU seconds of a process's first step with an empty cache and with a filled one, and what part of Inductor's that is."""
     found = {(row["row"], row["cache"]): row["cpu_s"] for row in read(name)["rows"] if "error" not in row}

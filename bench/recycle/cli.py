@@ -1,9 +1,9 @@
-"""``python -m bench recycle``: what factors of earlier batches save: evaluations and products over training, and whole steps.
+"""``python -m bench recycle``: what factors of earlier batches save, and a solver that chooses itself: counts, whole steps.
 
-"training": the nine bodies of the gradient study are trained with recycle="auto"; in every step the same problem, with the
-same weights, batch and loss, is also solved by a region that recycles nothing. "steps": CPU time of whole training steps with and
-without, in turns, on three problems of the tables, trained. One thread. Finished rows are in --json after each, and those of an
-interrupted run with the same settings are kept by --resume.
+"training": the nine bodies of the gradient study are trained with recycle="auto"; in every step the same problem, with the same
+weights, batch and loss, is also solved by a region that recycles nothing. "steps": CPU time of whole training steps with and
+without, in turns, on problems of the tables, trained. "solver": the same of solver="auto" and Broyden. One thread. Finished rows
+are in --json after each, and those of an interrupted run with the same settings are kept by --resume.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from bench import machine
 from bench.gradients.bodies import RECIPES
 from bench.tables.cli import commit
 
-from . import steps, training
+from . import plot, steps, training
 
-PARTS = ("training", "steps")
+PARTS = ("training", "steps", "solver")
+OPTIONS = {"steps": ("recycle", "never"), "solver": ("solver", "broyden")}  # the option of a part, and its value before
 TOLERANCES = (1e-4, 1e-2)
-PROBLEMS = ("mlp1024", "mlp1024-orthogonal", "conv", "transformer")
+PROBLEMS = ("mlp128", "mlp1024", "mlp1024-orthogonal", "conv", "transformer")
 QUICK_STEPS = 30
 
 
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timed", type=int, default=100, help="timed steps (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps a training, 10 timed ones")
     parser.add_argument("--json", type=Path, help="write everything there, after each row")
+    parser.add_argument("--plot", type=Path, help="draw the shares that are left of evaluations and products")
     parser.add_argument("--resume", action="store_true", help="keep the rows that stand in --json")
 
 
@@ -49,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
     done: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     if args.resume and args.json and args.json.exists():
         before = json.loads(args.json.read_text())
-        done = {part: before[part] for part in PARTS}
+        done = {part: before.get(part, []) for part in PARTS}
     for part, key, work in tasks(args):
         if any(all(row[name] == value for name, value in key.items()) for row in done[part]):
             continue
@@ -65,6 +67,8 @@ def main(args: argparse.Namespace) -> int:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({**head, **done}, indent=1) + "\n")
     present(done)
+    if args.plot and done["training"]:
+        plot.draw(done["training"], args.plot)
     return 0
 
 
@@ -80,10 +84,12 @@ def tasks(args: argparse.Namespace) -> list[Task]:
             for body in args.bodies.split(","):
                 key = {"body": body, "seed": seed, "tol": tol, "recycle": args.recycle}
                 found.append(("training", key, lambda key=key: training.row(**key, steps=count)))  # type: ignore[misc]
-    for name in args.problems.split(",") if "steps" in wanted else ():
-        trained, timed = (20, 10) if args.quick else (args.trained, args.timed)
-        key = {"problem": name, "trained": trained, "timed": timed, "recycle": args.recycle}
-        found.append(("steps", key, lambda key=key: steps.measure(**key)))  # type: ignore[misc]
+    trained, timed = (20, 10) if args.quick else (args.trained, args.timed)
+    for part, (option, before) in OPTIONS.items():
+        for name in args.problems.split(",") if part in wanted else ():
+            values = {"option": option, "before": before, "after": args.recycle}
+            key = {"problem": name, "trained": trained, "timed": timed, **values}
+            found.append((part, key, lambda key=key: steps.measure(**key)))  # type: ignore[misc]
     return found
 
 
@@ -94,7 +100,8 @@ def present(done: dict[str, list[dict[str, Any]]]) -> None:
         mine = [row for row in done["training"] if (row["tol"], row["body"]) == (tol, body)]
         rows.append({"tol": tol, "body": body, "seeds": len(mine), **_row(mine, "evaluations"), **_row(mine, "products")})
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
-    print(tabulate(done["steps"], headers="keys", floatfmt=".3g"))
+    for part in OPTIONS:
+        print(tabulate(done[part], headers="keys", floatfmt=".3g"))
 
 
 def _row(rows: list[dict[str, Any]], what: str) -> dict[str, Any]:

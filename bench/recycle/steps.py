@@ -1,4 +1,4 @@
-"""Whole training steps with recycled factors and without, in turns: two models from one seed see the same batches."""
+"""Whole training steps with one value of an option and with another, in turns: two models from one seed see the same batches."""
 
 from __future__ import annotations
 
@@ -100,11 +100,12 @@ def exact_gradient(model: Classifier, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([g.flatten() for g in grads])
 
 
-def measure(problem: str, trained: int, timed: int, recycle: str = "auto") -> dict[str, Any]:
-    """One row: a step's CPU time with and without after so many steps of training, medians in turns, and the gradients' error."""
+def measure(problem: str, trained: int, timed: int, option: str, before: str, after: str) -> dict[str, Any]:
+    """One row: a step's CPU time with two values of an option after so many steps of training, medians in turns; the gradients'
+    errors."""
     torch._dynamo.reset()
     model, inputs, labels, batch = make(problem)
-    lanes = {mode: Lane.of(model, {"recycle": mode, **OPTIONS}) for mode in ("never", recycle)}
+    lanes = {value: Lane.of(model, {option: value, **OPTIONS}) for value in (before, after)}
     generator = torch.Generator().manual_seed(3)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -113,22 +114,22 @@ def measure(problem: str, trained: int, timed: int, recycle: str = "auto") -> di
             order = list(lanes.values())
             for lane in order if i % 2 else order[::-1]:
                 (lane.counted if i % 10 == 9 else lane.step)(inputs[chosen], labels[chosen])
-        errors: dict[str, list[float]] = {mode: [] for mode in lanes}
+        errors: dict[str, list[float]] = {value: [] for value in lanes}
         for i in range(GRADIENT_SAMPLES):
             chosen = torch.arange(i * batch, (i + 1) * batch)
-            for mode, lane in lanes.items():
+            for value, lane in lanes.items():
                 exact = exact_gradient(lane.model, inputs[chosen], labels[chosen])
-                errors[mode].append(float((lane.gradient(inputs[chosen], labels[chosen]) - exact).norm() / exact.norm()))
-    before, after = (statistics.median(lane.seconds[trained:]) for lane in lanes.values())
-    ratios = [a / b for a, b in zip(lanes["never"].seconds[trained:], lanes[recycle].seconds[trained:], strict=True)]
-    skipped = trained // 10
+                errors[value].append(float((lane.gradient(inputs[chosen], labels[chosen]) - exact).norm() / exact.norm()))
+    one, other = (lane.seconds[trained:] for lane in lanes.values())
+    ratios = [a / b for a, b in zip(one, other, strict=True)]
+    region, skipped = lanes[after].report.regions[0], trained // 10
     return {
-        "problem": problem, "trained": trained, "timed": timed, "recycle": recycle,
-        "ms never": 1e3 * before, f"ms {recycle}": 1e3 * after,
-        "speed-up": before / after, "quartiles": statistics.quantiles(ratios, n=4),
-        "mean speed-up": sum(lanes["never"].seconds[trained:]) / sum(lanes[recycle].seconds[trained:]),
-        **{f"evaluations {mode}": statistics.mean(lane.evaluations[skipped:]) for mode, lane in lanes.items()},
-        **{f"products {mode}": statistics.mean(lane.products[skipped:]) for mode, lane in lanes.items()},
-        **{f"gradient error {mode}": statistics.mean(found) for mode, found in errors.items()},
-        "uses": lanes[recycle].report.regions[0].recycle,
+        "problem": problem, "option": option, "before": before, "after": after, "trained": trained, "timed": timed,
+        f"ms {before}": 1e3 * statistics.median(one), f"ms {after}": 1e3 * statistics.median(other),
+        "speed-up": statistics.median(ratios), "quartiles": statistics.quantiles(ratios, n=4),
+        "mean speed-up": sum(one) / sum(other),
+        **{f"evaluations {value}": statistics.mean(lane.evaluations[skipped:]) for value, lane in lanes.items()},
+        **{f"products {value}": statistics.mean(lane.products[skipped:]) for value, lane in lanes.items()},
+        **{f"gradient error {value}": statistics.mean(found) for value, found in errors.items()},
+        "uses": region.recycle if option == "recycle" else region.chosen,
     }  # fmt: skip

@@ -1,0 +1,37 @@
+"""What recycling saves is counted on the same weights, batches and losses; whole steps are timed; finished rows are kept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.recycle import cli, steps, training
+
+
+def test_rows_are_counted_kept_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "QUICK_STEPS", 4)
+    monkeypatch.setattr(cli, "TOLERANCES", (1e-2,))
+    path, picture = tmp_path / "new" / "recycle.json", tmp_path / "recycle.png"
+    command = ["recycle", "--quick", "--parts", "training", "--bodies", "mlp", "--seeds", "1", "--json", str(path), "--resume"]
+    assert main([*command, "--plot", str(picture)]) == 0
+    (row,) = json.loads(path.read_text())["training"]
+    assert row["steps"] == 4
+    assert row["evaluations"] > 0 < row["products"]
+    assert row["evaluations without"] > 0 < row["products without"]
+    assert picture.stat().st_size > 10_000
+    monkeypatch.setattr(training, "row", lambda **key: pytest.fail(f"run again: {key}"))
+    assert main(command) == 0
+
+
+def test_whole_steps_are_timed_with_both_values_of_an_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(steps.OPTIONS, "inner", "eager")
+    path = tmp_path / "steps.json"
+    command = ["recycle", "--parts", "solver", "--problems", "mlp128", "--trained", "0", "--timed", "10", "--json", str(path)]
+    assert main(command) == 0
+    (row,) = json.loads(path.read_text())["solver"]
+    assert row["ms broyden"] > 0 < row["ms auto"]
+    assert row["uses"].startswith(("Broyden, less work", "plain iteration, less work"))
+    assert max(row["gradient error broyden"], row["gradient error auto"]) < 0.1
