@@ -327,7 +327,7 @@ def check_parameters(said: dict[str, list[dict[str, Any]]]) -> None:
     assert all(len(found) == 1 for found in distances.values()), distances  # equal on all ranks
     half = distances.pop("fsdp half", {0.0})
     assert max(map(max, distances.values())) < 1e-5, distances
-    assert max(half) < 1e-2
+    assert max(half) < 2e-2  # five units of its rounding, after ten steps
 
 
 def check_loops(said: dict[str, list[dict[str, Any]]]) -> None:
