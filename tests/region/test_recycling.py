@@ -15,7 +15,8 @@ from deq_compile import fixed_point, record_solves
 from deq_compile.kernels.broyden.reference import dense_broyden
 from deq_compile.kernels.recycle import Shared, Sketch, compress
 from deq_compile.region import pool as pools
-from deq_compile.region.adjoint import solve_adjoint
+from deq_compile.region.adjoint import AdjointProblem, solve_adjoint
+from deq_compile.region.backwards.policy import products
 from deq_compile.region.forward import solve
 from deq_compile.region.records import SolveRecord
 from deq_compile.testing import Backend
@@ -316,6 +317,27 @@ def test_decisions_beside_the_usual_ones_have_a_budget() -> None:
     assert not pool.due()
     pool.note(1000)
     assert pool.due()
+
+
+def test_a_way_that_falls_behind_is_given_up_half_way() -> None:
+    body, x, q = Body(), batch(9), batch(10)
+    with torch.no_grad():
+        z = solve(lambda z: body(z, x), torch.zeros_like(x), tol=1e-8, max_iter=200).z
+    J = (1 - body(z, x).detach() ** 2)[:, :, None] * body.W.detach()
+    calls = [0]
+
+    def vjp(w: Tensor) -> Tensor:
+        calls[0] += 1
+        return torch.einsum("bij,bi->bj", J, w)
+
+    needed = products(vjp, q, None, AdjointProblem(1e-6, max_iter=60))
+    assert needed == calls[0]
+    calls[0] = 0
+    assert products(vjp, q, None, AdjointProblem(1e-6, max_iter=needed), contest=True) == needed
+    calls[0] = 0
+    most = max(2, needed // 4)
+    assert products(vjp, q, None, AdjointProblem(1e-6, max_iter=most), contest=True) is None
+    assert calls[0] == -(-most // 2)
 
 
 def test_one_batch_that_misses_does_not_decide_for_those_to_come() -> None:

@@ -13,6 +13,8 @@ from deq_compile.region.status import AdjointStatus
 
 # An operation of M counts twice: short rows run at half the speed of a matrix product (NOTES.md, "Is M worth it").
 OPERATOR_COST = 2
+# How far, of the way to the tolerance in digits, an adjoint has to come in half of the products that it may take.
+HALF_WAY = 0.4
 
 
 @torch.no_grad()
@@ -31,12 +33,15 @@ def factors_pay(vjp: VJP, q: Tensor, factors: Factors, found: AdjointSolution, p
     return (plain - found.needed) * product > OPERATOR_COST * operator_flops(factors.n, q.shape[1], found.needed + 1)
 
 
-def products(vjp: VJP, q: Tensor, factors: Factors | None, problem: AdjointProblem) -> int | None:
-    """Products that an adjoint takes with these factors; None where it misses the tolerance."""
+def products(vjp: VJP, q: Tensor, factors: Factors | None, problem: AdjointProblem, contest: bool = False) -> int | None:
+    """Products that an adjoint takes with these factors; None where it misses the tolerance. In a `contest` `max_iter` is what
+    has to be reached, and what has come less than `HALF_WAY` after half of that is given up."""
     adjoint, count = begin(q, factors, problem, None), 0
     while adjoint.running and not adjoint.converged:
         count += 1
         move(adjoint, vjp(adjoint.w), last=count == problem.max_iter)
+        if contest and 2 * count >= problem.max_iter and adjoint.batch > problem.tol**HALF_WAY:
+            return None
     return count if adjoint.converged else None
 
 

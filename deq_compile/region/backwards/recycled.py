@@ -101,7 +101,7 @@ def choose(pool: Pool, vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[st
         if name not in needed:
             most = min((n for n in needed.values() if name == "shared" and n is not None), default=problem.max_iter)
             asked = dataclasses.replace(problem, shared=way.shared, max_iter=most)
-            needed[name] = products(vjp, q, way.factors, asked)
+            needed[name] = products(vjp, q, way.factors, asked, contest=most < problem.max_iter)
     log.info("adjoint: products %s", needed)
     if {"plain", "factors"} <= {*ways}:
         pool.usual = _usual(ways["factors"], q, needed["plain"], needed["factors"], product)
