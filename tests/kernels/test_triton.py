@@ -69,7 +69,7 @@ def test_short_rows_are_within_the_budget(D: int, monkeypatch: pytest.MonkeyPatc
         assert kernels.within_budget(row), row
 
 
-@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("arch", [*(pytest.param(arch, marks=pytest.mark.thorough) for arch in (80, 89)), 90])
 def test_ahead_of_time_budgets(arch: int) -> None:
     """No spills, at most 168 registers, 16-byte loads of the steps, pipelined dot products, shared memory within 48 KB."""
     from bench.kernels import rows, within_budget
