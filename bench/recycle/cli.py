@@ -57,12 +57,12 @@ def main(args: argparse.Namespace) -> int:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # bodies in training miss their tolerance now and then
-            done[part].append(work())
+            done[part].append({**work(), "commit": commit()})
         print(done[part][-1], flush=True)
         if args.json:
             head = {
                 "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "machine": machine.describe(), "torch": machine.version("torch"), "commit": commit(),
+                "machine": machine.describe(), "torch": machine.version("torch"),
             }  # fmt: skip
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({**head, **done}, indent=1) + "\n")
