@@ -213,6 +213,16 @@ def constant(tx: Any, variable: Any) -> Any:
     raise LookupError(type(variable).__name__)
 
 
+def has_changed(tx: Any, variable: Any) -> bool:
+    """Whether a variable is an integer made of inputs of the frame, not of a tensor's sizes, that Dynamo has seen with several
+    values. Where everything is symbolic from the first call on (`dynamic=True`) nobody knows."""
+    variable = variable.realize() if hasattr(variable, "realize") else variable
+    if not isinstance(variable, SymNodeVariable) or not config.assume_static_by_default:
+        return False
+    symbols, of = variable.sym_num.node.expr.free_symbols, tx.output.shape_env.var_to_sources
+    return any(not hasattr(source, "prop") for symbol in symbols for source in of.get(symbol, ())[:1])
+
+
 def is_unseen(variable: Any) -> bool:
     """Whether Dynamo has not looked at a variable yet; to ask it for anything would make it do so."""
     return isinstance(variable, LazyVariableTracker) and not variable.is_realized()
