@@ -87,8 +87,9 @@ class Options:
                                               the inverse Jacobian, forward and adjoint: "always", "never"; "auto":
                                               where that has been seen to save more than it costs. On a CPU
     ``warm_start``             "never"        "previous": a solve begins from the last fixed point of the same shapes, and its
-                                              adjoint from the last w, where those are nearer; not where a loop has
-                                              several fixed points
+                                              adjoint from the last w, where those are nearer. Where the fixed point is
+                                              meant (`fixed_point`, ``semantics="equilibrium"``); of several, the last is
+                                              followed
     ``factor_dtype``           None           dtype of the stored steps; None: the state's
     ``batch``                  "auto"         "rows": dim 0 is a batch; "whole": one coupled system;
                                               "auto": probed once

@@ -36,6 +36,7 @@ from .pool import Recycled
 from .run import adjoint
 from .site import Site
 from .surroundings import for_each_of_batch, is_batched
+from .warm import Start
 
 Body = Callable[[list[Tensor]], Sequence[Tensor]]
 MOST_PENDING = 16
@@ -54,7 +55,7 @@ class Attachment:
     serial: int = 0
     recycled: Recycled | None = None
     derivatives: int = 1
-    warm: Tensor | None = None
+    warm: Start | None = None
 
 
 def attach(f: Body, z: Tensor, known: Attachment, levels: int) -> list[Tensor]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deq_compile.region.adjoint import AdjointSolution
     from deq_compile.region.body import Linearised
     from deq_compile.region.site import Site
+    from deq_compile.region.warm import Start
 
 
 def of_steps(config: Config) -> bool:
@@ -36,7 +37,7 @@ class AdjointCall:
     inside    whether somebody captures the stream: nothing may be asked of the device
     again     makes the factors of a forward whose own did not arrive, by solving once more
     recycled  what earlier batches have left, as the forward found it; None where nothing is recycled
-    warm      (B, D) the last adjoint, as the forward found it; None where nothing begins from it
+    warm      the last adjoint, as the forward found it; None where nothing begins from it
     captured  the same adjoint as a captured graph would give it; None where none serves
     """
 
@@ -46,7 +47,7 @@ class AdjointCall:
     again: Callable[[], Factors | None] = lambda: None
     captured: Callable[[Factors | None], AdjointSolution | None] = lambda factors: None
     recycled: Recycled | None = None
-    warm: Tensor | None = None
+    warm: Start | None = None
 
 
 class Backward(abc.ABC):

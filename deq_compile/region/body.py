@@ -136,6 +136,10 @@ class EagerRunner(Runner):
         self.spec, self.layout, self.sizes = spec, layout, tuple(sizes)
 
     def apply(self, z: Tensor, operands: Sequence[Tensor]) -> Tensor:
+        # Autocast would remember what it makes of a parameter here, where no gradients are recorded, and the user's code would
+        # get that: a weight without its gradient, in silence.
+        if any(enabled for _, enabled, _ in self.spec.ambient.autocast):
+            operands = [o.detach() for o in operands]
         with torch.no_grad():
             return self.spec.flat(self.layout, z, operands, self.sizes)
 

@@ -9,6 +9,7 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from deq_compile.kernels.device import on_gpu
@@ -32,6 +33,7 @@ BROYDEN_ELEMENT, BROYDEN_STORED, PLAIN_ELEMENT = 70.0, 16.0, 35.0
 DECIDED_AT = (0, 20)
 DECIDE_EVERY = 200
 SAVING = 0.98  # what plain iteration may cost at most of Broyden's: the counts of one batch are not those of the next
+APART = 0.1  # relative distance from which on two solutions are two fixed points
 AFTER_MISS = 40  # calls from a miss to the next decision, and twice as many after each further one
 
 
@@ -39,12 +41,14 @@ class Choice:
     """What has been decided for one region.
 
     plain   whether plain iteration is less work; None: not known
+    several whether the two have come to different fixed points: then plain iteration it is, which the user's start decides
     calls   of the region in which a choice was to be made
     counts  evaluations by Broyden and by plain iteration at the last decision; those of a plain one that was stopped are "more"
     """
 
     def __init__(self) -> None:
         self.plain: bool | None = None
+        self.several = False
         self.calls = self.again = self.settled = self.doubted = self.missed = 0
         self.counts = 0, ""
         self.watch = Watch()
@@ -52,6 +56,8 @@ class Choice:
     def due(self, periodic: bool) -> bool:
         """Whether this call tries both."""
         call = self.calls
+        if self.several:
+            return False
         if call in DECIDED_AT[:1] or (call == self.again and call > 0):
             return True
         return periodic and (call in DECIDED_AT or call % DECIDE_EVERY == 0)
@@ -78,6 +84,8 @@ class Choice:
         """What was chosen, and why."""
         if self.plain is None:
             return ""
+        if self.several:
+            return "plain iteration, since Broyden has come to another fixed point"
         name, other = ("plain iteration", "Broyden") if self.plain else ("Broyden", "plain iteration")
         broyden, plain = self.counts
         return f"{name}, less work than {other}: {broyden} evaluations by Broyden, {plain} by plain iteration"
@@ -100,7 +108,7 @@ def solve_chosen(call: Call, choice: Choice) -> Solution:
     periodic = site.spec.config.verify == "periodic"
     due = choice.due(periodic)
     choice.calls += 1
-    needs_factors = site.spec.stores_steps and (site.reuses or site.reuse_due())
+    needs_factors = not choice.several and site.spec.stores_steps and (site.reuses or site.reuse_due())
     if due:
         return _both(call, choice, needs_factors)
     if not choice.plain or needs_factors:
@@ -127,6 +135,8 @@ def _both(call: Call, choice: Choice, needs_factors: bool) -> Solution:
     pays = plain is not None and not missed(plain)
     counted = "not tried" if plain is None else f"{plain.evaluations}" if pays else f"more than {plain.evaluations}"
     choice.decide(pays, broyden.evaluations, counted, worth)
+    if pays and plain is not None and _apart(broyden.z, plain.z):
+        choice.several, needs_factors = True, False
     log.info("region %s at %s: %s", site.key, site.spec.where, choice)
     site.stand()
     if pays and not needs_factors:
@@ -135,6 +145,12 @@ def _both(call: Call, choice: Choice, needs_factors: bool) -> Solution:
     if plain is not None:
         call.body(broyden.z)  # what the last evaluation saves serves the backward, and the last was the other solve's
     return broyden
+
+
+def _apart(a: Tensor, b: Tensor) -> bool:
+    """Whether two solutions (B, D) are different fixed points for any sample, and not one to within a tolerance."""
+    distance, size = torch.linalg.vector_norm(a - b, dim=1), torch.linalg.vector_norm(b, dim=1)
+    return bool((distance > APART * size).any())
 
 
 def allowed(evaluations: int, body: float, z: Tensor) -> float:

@@ -8,6 +8,7 @@ The unit is an operation of a large matrix product, 100 of which one core of an 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,8 @@ class Counter(TorchDispatchMode):
 def _count(self: Counter, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     out = func(*args, **(kwargs or {}))
     self.operators += 1
-    self.flops += _flops(str(func).split(".")[1], args, out)
+    if getattr(func, "namespace", "") == "aten":  # another's operator may have any arguments
+        self.flops += _flops(str(func).split(".")[1], args, out)
     return out
 
 
@@ -62,11 +64,39 @@ def _flops(name: str, args: Any, out: Any) -> int:
     return 0
 
 
-def work(function: Callable[[Tensor], Any], z: Tensor, calls: int = 1) -> float:
-    """Operations of function(z), for states like z (B, D), which takes so many calls of compiled code at least."""
+def _compiles_itself(function: Callable[[Tensor], Any], z: Tensor) -> bool:
+    """Whether function(z) calls compiled code or an operator of higher order in eager mode: where that has run under a dispatch
+    mode, torch fails at the next one without (`torch.cond`, torch 2.11 to 2.14)."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    seen = []
+
+    def look(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and any(part in frame.f_code.co_filename for part in ("_higher_order_ops", "_dynamo")):
+            seen.append(frame.f_code.co_name)
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        function(z)
+    finally:
+        sys.setprofile(before)
+    return bool(seen)
+
+
+def counted(function: Callable[[Tensor], Any], z: Tensor) -> tuple[int, int]:
+    """Operations of products, and operators, of function(z), which has run before; none where it compiles itself."""
+    if _compiles_itself(function, z):
+        return 0, 0
     with Counter() as counter:
         function(z)
-    return counter.flops + ELEMENT * z.numel() + max(calls * CALL, counter.operators * OPERATOR)
+    return counter.flops, counter.operators
+
+
+def work(function: Callable[[Tensor], Any], z: Tensor, calls: int = 1) -> float:
+    """Operations of function(z), for states like z (B, D), which takes so many calls of compiled code at least."""
+    flops, operators = counted(function, z)
+    return flops + ELEMENT * z.numel() + max(calls * CALL, operators * OPERATOR)
 
 
 def thin(rank: int, z: Tensor) -> float:

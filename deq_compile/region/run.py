@@ -31,7 +31,7 @@ from .solvers.reversible import ReversibleProgress
 from .stop import any_of
 from .stopwatch import Stopwatch, TimedLinearised
 from .verdict import count_misses, gradient_is_the_loops, warn_of_gradient
-from .warm import remember
+from .warm import Start, remember
 from .worth import weigh
 
 __all__ = ["BackwardInputs", "Forward", "Result", "SavedForBackward", "Ticket", "adjoint", "backwards", "run", "run_backward",
@@ -55,7 +55,7 @@ class SavedForBackward:
     loop: Sequence[Linearised] = ()
     factors: Factors | None = None
     recycled: Recycled | None = None
-    warm: Tensor | None = None
+    warm: Start | None = None
     trail: Trail | None = None
 
 
@@ -146,7 +146,7 @@ def run(call: Call) -> Result:
         if first is None or z is not first.z:
             linear = image = None
         given = _given(call, z, image)
-        known = None if site.warm is None else site.warm.w
+        known = None if site.warm is None else site.warm.last
         trail = trail_of(solution) if site.spec.grad else None
         saved = SavedForBackward(linear, (), _factors(site, solution, call.recycled), call.recycled, known, trail)
         remember(site, call, z)

@@ -176,3 +176,27 @@ def test_plain_iteration_may_take_as_many_evaluations_as_cost_what_broyden_does(
     assert 12 <= choices.allowed(12, 1e6, small) + 1 <= 13.1  # steps cost nothing beside calls
     assert choices.allowed(12, 1e6, large) > 16  # and most of it beside a body that does little
     assert choices.allowed(12, 1e12, large) < 12  # but next to nothing beside one that does much
+
+
+def test_where_the_two_solvers_come_to_different_fixed_points_calls_agree() -> None:
+    """One call is not answered by one of them and the next by the other: by plain iteration, whose fixed point the start says."""
+    W = 0.02 * torch.randn(D, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    gain = torch.full((D,), 3.0, dtype=torch.float64, requires_grad=True)
+    z0 = 0.5 * torch.randn(32, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+    def f(z: Tensor) -> Tensor:
+        return torch.tanh(gain * z + z @ W)
+
+    found = []
+    for _ in range(4):
+        z = fixed_point(lambda z: f(z), z0, solver="auto")
+        z.sum().backward()
+        found.append(z.detach())
+    right = z0
+    with torch.no_grad():
+        for _ in range(500):
+            right = f(right)
+        other = fixed_point(lambda z: f(z), z0, solver="broyden")
+    assert float((other - right).abs().max()) > 1, "Broyden comes to another"
+    for z in found:
+        torch.testing.assert_close(z, right, rtol=5e-3, atol=5e-3)

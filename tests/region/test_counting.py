@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from deq_compile import fixed_point
 from deq_compile.region.counting import Counter, thin, work
 
 W, IMAGE = torch.randn(6, 5), torch.randn(2, 4, 8, 8)
@@ -71,3 +72,24 @@ def test_operators_count_where_they_are_many() -> None:
 
     assert work(many, z) > 5 * work(lambda z: z.sin(), z)
     assert thin(0, z) == 0 < thin(2, z) < thin(4, z)
+
+
+def test_operators_of_others_and_of_higher_order_run_within_it() -> None:
+    """Also one whose name is that of a product, with arguments that no product has."""
+    from torch.library import custom_op
+
+    @custom_op("deq_compile_counting::mm", mutates_args=())
+    def mm(z: Tensor, factor: float) -> Tensor:
+        return factor * z
+
+    z = torch.randn(2, 3)
+    assert work(lambda z: mm(z, 0.5), z) == work(lambda z: z.sin(), z)
+    found = fixed_point(lambda z: mm(z, 0.5) + 1, z, solver="auto", tol=1e-6)
+    torch.testing.assert_close(found, torch.full_like(z, 2.0), rtol=1e-4, atol=1e-4)
+
+    def halved(z: Tensor) -> Tensor:
+        return torch.cond(z.sum() > -1e9, lambda z: 0.5 * z + 1, lambda z: z - 1, (z,))
+
+    with torch.no_grad():
+        found = fixed_point(halved, z, solver="auto", tol=1e-6, batch="whole")
+    torch.testing.assert_close(found, torch.full_like(z, 2.0), rtol=1e-4, atol=1e-4)

@@ -126,11 +126,13 @@ def test_backwards_begin_from_what_their_forward_saw() -> None:
 
     for i in range(4):
         gradient(forward(i))
-    first, second = forward(4), forward(5)
-    early, late = gradient(first), gradient(second)
-    gradient(forward(6))
-    assert torch.equal(gradient(first), early)
-    assert torch.equal(gradient(second), late)
+    for i in range(4, 12, 2):
+        first, second = forward(i), forward(i + 1)
+        early, late = gradient(first), gradient(second)
+        assert torch.equal(gradient(second), late)
+        gradient(forward(i))
+        assert torch.equal(gradient(first), early)
+        assert torch.equal(gradient(second), late)
 
 
 def test_a_start_from_which_the_solve_misses_is_given_up() -> None:
@@ -148,21 +150,32 @@ def test_a_start_from_which_the_solve_misses_is_given_up() -> None:
 
 
 class Bistable(nn.Module):
-    """z <- tanh(2 z + 0.1 x): two fixed points that attract, and the loop's own start says which."""
+    """z <- tanh(2 z + 0.01 x) from x: two fixed points that attract, and the loop's own start says which."""
 
     def forward(self, x: Tensor) -> Tensor:
-        z = 0.1 * x
+        z = x
         for _ in range(60):
-            z = torch.tanh(2 * z)
+            z = torch.tanh(2 * z + 0.01 * x)
         return z
 
 
-def test_where_there_are_several_fixed_points_the_loops_own_start_decides() -> None:
-    run = torch.compile(Bistable(), backend="deq", options={"warm_start": "previous", "inner": "eager"})
+@pytest.mark.parametrize("verify", ["periodic", "first", "never"])
+def test_where_there_are_several_fixed_points_a_loops_own_start_decides(verify: str) -> None:
+    """Also after calls that all went to one of them."""
+    run = torch.compile(Bistable(), backend="deq", options={"warm_start": "previous", "inner": "eager", "verify": verify})
     with torch.no_grad():
-        for i in range(6):
-            x = drawn(40 + i, 4, 3)
+        for sign in (1, 1, 1, 1, 1, 1, -1, -1, 1, -1, 1):
+            x = sign * (0.5 + drawn(40, 4, 3).abs())
             torch.testing.assert_close(run(x), Bistable()(x), rtol=1e-3, atol=1e-3)
+
+
+def test_a_declared_fixed_point_of_several_is_the_one_that_was_found_last() -> None:
+    x = torch.full((2, 3), 0.01, dtype=torch.float64)
+    with torch.no_grad():
+        for sign in (1, 1, -1):
+            z = fixed_point(lambda z: torch.tanh(2 * z + x), sign * torch.ones_like(x), warm_start="previous", solver="picard")
+            torch.testing.assert_close(z, torch.tanh(2 * z + x), rtol=1e-3, atol=1e-3)
+            assert bool((z > 0).all())
 
 
 class Loop(nn.Module):
@@ -179,7 +192,14 @@ class Loop(nn.Module):
 
 def test_a_compiled_loop_is_right_and_shorter() -> None:
     model = Loop()
-    options = {"warm_start": "previous", "inner": "eager", "tol": 1e-8, "backward_tol": 1e-4, "verify": "first"}
+    options = {
+        "warm_start": "previous",
+        "semantics": "equilibrium",
+        "inner": "eager",
+        "tol": 1e-8,
+        "backward_tol": 1e-4,
+        "verify": "first",
+    }
     call = torch.compile(model, backend="deq", options=options)
     with record_solves() as solves:
         for i in range(6):

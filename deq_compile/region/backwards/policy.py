@@ -8,7 +8,7 @@ from torch import Tensor
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.gcr import move
 from deq_compile.region.adjoint import VJP, AdjointProblem, AdjointSolution, begin
-from deq_compile.region.counting import ELEMENT, Counter
+from deq_compile.region.counting import ELEMENT, counted
 from deq_compile.region.status import AdjointStatus
 
 # An operation of M counts twice: short rows run at half the speed of a matrix product (NOTES.md, "Is M worth it").
@@ -25,11 +25,10 @@ def factors_pay(vjp: VJP, q: Tensor, factors: Factors, found: AdjointSolution, p
     """
     if found.status != AdjointStatus.CONVERGED:
         return True
-    with Counter() as counter:
-        plain = products(vjp, q, None, problem)
+    plain = products(vjp, q, None, problem)
     if plain is None:
         return True
-    product = counter.flops / plain + ELEMENT * q.numel()
+    product = counted(vjp, q)[0] + ELEMENT * q.numel()
     return (plain - found.needed) * product > OPERATOR_COST * operator_flops(factors.n, q.shape[1], found.needed + 1)
 
 

@@ -19,7 +19,7 @@ from deq_compile.region.body import Linearised
 from deq_compile.region.pool import Way
 from deq_compile.region.site import Site
 from deq_compile.region.verdict import measure_gradient
-from deq_compile.region.warm import adjoint_from
+from deq_compile.region.warm import Start, adjoint_from, begins_from
 
 
 class Reuse(Backward):
@@ -40,10 +40,10 @@ class Reuse(Backward):
             site.expected_vjps = found.needed
             return dataclasses.replace(found, reused=factors is not None)
         # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
-        if asked and _begins_from(call, q):
+        if asked and call.recycled is None and begins_from(call.warm, q):
             way = Way("plain", factors if site.reuses else None)
             site.backwards += 1
-            found = adjoint_from(cast("Tensor", call.warm), linear, q, way.factors, _problem(call, q))
+            found = adjoint_from(cast("Start", call.warm), linear, q, way.factors, _problem(call, q))
         else:
             found, way = self._solve(linear, q, call, factors, asks=asked and not on_gpu(q.device))
         if measures:
@@ -78,19 +78,11 @@ class Reuse(Backward):
         return found, Way("plain" if factors is None else "factors", factors)
 
 
-def _begins_from(call: AdjointCall, q: Tensor) -> bool:
-    """Whether an adjoint for cotangents q (B, D) begins from the last one."""
-    w = call.warm
-    if w is None or call.recycled is not None or not q.numel():
-        return False
-    return w.shape == q.shape and w.dtype == q.dtype and w.device == q.device
-
-
 def _noted(site: Site, found: AdjointSolution) -> AdjointSolution:
     """The same, with what the next adjoint wants to know of it noted."""
     site.expected_vjps = found.needed
     if site.warm is not None:
-        site.warm.w = found.w.clone()  # what is handed on may be changed in place
+        site.warm.last = Start(found.w.clone(), found.needed)  # what is handed on may be changed in place
     return found
 
 
