@@ -277,7 +277,7 @@ def test_an_explanation_does_not_vote() -> None:
 ALWAYS = ("decisions", "ddp", "fsdp cell", "fsdp declared")
 CASES = {
     2: (*ALWAYS, "ddp around the compiled", "ddp static_graph", "ddp find_unused", "ddp no_sync", "ddp join", "ddp saved",
-        "fsdp root", "fsdp cell alone", "fsdp saved", "fsdp half", "tensor parallel"),
+        "ddp stretched", "fsdp stretched", "fsdp root", "fsdp cell alone", "fsdp saved", "fsdp half", "tensor parallel"),
     4: (*ALWAYS, "fsdp replicated"),
 }  # fmt: skip
 TRAININGS = 10  # steps of each
@@ -331,9 +331,12 @@ def check_parameters(said: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def check_loops(said: dict[str, list[dict[str, Any]]]) -> None:
-    """The loop is solved in all of them but where its parameters are split by tensor parallelism, which is said."""
+    """The loop is solved in all of them but where its parameters are split by tensor parallelism, which is said, and where it
+    has stopped to converge."""
     statuses = {case: {tuple(s["statuses"]) for s in ranks} for case, ranks in said.items() if "statuses" in ranks[0]}
     assert statuses.pop("tensor parallel", {()}) == {()}
+    for case in ("ddp stretched", "fsdp stretched"):  # all ranks have changed their mind
+        assert statuses.pop(case, {("kept",)}) == {("kept",)}
     assert all(found == {("solve",)} for found in statuses.values()), statuses
     reasons = {case: {reason for s in ranks for reason in s["skipped"]} for case, ranks in said.items() if "skipped" in ranks[0]}
     assert reasons.pop("tensor parallel", {"NOT_PLAIN"}) == {"NOT_PLAIN"}

@@ -79,12 +79,20 @@ def shares(step: int, uneven: bool = False) -> list[slice]:
     return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
 
-def alone(uneven: bool = False, last: bool = True) -> Model:
+def stretch(model: nn.Module) -> None:
+    """Make the cell so slow that ROUNDS iterations are far from its fixed point: its loop is not to be solved any more."""
+    with torch.no_grad():
+        model.cell.inner.weight.mul_(0.98 / 0.4)  # type: ignore[union-attr, operator]
+
+
+def alone(uneven: bool = False, last: bool = True, stretched: int = -1) -> Model:
     """One process, the user's own loop, all samples of each step; without `last` those of the last rank are left out of the last
-    step, and its mean is still one over all ranks."""
+    step, and its mean is still one over all ranks. Before the step `stretched` the cell becomes slow."""
     model = fresh()
     optimizer = optimizer_of(model)
     for step in range(STEPS):
+        if step == stretched:
+            stretch(model)
         own = shares(step, uneven)
         x, y = batch(step, own[-1].stop)
         count = len(x)
@@ -106,10 +114,13 @@ def loss_of(run: Callable[[Tensor], Tensor], step: int, part: slice | None = Non
 
 
 def train(
-    run: Callable[[Tensor], Tensor], model: nn.Module, steps: Any = range(STEPS), optimizer: Any = None, uneven: bool = False
-) -> Any:
+    run: Callable[[Tensor], Tensor], model: nn.Module, steps: Any = range(STEPS), optimizer: Any = None, uneven: bool = False,
+    stretched: int = -1,
+) -> Any:  # fmt: skip
     optimizer = optimizer or optimizer_of(model)
     for step in steps:
+        if step == stretched:
+            stretch(model)
         optimizer.zero_grad()
         loss_of(run, step, uneven=uneven).backward()
         optimizer.step()

@@ -38,6 +38,8 @@ from tests.models.ranks_model import (
     train,
 )
 
+STRETCHED = 8  # the call of a comparison
+
 # ---- data parallel
 
 
@@ -52,6 +54,14 @@ def ddp(uneven: bool = False, **how: Any) -> tuple[nn.Module, Any]:
     net = fresh() if "find_unused_parameters" in how else net_of_ddp()
     run, report = compiled(DistributedDataParallel(net, **how))
     train(run, net, uneven=uneven)
+    return net, report
+
+
+def ddp_stretched() -> tuple[nn.Module, Any]:
+    """A verdict that changes: the loop is solved, and in the last two steps has to be kept, at the call that compares next."""
+    net = net_of_ddp()
+    run, report = compiled(DistributedDataParallel(net))
+    train(run, net, stretched=STRETCHED)
     return net, report
 
 
@@ -124,6 +134,13 @@ def fsdp_trained(uneven: bool = False, **how: Any) -> tuple[nn.Module, Any]:
     net = fsdp(**how)
     run, report = compiled(net)
     train(run, net, uneven=uneven)
+    return net, report
+
+
+def fsdp_stretched() -> tuple[nn.Module, Any]:
+    net = fsdp()
+    run, report = compiled(net)
+    train(run, net, stretched=STRETCHED)
     return net, report
 
 
@@ -220,11 +237,13 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "ddp find_unused": lambda: ddp(find_unused_parameters=True),
     "ddp no_sync": ddp_no_sync,
     "ddp join": ddp_join,
+    "ddp stretched": ddp_stretched,
     "ddp saved": ddp_saved,
     "fsdp root": lambda: fsdp_trained(cell=False),
     "fsdp cell": lambda: fsdp_trained(uneven=True),
     "fsdp cell alone": fsdp_cell_alone,
     "fsdp saved": fsdp_saved,
+    "fsdp stretched": fsdp_stretched,
     "fsdp replicated": lambda: fsdp_trained(on=replicas()),
     "fsdp declared": fsdp_declared,
     "fsdp half": fsdp_half,
@@ -234,6 +253,8 @@ REFERENCES: dict[str, Callable[[], Model]] = {
     "ddp": lambda: alone(uneven=True),
     "fsdp cell": lambda: alone(uneven=True),
     "ddp join": lambda: alone(last=False),
+    "ddp stretched": lambda: alone(stretched=STRETCHED),
+    "fsdp stretched": lambda: alone(stretched=STRETCHED),
     "fsdp half": fsdp_half_eager,
 }
 # Collectives of process groups, by their names before and since torch 2.13.
