@@ -15,7 +15,7 @@ from torch import fx
 from .capture import sites
 from .config import Config, Options
 from .inner import usable
-from .passes.base import ExitTest, Loop, describe, is_tensor, value_of
+from .passes.base import ExitTest, Loop, describe, hint, is_tensor, value_of
 from .passes.extract import body_hash, dim_order, target_name
 from .passes.inputs import reads_inputs, trained_alone
 from .passes.work import work_of
@@ -47,7 +47,8 @@ def lowered(
     rows.append((_row(loop, spec, site.key, site.standing), site))
     count = f"{spec.iterations} iterations" if spec.iterations is not None else "until its tolerance"
     log.info("region %s at %s: %s, %s, %d operands", site.key, spec.where, loop.kind, count, len(loop.operands))
-    return solve_op, (list(loop.initial), list(loop.operands), list(loop.sizes), site.key)
+    sizes = [*loop.sizes] if loop.counter is None else [*loop.sizes, loop.counter]
+    return solve_op, (list(loop.initial), list(loop.operands), sizes, site.key)
 
 
 def _way_out(loop: Loop, spec: RegionSpec) -> WayOut:
@@ -89,7 +90,7 @@ def _row(loop: Loop, spec: RegionSpec, key: str, standing: Standing) -> Region:
         kind=loop.kind,
         location=loop.location,
         states=states,
-        iterations=spec.iterations,
+        iterations=spec.iterations if spec.outside is None else None,
         operands=len(loop.operands),
         hoisted=tuple(describe(n) for n in loop.kept_nodes),
         solver=spec.config.solver,
@@ -130,7 +131,8 @@ def _place(loop: Loop, spec: RegionSpec, before: int) -> str:
         for node in loop.body.graph.nodes
         if node.op in ("call_function", "call_method") and is_tensor(node)
     ]
-    facts = where, line, before, operations, spec.dtypes, spec.iterations, spec.config.key()
+    count = spec.iterations if spec.outside is None else "n"
+    facts = where, line, before, operations, spec.dtypes, count, spec.config.key()
     return f"{where}:{line}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
 
 
@@ -153,7 +155,8 @@ def region_spec(
         body=body,
         dtypes=tuple(v.dtype for v in outputs),
         orders=tuple(_order(v, value_of(n), loop.body) for v, n in zip(outputs, loop.initial, strict=True)),
-        iterations=None if loop.declared else loop.count,
+        iterations=None if loop.declared else loop.count if loop.counter is None else hint(value_of(loop.counter)) - loop.outside,
+        outside=None if loop.counter is None else loop.outside,
         grad=ambient.grad and any(t.requires_grad for t in tensors),
         config=config,
         where=str(loop.location),

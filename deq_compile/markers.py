@@ -1,9 +1,10 @@
 """The nodes by which capture tells the passes where a fixed point is: calls that stand in the graph a backend gets.
 
 A region that capture recognises is traced once, between `enter` and `leave`; a loop whose exit depends on data is traced
-a few times, with a `may_exit` where each exit was passed by. These calls have no meaning of their own: the backend must
-consume every one of them, or ask Dynamo to trace the frame again with that place blocked (capture/sites.py), so that the
-user's own code is compiled as under any other backend. Nothing here knows Dynamo.
+a few times, with a `may_exit` where each exit was passed by, and one whose count is an input with a `counted` in each of them.
+These calls have no meaning of their own: the backend must consume every one of them, or ask Dynamo to trace the frame again with
+that place blocked (capture/sites.py), so that the user's own code is compiled as under any other backend. Nothing here knows
+Dynamo.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ NOT_THE_USERS = (_TORCH, PACKAGE, os.path.join(os.path.dirname(_TORCH), "torchde
 
 # Segments traced of a loop whose exit depends on data, before the exit is taken.
 UNROLLED = 10
+# The least count of a loop that is followed for whatever count it is given: more iterations than may stand outside of a region.
+LEAST = 4
 GUARD, HIDDEN = -1, -2
 
 
@@ -73,6 +76,10 @@ def may_exit(predicate: Any, site: str, entry: int, exit_when: bool, cap: int) -
     """
 
 
+def counted(count: Any, site: str, entry: int) -> None:
+    """One of the iterations traced of the loop at `site`, entered for the `entry`-th time, which makes `count` of them."""
+
+
 def region(
     f: Callable[[tuple[Tensor, ...]], Sequence[Tensor]],
     states: tuple[Tensor, ...],
@@ -89,9 +96,15 @@ def region(
 
 
 has_side_effect(may_exit)
+has_side_effect(counted)
 has_side_effect(told)
 CALLS = (enter, leave, adjoint_hook, adjoint_input, untold, told)  # what the tracer puts into the graph as it is
-MARKERS = (*CALLS, may_exit)
+PASSAGES = (may_exit, counted)  # one in each iteration that was traced; the loop's site and entry are args[1:3]
+MARKERS = (*CALLS, *PASSAGES)
+
+
+def is_passage(target: Any) -> bool:
+    return any(target is marker for marker in PASSAGES)
 
 
 def is_marker(target: Any) -> bool:

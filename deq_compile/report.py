@@ -89,7 +89,8 @@ class Standing:
     what the iterations ran on at the last call ("loop", "chunks", "while"; see region/engine), `engine_reason` why on nothing
     better. `reuse` tells whether the backward makes use of the forward's factors, `gradient_error` how far its gradients of the
     operands were off when last measured, relative to those at a tenth of the tolerance. `recycle` says in words what begins with
-    factors of earlier batches; empty where the option is off. `kept_reason` says why a loop is kept.
+    factors of earlier batches; empty where the option is off. `kept_reason` says why a loop is kept,
+    `counts` from which count on it is solved, where the count is an input.
     """
 
     status: str = "pending"
@@ -101,6 +102,7 @@ class Standing:
     recycle: str = ""
     chosen: str = ""
     kept_reason: str = ""
+    counts: str = ""
 
 
 @dataclasses.dataclass
@@ -108,8 +110,8 @@ class Region:
     """A fixed-point region that was replaced by one solve.
 
     `hoisted` names the operations that were moved out of the loop. `iterations` is the count of a fixed-count loop, None where
-    a fixed point was declared. `notes` say in words what was done, and where the meaning differs from what the user's code
-    would have done. `standing` is what its calls have found since; each of its fields is an attribute of the region too.
+    a fixed point was declared or the count is an input. `notes` say in words what was done, and where the meaning differs from
+    what the user's code would have done. `standing` is what its calls have found since; each of its fields is an attribute of the region too.
     """
 
     key: str
@@ -159,6 +161,10 @@ class Region:
     @property
     def kept_reason(self) -> str:
         return self.standing.kept_reason
+
+    @property
+    def counts(self) -> str:
+        return self.standing.counts
 
 
 @dataclasses.dataclass
@@ -222,6 +228,7 @@ class Report:
             if not (self.skipped or self.graph_breaks or self.features_off):
                 lines.append("no loop that repeats a map was met, and no call of a solver")
         lines += [f"kept        {r.location}: {r.kept_reason}" for r in self.regions if r.kept_reason]
+        lines += [f"counts      {r.location}: {r.counts}" for r in self.regions if r.counts]
         lines += [f"engine      {r.location}: {r.engine}, since {r.engine_reason}" for r in self.regions if r.engine_reason]
         lines += [f"solver      {r.location}: {r.chosen}" for r in self.regions if r.chosen and not r.kept_reason]
         idle = "without the forward's factors, which cost more than they save"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from deq_compile.markers import NOT_THE_USERS, may_exit, told
+from deq_compile.markers import NOT_THE_USERS, counted, is_passage, told
 from deq_compile.report import Location, Report, Skipped
 from deq_compile.torch_parts import FakeTensor, is_functorch_wrapped, is_wrapper_subclass
 
@@ -49,6 +49,8 @@ class Loop:
     # filled in by later passes
     tests: tuple[ExitTest, ...] = ()
     test_offsets: frozenset[int] = frozenset()
+    counter: fx.Node | None = None  # the count of all iterations, where that is an input
+    outside: int = 0  # of those, the ones that the graph makes before or after it
     body: fx.GraphModule | None = None
     hoisted_offsets: tuple[int, ...] = ()
     kept_nodes: tuple[fx.Node, ...] = ()
@@ -66,12 +68,12 @@ class Loop:
 
     @property
     def kind(self) -> str:
-        return f"{self.form} until a test" if self.tests else f"{self.form} of {self.count}"
+        return f"{self.form} until a test" if self.tests else f"{self.form} of {'n' if self.counter else self.count}"
 
     @property
     def passages(self) -> set[tuple[Any, ...]]:
         """(site, entry) of the exits of this loop that capture passed by."""
-        return {node.args[1:3] for node in self.segment(-1) if node.target is may_exit}
+        return {node.args[1:3] for node in self.segment(-1) if is_passage(node.target)}
 
     @property
     def first(self) -> fx.Node:
@@ -121,7 +123,7 @@ class Loop:
 
     @property
     def location(self) -> Location:
-        return common_location(self.segment(0))
+        return common_location([node for node in self.segment(0) if node.target is not counted])
 
 
 @dataclasses.dataclass
@@ -175,7 +177,7 @@ class Pass(abc.ABC):
 
 def marked(node: fx.Node) -> str:
     """The site of a marker node."""
-    names = {"enter": 1, "leave": 2, "adjoint_hook": 3, "adjoint_input": 1, "untold": 2, "told": 0, "may_exit": 1}
+    names = {"enter": 1, "leave": 2, "adjoint_hook": 3, "adjoint_input": 1, "untold": 2, "told": 0, "may_exit": 1, "counted": 1}
     return str(node.args[names[node.target.__name__]])  # type: ignore[union-attr]
 
 

@@ -10,7 +10,7 @@ import operator
 import torch
 from torch import fx
 
-from deq_compile.markers import may_exit
+from deq_compile.markers import is_passage
 
 from .base import Loop, Pass, PassContext, value_of
 
@@ -21,8 +21,8 @@ class Counts(Pass):
     def run(self, graph: fx.Graph, context: PassContext) -> int:
         taken = 0
         for loop in context.loops:
-            if any(node.target is may_exit for node in loop.segment(-1)):
-                continue  # how often such a loop runs is for its solve to say
+            if any(is_passage(node.target) for node in loop.segment(-1)):
+                continue  # how often such a loop runs is for its solve, or its input, to say
             for index in reversed(range(len(loop.carried))):
                 step = _step(loop, index)
                 if step is not None and len(loop.carried) > 1:

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deq_compile.markers import GUARD, HIDDEN, may_exit
+from deq_compile.markers import GUARD, HIDDEN, LEAST, counted, is_passage, may_exit
 from deq_compile.report import Reason, Skipped
-from deq_compile.torch_parts import assert_scalar, is_erased
+from deq_compile.torch_parts import assert_scalar, free_unbacked_symbols, is_erased
 
 from .base import ExitTest, Loop, Pass, PassContext, describe, hint, location_of, value_of
 from .functionalise import written_argument
@@ -40,12 +40,12 @@ class Exits(Pass):
         accepted = []
         for loop in context.loops:
             markers = [node for node in loop.segment(-1) if node.target is may_exit]
-            loop.test_offsets = _only_tested(loop) if markers else frozenset()
+            loop.test_offsets = _only_tested(loop) if loop.passages else frozenset()
             tests = [self._test(loop, node) for node in markers]
             refused = next((test for test in tests if isinstance(test, Skipped)), None)
             loop.tests = tuple(test for test in tests if isinstance(test, ExitTest))
             if refused is None:
-                refused = _computed_with(loop)
+                refused = _count_comes_in(graph, loop) or _computed_with(loop)
             if refused is None and markers and not loop.tests:  # nothing but guards against NaN
                 refused = Skipped(Reason.EXIT_TEST, location_of(markers[0]), "", loop.count)
             if refused is not None:
@@ -113,6 +113,20 @@ class Exits(Pass):
                 builder.env[v] = builder.graph.call_function(torch.add, (z, step), {"alpha": 1.0 / damping})
             return builder.finish(self.owner, predicate)
         return None
+
+
+def _count_comes_in(graph: fx.Graph, loop: Loop) -> Skipped | None:
+    """Take note of the count of a loop where that is an input; why it may not be, where too many iterations lie outside."""
+    found = [node for node in loop.segment(-1) if node.target is counted]
+    if not found:
+        return None
+    marker = found[0]
+    traced = sum(node.target is counted and node.args[1:3] == marker.args[1:3] for node in graph.nodes)
+    loop.counter, loop.outside = marker.args[0], traced - loop.count  # type: ignore[assignment]
+    unknown = bool(free_unbacked_symbols(value_of(loop.counter)))  # it may be less
+    if loop.tests or loop.outside >= (1 if unknown else LEAST):
+        return Skipped(Reason.COUNTER, location_of(marker), "its count is an input, and some iterations are others", loop.count)
+    return None
 
 
 def _computed_with(loop: Loop) -> Skipped | None:
@@ -210,7 +224,7 @@ def _only_tested(loop: Loop) -> frozenset[int]:
     needed: set[fx.Node] = set()
     for node in loop.outputs:
         needed |= _ancestors(node, segment)
-    read = {a for node in segment if node.target is may_exit for a in _ancestors(node, segment)}
+    read = {a for node in segment if is_passage(node.target) for a in _ancestors(node, segment)}
     return frozenset(o for o, node in enumerate(segment) if node in read and node not in needed)
 
 
@@ -357,7 +371,7 @@ def drop_assertions(graph: fx.Graph) -> None:
 def drop_consumed(graph: fx.Graph, passages: set[tuple[Any, ...]]) -> None:
     """Erase what is left of the tests of loops that were replaced: those before the first and after the last segment."""
     for node in reversed(list(graph.nodes)):
-        if node.target is may_exit and node.args[1:3] in passages:
+        if is_passage(node.target) and node.args[1:3] in passages:
             graph.erase_node(node)
             erase_unused(graph, node.args[0])
 

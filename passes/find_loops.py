@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from deq_compile.markers import UNROLLED, may_exit
+from deq_compile.markers import UNROLLED, is_passage
 from deq_compile.report import Reason, Skipped
 from deq_compile.torch_parts import HigherOrderOperator
 
@@ -90,7 +90,7 @@ class Chain:
         self.loose = [signature(n, identity=False) for n in self.nodes]
         self.operation = [hash((n.op, str(n.target))) for n in self.nodes]
         self.transformed = inside_transforms(graph)
-        self.exits = Counter(n.args[1:3] for n in self.nodes if n.target is may_exit)
+        self.exits = Counter(n.args[1:3] for n in self.nodes if is_passage(n.target))
 
     # ---- step 1 and 2: periodic runs
 
@@ -185,7 +185,7 @@ class Chain:
 
     def _needed(self, loop: Loop, min_repeats: Any) -> int:
         """The least count of a loop. One whose exit depends on data was cut off by capture: its count says nothing."""
-        markers = [node for node in loop.segment(-1) if node.target is may_exit]
+        markers = [node for node in loop.segment(-1) if is_passage(node.target)]
         if markers and all(self.exits[node.args[1:3]] >= UNROLLED for node in markers):
             return min(min_repeats(loop.nodes), SEGMENTS_OF_A_CUT_LOOP)
         return int(min_repeats(loop.nodes))
@@ -201,7 +201,7 @@ class Chain:
         """A test that a segment holds more than once: that of a loop inside of this one."""
         seen: set[str] = set()
         for node in loop.segment(-1):
-            if node.target is may_exit:
+            if is_passage(node.target):
                 if node.args[1] in seen:
                     return node
                 seen.add(str(node.args[1]))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deq_compile.markers import may_exit
+from deq_compile.markers import is_passage, may_exit
 
 from .base import Loop, Pass, PassContext, value_of
 from .exits import exits_when
@@ -162,7 +162,7 @@ def _erase_dead(graph: fx.Graph, loop: Loop) -> None:
     alive = list(range(loop.period))
     for offset in reversed(range(loop.period)):
         nodes = [segment[offset] for segment in segments]
-        if offset not in loop.carried and not any(n.users or n.is_impure() or n.target is may_exit for n in nodes):
+        if offset not in loop.carried and not any(n.users or n.is_impure() or is_passage(n.target) for n in nodes):
             for node in nodes:
                 graph.erase_node(node)
             alive.remove(offset)

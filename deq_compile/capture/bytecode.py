@@ -90,6 +90,26 @@ class Code:
             for k, later in enumerate(self.instructions)
         )
 
+    def loop_counted_by(self, inst: Any) -> Any:
+        """The FOR_ITER of the loop whose `range` ends at what an instruction gives, where that goes nowhere else; or None."""
+        i = self.index.get(id(inst))
+        if i is None or not self.counts_a_loop(inst):
+            return None
+        name = None
+        for k in range(i + 1, len(self.instructions)):
+            later = self.instructions[k]
+            if later.opname == "FOR_ITER":
+                return later
+            if later.opname == "STORE_FAST":
+                name = later.argval
+                break
+            if not later.opname.startswith(_IN_A_CALL):
+                return None
+        reads = [k for k, later in enumerate(self.instructions) if "LOAD" in later.opname and later.argval == name]
+        if len(reads) != 1 or not self._into_a_range(reads[0]):
+            return None
+        return next((later for later in self.instructions[reads[0] :] if later.opname == "FOR_ITER"), None)
+
     def _into_a_range(self, k: int) -> bool:
         """Whether the value loaded at k is the last argument of a `range` that is iterated at once."""
         after = []

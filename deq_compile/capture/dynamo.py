@@ -213,14 +213,64 @@ def constant(tx: Any, variable: Any) -> Any:
     raise LookupError(type(variable).__name__)
 
 
-def has_changed(tx: Any, variable: Any) -> bool:
-    """Whether a variable is an integer made of inputs of the frame, not of a tensor's sizes, that Dynamo has seen with several
-    values. Where everything is symbolic from the first call on (`dynamic=True`) nobody knows."""
+def is_from_outside(tx: Any, variable: Any) -> bool:
+    """Whether a variable is an integer that the graph has as a symbol, made of inputs of the frame, not of a tensor's sizes."""
     variable = variable.realize() if hasattr(variable, "realize") else variable
-    if not isinstance(variable, SymNodeVariable) or not config.assume_static_by_default:
+    if not is_symbolic(variable) or free_unbacked_symbols(variable.sym_num):
         return False
     symbols, of = variable.sym_num.node.expr.free_symbols, tx.output.shape_env.var_to_sources
     return any(not hasattr(source, "prop") for symbol in symbols for source in of.get(symbol, ())[:1])
+
+
+def is_open(tx: Any, variable: Any) -> bool:
+    """Whether a variable is an integer of which the graph need not know what it is in this call."""
+    variable = variable.realize() if hasattr(variable, "realize") else variable
+    if is_integer_tensor(variable) or is_from_outside(tx, variable):
+        return True
+    return is_symbolic(variable) and bool(free_unbacked_symbols(variable.sym_num))
+
+
+def is_drawn(variable: Any) -> bool:
+    """Whether a variable is a number that Python draws in every call: an input of the graph, a tensor."""
+    return isinstance(variable, UnspecializedPythonVariable)
+
+
+def is_integer_tensor(variable: Any) -> bool:
+    """Whether a variable is a tensor that Python takes for an integer."""
+    if not isinstance(variable, TensorVariable):
+        return False
+    example = variable.as_proxy().node.meta.get("example_value")
+    return (
+        isinstance(example, torch.Tensor) and not (example.is_floating_point() or example.is_complex()) and example.numel() == 1
+    )
+
+
+def number_in(tx: Any, variable: Any) -> Any:
+    """The variable of the number in a tensor, as one of the graph, of which nothing is known when the graph is made."""
+    with numbers_of_tensors(tx):
+        return wrap_fx_proxy(tx, tx.output.create_proxy("call_method", "item", (variable.as_proxy(),), {}))
+
+
+def has_changed(tx: Any, variable: Any) -> bool:
+    """Whether such an integer is a symbol because Dynamo has seen it with several values. Where everything is symbolic from the
+    first call on (`dynamic=True`) nobody knows."""
+    return bool(config.assume_static_by_default) and is_from_outside(tx, variable)
+
+
+def is_symbolic(variable: Any) -> bool:
+    """Whether a variable is a number of the graph."""
+    return isinstance(variable, SymNodeVariable)
+
+
+def may_be(variable: Any, least: int) -> bool:
+    """Whether a number of the graph is not less than that; the frame is guarded on the answer, where there is one."""
+    return bool(free_unbacked_symbols(variable.sym_num) or variable.sym_num >= least)
+
+
+def traced(tx: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """The variable that `function` of variables and Python numbers gives, traced."""
+    given = [a if isinstance(a, VariableTracker) else build(tx, a) for a in args]
+    return UserFunctionVariable(function).call_function(tx, given, {})
 
 
 def is_unseen(variable: Any) -> bool:
@@ -265,6 +315,29 @@ def call_operator(tx: Any, operator: Any, tensors: Sequence[Any], name: str, cou
     proxies = [variable.as_proxy() for variable in tensors]
     made = wrap_fx_proxy(tx, tx.output.create_proxy("call_function", operator, (proxies, name), {}))
     return items_of(tx, made)[:count]
+
+
+def source_of(variable: Any) -> Any:
+    """Where the value of a variable comes from; None for one that the frame has made."""
+    return getattr(variable, "source", None)
+
+
+def is_of_module(source: Any) -> bool:
+    """Whether a source is an attribute of a module of the user's."""
+    return bool(source.guard_source.is_unspecialized_nn_module())
+
+
+@contextlib.contextmanager
+def integers_of_modules() -> Iterator[None]:
+    """Take an integer of a module as any other: for a symbol, from its second value on."""
+    with config.patch(allow_unspec_int_on_nn_module=True):
+        yield
+
+
+def outermost(tx: Any) -> Any:
+    """The translator of the frame that is compiled."""
+    *_, found = frames(tx)
+    return found
 
 
 def frames(tx: Any) -> Iterator[Any]:

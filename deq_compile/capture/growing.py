@@ -50,7 +50,7 @@ def _handler(original: Callable[..., Any], taken: int, written: Callable[..., tu
 def _grows(tx: Any, value: Any, owner: Any, name: Any) -> bool:
     """Whether a number that this call has read from an object is written to it, and a region stands in the graph."""
     if getattr(owner, "source", None) is None or not any(
-        node.target in (markers.leave, markers.may_exit) for node in tx.output.graph.nodes
+        node.target is markers.leave or markers.is_passage(node.target) for node in tx.output.graph.nodes
     ):
         return False
     value = _looked_at(value)

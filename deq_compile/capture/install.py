@@ -20,6 +20,7 @@ from . import (
     allclose,
     bars,
     calls,
+    counted,
     ddp,
     declared_calls,
     dynamo,
@@ -137,6 +138,12 @@ _SPARSE = (
 
 _FEATURES = [
     _Feature("loops whose exit depends on data", loop_exit.install, self_tests.test_loop_exit, _LOOPS),
+    _Feature(
+        "loops whose count is an input",
+        counted.install,
+        self_tests.test_counted,
+        (*_LOOPS, "UserFunctionVariable", "UnspecializedPythonVariable", "wrap_fx_proxy"),
+    ),
     _Feature("calls of solvers", calls.install, self_tests.test_calls, _CALLS),
     _Feature("calls of solvers that are known by their looks", solver_calls.install, lambda: None, _CALLS),
     _Feature("TorchDEQ", torchdeq.install, self_tests.test_torchdeq, _CALLS),

@@ -20,7 +20,6 @@ of the loop from the other.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,31 +27,14 @@ from typing import Any
 from deq_compile import markers
 from deq_compile.report import Reason, Skipped
 
-from . import breaks, counters, decisions, dynamo, effects, known, observations, said, sites, varying
+from . import breaks, counted, counters, decisions, dynamo, effects, known, observations, said, sites, varying
 from .bytecode import Exit, code_of
+from .visits import Visits, grows, leaks, live_after, says_how
 
 _JUMPS = (
     "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE",
     "POP_JUMP_FORWARD_IF_TRUE", "POP_JUMP_BACKWARD_IF_TRUE", "POP_JUMP_FORWARD_IF_FALSE", "POP_JUMP_BACKWARD_IF_FALSE",
 )  # fmt: skip
-
-
-@dataclasses.dataclass
-class _Visits:
-    """One passage through a loop: how often its test was met, the state of everything mutable then, and its iterator."""
-
-    entry: int
-    cap: int
-    iterator: Any
-    seen: int = 0
-    world: Any = None
-    before: Any = None  # the world at the visit before
-    marks: dict[str, Any] = dataclasses.field(default_factory=dict)  # of local names, at the first visit
-    history: observations.History = dataclasses.field(default_factory=list)
-    sizes: list[int] = dataclasses.field(default_factory=list)  # of the graph, at each of those times
-    decided: list[int] = dataclasses.field(default_factory=list)  # likewise, of the log of decisions
-    range: int | None = None  # its length at the first visit, 0 if it never ends, None if it is no range
-    markers: list[Any] = dataclasses.field(default_factory=list)  # left in the graph so far
 
 
 def install() -> Callable[[], None]:
@@ -71,10 +53,12 @@ def install() -> Callable[[], None]:
             number = _constant(tx, tx.current_instruction, self)
             if number is not None:
                 return dynamo.build(tx, number.item())
-            in_loop = not (tx.one_graph or dynamo.config.capture_scalar_outputs) and _in_loop(tx)
-            if not in_loop:
+            in_graph = not (tx.one_graph or dynamo.config.capture_scalar_outputs) and _in_loop(tx)
+            if not in_graph:
+                in_graph = counted.is_to_be_followed(tx)
+            if not in_graph:
                 varying.number_read(tx)
-        if not in_loop:
+        if not in_graph:
             return method_item(self, tx, *args, **kwargs)
         with dynamo.numbers_of_tensors(tx):
             return method_item(self, tx, *args, **kwargs)
@@ -161,7 +145,7 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     site = _site(tx, exit.position)
     if sites.blocked(tx, site):
         return False
-    table: dict[str, _Visits] = tx.output.__dict__.setdefault("_deq_compile_visits", {})
+    table: dict[str, Visits] = tx.output.__dict__.setdefault("_deq_compile_visits", {})
     iterator = _iterator(tx) if exit.counted else None
     visits = table.get(site)
     if visits is None or exit.guard or visits.iterator is not iterator:
@@ -183,8 +167,8 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     leaves = visits.seen >= markers.UNROLLED
     if leaves:
         if visits.before is not None:
-            live = _live(tx, inst, exit) & code_of(tx).stores(exit.loop)
-            observations.serve(tx, (site, visits.entry), sorted(live), visits.before, visits.world, visits.history)
+            names = live_after(tx, inst, exit) & code_of(tx).stores(exit.loop)
+            observations.serve(tx, (site, visits.entry), sorted(names), visits.before, visits.world, visits.history)
         said.told(tx, inst, exit, (site, visits.entry))
         visits.iterator = object()  # whoever comes again enters anew
         counters.forget(tx)
@@ -193,18 +177,18 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     return True
 
 
-def _entered(tx: Any, site: str, exit: Exit, iterator: Any, before: _Visits | None) -> _Visits:
+def _entered(tx: Any, site: str, exit: Exit, iterator: Any, before: Visits | None) -> Visits:
     """A passage through a loop begins."""
     if before is None:
         sites.watch(tx, site, tx.parent, tx.f_code.co_filename, exit.position)
-    visits = _Visits(before.entry + 1 if before is not None else 0, _range_left(iterator), iterator)
+    visits = Visits(before.entry + 1 if before is not None else 0, _range_left(iterator), iterator)
     visits.range = _range_left(iterator) or (0 if exit.counted and _never_ends(tx) else None)
     return visits
 
 
-def _visit(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str] | None:
+def _visit(tx: Any, inst: Any, exit: Exit, visits: Visits) -> tuple[Reason, str] | None:
     """Take note of one more visit of a loop's test; why the loop is not to be followed any further."""
-    why = _grows(tx, inst, exit, visits) or _leaks(tx, inst, exit, visits)
+    why = grows(tx, inst, exit, visits) or leaks(tx, inst, exit, visits) or says_how(tx, inst, exit)
     if why is not None:
         return why
     visits.seen += 1
@@ -234,44 +218,3 @@ def _range_left(iterator: Any) -> int:
     """Iterations of a range from this one on, where their number is known; 0 otherwise."""
     left = getattr(iterator, "len", None)
     return left + 1 if isinstance(left, int) else 0
-
-
-def _live(tx: Any, inst: Any, exit: Exit) -> set[str]:
-    """Names that are read after the loop."""
-    code = code_of(tx)
-    found: set[str] = dynamo.livevars_analysis(code.instructions, code.instructions[code.target(inst, exit)])
-    return found
-
-
-def _leaks(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str] | None:
-    """Python values whose value after the loop would say when, or how, it was left."""
-    code = code_of(tx)
-    for name in sorted(_live(tx, inst, exit) & code.stores(exit.loop)):
-        value = tx.symbolic_locals.get(name)
-        if value is None or effects.is_data(tx, value):
-            continue
-        mark = effects.mark(tx, value)
-        same = visits.marks.setdefault(name, mark) == mark
-        if not same and observations.step(visits.history, (observations.LOCAL, 0, name)) is None:
-            return Reason.COUNTER, f"{name!r} is written in the loop and read after it"
-    here, elsewhere = code.one_sided(inst, exit)
-    for name in sorted(code.stores(here)):
-        value = tx.symbolic_locals.get(name)
-        if value is None or not effects.is_data(tx, value):
-            return Reason.COUNTER, f"{name!r} says how the loop was left"
-    if elsewhere and code.constants(here) != code.constants(elsewhere):
-        return Reason.COUNTER, "a constant says how the loop was left"
-    return None
-
-
-def _grows(tx: Any, inst: Any, exit: Exit, visits: _Visits) -> tuple[Reason, str] | None:
-    """Whether something that outlives the loop was changed since the last visit, and is nothing that a solve tells."""
-    live = _live(tx, inst, exit)
-    visits.before, visits.world = visits.world, effects.snapshot(tx, live)
-    visits.history.append(observations.numbers(tx, live & code_of(tx).stores(exit.loop), visits.world))
-    if visits.before is None:
-        return None
-    for key in effects.changes(visits.before, visits.world):
-        if not observations.is_told(tx, key, visits.before, visits.world, visits.history):
-            return Reason.SIDE_EFFECT, f"{effects.words(key)} changes in every iteration"
-    return None

@@ -29,10 +29,10 @@ class _Probe:
         return gm.forward
 
 
-def _targets(function: Callable[..., Tensor], *more: Any, needs_grad: bool = False) -> list[Any]:
+def _targets(function: Callable[..., Tensor], *more: Any, needs_grad: bool = False, dynamic: bool | None = None) -> list[Any]:
     """What stands in the graph of a function, compiled as users compile: where Dynamo breaks the graph, half of it is missing."""
     probe = _Probe()
-    torch.compile(function, backend=probe)(torch.ones(2, requires_grad=needs_grad), *more)
+    torch.compile(function, backend=probe, dynamic=dynamic)(torch.ones(2, requires_grad=needs_grad), *more)
     dynamo.reset_code(function.__code__)
     return probe.targets
 
@@ -61,6 +61,16 @@ def _halved_until_close(z: Tensor) -> Tensor:
 
 def test_loop_exit() -> None:
     _expect(_targets(_halved).count(markers.may_exit), markers.UNROLLED, "markers")
+
+
+def _halved_often(z: Tensor, count: int) -> Tensor:
+    for _ in range(count):
+        z = 0.5 * z
+    return z
+
+
+def test_counted() -> None:
+    _expect(_targets(_halved_often, 30, dynamic=True).count(markers.counted), markers.UNROLLED, "markers")
 
 
 def _called(z: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def range_called(tx: Any, function: Any, args: Any) -> None:
     """Tell of a `range` up to a number that Python draws in every call, or that has had another value in an earlier one."""
     if getattr(function, "fn", None) is not range:
         return
-    if any(isinstance(a, dynamo.UnspecializedPythonVariable) for a in args):
+    if any(dynamo.is_drawn(a) for a in args):
         _tell(tx, "a random number")
     elif any(dynamo.has_changed(tx, a) for a in args):
         _tell(tx, _CHANGED)

@@ -19,7 +19,8 @@ number in the key-value store of their process group, and nothing else. The prot
   been told to ``follow`` does not forget it (`Site.decide`): the body has several fixed points on every rank.
 - A rank that has said nothing objects to nothing. A rank that was alone with a place decided alone and lost no time.
 
-Only calls that record gradients take part: evaluation often runs on one rank. `explain` listens and says nothing.
+Only calls that record gradients take part: evaluation often runs on one rank. So does no loop whose count comes with each call:
+the ranks draw other counts. `explain` listens and says nothing.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def agreed(site: Site, what: str, mine: str) -> str:
         what: on what grounds ("value", "gradient", "misses"), for the log.
         mine: "solve", "follow" or "kept".
     """
-    if not site.spec.grad or (store := _store()) is None:
+    if not site.spec.grad or site.counts is not None or (store := _store()) is None:
         return mine
     site.finding = mine
     others = _exchange(site, store)

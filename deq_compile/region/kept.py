@@ -12,11 +12,13 @@ from .body import Linearised, Runner
 from .modes import without_grad
 from .site import RegionSpec
 
+NO_ITERATIONS = -1  # in the place of a count, where 0 says that a loop was solved
+
 
 @dataclass(frozen=True, eq=False)
 class OwnLoop:
-    """What the user's own loop gives: its result z (B, D), how many iterations it took, and whether a test of its own ended it
-    before its cap did. `linears` is the body linearised at each iterate, where that was asked for."""
+    """What the user's own loop gives: its result z (B, D), how many iterations it took, or NO_ITERATIONS, and whether a
+    test of its own ended it before its cap did. `linears` is the body linearised at each iterate, where that was asked for."""
 
     z: Tensor
     iterations: int
@@ -50,7 +52,8 @@ def own_loop(
             linears.append(linear)
         passed = stop is not None and stop(z, f)
         z, k = f, k + 1
-    return OwnLoop(z.clone() if k == 0 else z, k or cap, passed, linears)  # an output may not share memory with an input
+    made = k or cap or NO_ITERATIONS  # of an empty state, as many as there would have been
+    return OwnLoop(z.clone() if k == 0 else z, made, passed, linears)  # an output may not share memory with an input
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +92,8 @@ def loop_gradient(trajectory: Trajectory, q: Tensor) -> tuple[Tensor, list[Tenso
     total: list[Tensor | None] = [None] * sum(trajectory.needs)
     own = [False] * len(total)
     w = q
+    if trajectory.count == NO_ITERATIONS:
+        return w, total
     for linear in trajectory.backwards():
         w, grads = linear.vjp_full(w)
         for i, (t, g) in enumerate(zip(total, grads, strict=True)):

@@ -38,6 +38,7 @@ from deq_compile.torch_parts import (
 )
 
 from . import graphs, run
+from .counts import enter
 from .layout import flat_dtype
 from .outputs import Outputs
 from .site import await_backward
@@ -66,6 +67,7 @@ def _rows(state0: Sequence[Tensor]) -> Any:
 
 def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> list[Tensor]:
     site = find_site(region)
+    sizes = enter(site, sizes)
     with graphs.made_current(state0[0].device):
         done = run.run_forward(site, state0, operands, sizes)
     solve_info, rows = done.solve_info, _rows(state0)
@@ -96,12 +98,12 @@ def _solve_backward(*arguments: Any) -> list[Tensor]:
     cotangents, state, ticket, state0, operands, sizes, region, needs_state0, needs_operands = arguments
     kept, rows, serial = ticket.tolist()
     numbers = run.Ticket(kept, bool(rows), serial)
+    site = getattr(ticket, "site", None) or find_site(region)
+    sizes = enter(site, sizes)
     saved = getattr(ticket, "saved", None) or run.SavedForBackward()
     inputs = run.BackwardInputs(state, state0, operands, sizes, numbers, saved)
     with graphs.made_current(state0[0].device):
-        grad_state0, grad_operands = run.run_backward(
-            getattr(ticket, "site", None) or find_site(region), cotangents, inputs, tuple(needs_operands)
-        )
+        grad_state0, grad_operands = run.run_backward(site, cotangents, inputs, tuple(needs_operands))
     wanted = [s for s, need in zip(state0, needs_state0, strict=True) if need]
     found: list[Tensor | None] = [None] * len(wanted)
     if grad_state0 is not None:
@@ -191,7 +193,8 @@ def _loop_itself(region: str, state0: list[Tensor], operands: list[Tensor], size
     Raises:
         NotHere: a region that has no count of iterations of its own.
     """
-    spec = find_site(region).spec
+    site = find_site(region)
+    sizes, spec = enter(site, sizes), site.spec
     if spec.iterations is None or spec.config.semantics != "loop":
         raise NotHere(NO_TANGENT)
     states: Sequence[Tensor] = [s.clone() for s in state0]

@@ -62,7 +62,7 @@ class SavedForBackward:
 class Ticket(NamedTuple):
     """What goes from a forward to its backward as numbers.
 
-    kept    iterations of the loop where its own result was given, 0 elsewhere
+    kept    iterations of the loop (or NO_ITERATIONS) where its own result was given, 0 elsewhere
     rows    whether dimension 0 of the state is a batch
     serial  of the records; 0: nobody recorded
     """
@@ -91,7 +91,8 @@ class Result:
         if self.solution is not None:
             return self.solution.solve_info()
         assert self.own is not None
-        row = self.z.new_tensor((-1.0, self.own.iterations, CONVERGED if self.own.passed else MAX_ITER), dtype=torch.float32)
+        status, made = CONVERGED if self.own.passed else MAX_ITER, max(self.own.iterations, 0)
+        row = self.z.new_tensor((-1.0, made, status), dtype=torch.float32)
         return row.repeat(self.z.shape[0], 1)
 
 
@@ -235,7 +236,7 @@ def _record(call: Call, solution: Solution | None, z: Tensor, factors: Factors |
     if factors is not None:
         record.bytes = sum(t.numel() * t.element_size() for t in (factors.S, factors.C))
     if solution is None:
-        record.iterations = record.iterations_max = iterations
+        record.iterations = record.iterations_max = max(iterations, 0)
     elif z.numel():
         record.describe(solution)
     return records.open_record(record)
@@ -327,7 +328,7 @@ class _Backward:
         memory = self.site.spec.config.loop_memory
         w, grads = loop_gradient(Trajectory(self.runner, z0, self.operands, self.needs, count, memory, linears), self.q)
         if serial := self.inputs.ticket.serial:
-            records.complete(serial, cotangent=self.q, w=self.q, vjps=count, adjoint_message="the loop's own gradient")
+            records.complete(serial, cotangent=self.q, w=self.q, vjps=max(count, 0), adjoint_message="the loop's own gradient")
         return self.layout.unflatten(w), grads
 
     def _steps_own(self) -> tuple[list[Tensor] | None, list[Tensor | None]]:

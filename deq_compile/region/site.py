@@ -13,7 +13,6 @@ import functools
 import hashlib
 import itertools
 import logging
-import math
 import threading
 import weakref
 from collections import OrderedDict
@@ -27,10 +26,11 @@ from deq_compile.config import Config
 from deq_compile.report import Standing
 from deq_compile.torch_parts import callable_below
 
-from . import why_kept
+from . import schedule, why_kept
 from .backward import BACKWARDS, of_steps
 from .body import BodySpec
 from .choice import choice_for
+from .counts import Counts
 from .forward import Solution
 from .layout import Layout, channels_last, flat_dtype, layout_of
 from .pool import Pool
@@ -41,14 +41,6 @@ from .worth import WayOut
 
 log = logging.getLogger("deq_compile.region")
 
-# Comparisons with the user's own loop come at calls 0, 1, 2, 4, 8, ... and then every so many calls, or more seldom where they
-# would take more than this share of a long run. What a call takes is set down, not measured: all ranks compare at the same call.
-VERIFY_EVERY = 200
-VERIFY_SHARE = 0.01
-UNUSUAL_EVERY = 4  # calls between two comparisons because of a solve that is longer than those before
-USUAL_CALL = 12  # evaluations, and as many again for the products of a backward
-USUAL_COMPARISON = 20  # evaluations beside the loop's own: the solve from a second start
-USUAL_LOOP = 60  # of a loop that a test ends
 # Part of every key. Inductor caches graphs on disk by the text of our node: code cached by an earlier version of this
 # package expects that version's outputs. To be raised with every change of the operators' outputs.
 OUTPUT_FORMAT = 5
@@ -76,6 +68,8 @@ class RegionSpec:
     start_trained  whether something that needs a gradient goes into the initial state alone
     attached    whether the user's code applies the body once more to what the solver gives: the result is f(z) then
     solver_call  whether the user calls a solver, or a library's, that has an iteration of its own
+    outside     of a loop whose count comes with each call, last among the sizes: how many of its iterations are not the region's;
+                `iterations` then are those of one call. None where the count does not come with the call
     suspect     whether the model's input reaches the loop through its initial state alone: the fixed point then depends on that,
                 so there are several
     """
@@ -97,6 +91,7 @@ class RegionSpec:
     attached: bool = False
     solver_call: bool = False
     suspect: bool = False
+    outside: int | None = None
 
     @functools.cached_property
     def stores_steps(self) -> bool:
@@ -153,9 +148,10 @@ class RegionSpec:
     @property
     def fingerprint(self) -> str:
         """The same for equal regions, in every process: body, modes, dtypes, memory orders, count and options."""
+        count = self.iterations if self.outside is None else ("n", self.outside)
         tests = [test.key for test in self.stop], [test.key for test in self.own_tests], self.own_cap
         facts = (
-            OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, self.iterations, self.grad, self.config.key(), tests,
+            OUTPUT_FORMAT, self.body.ambient, self.dtypes, self.orders, count, self.grad, self.config.key(), tests,
             self.channels_last, self.start_grad, self.start_trained, self.solver_call, self.suspect, self.attached,
         )  # fmt: skip
         return f"{self.body.hash}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:8]}"
@@ -196,6 +192,7 @@ class Site:
     way_out   how the loop can be given back to stock Dynamo, where solving it cannot pay
     standing  what a report may ask for, for as long as somebody has it, the site gone or not
     pool, choice  what outlives a training step; the solver that is less work, under "auto"; warm: what the last call found
+    counts    what is known by count, where that comes with each call
     """
 
     def __init__(self, key: str, spec: RegionSpec) -> None:
@@ -220,6 +217,7 @@ class Site:
         self.finding: str | None = None
         self.pool = None if config.recycle == "never" else Pool(always=config.recycle == "always")
         self.choice, self.warm = choice_for(config), warm_for(config)
+        self.counts = None if spec.outside is None else Counts(spec, None if self.compares else self.verdict)
         self.standing, self.way_out = Standing(), cast("WayOut | None", None)
         self.stand()
 
@@ -235,7 +233,7 @@ class Site:
         now.status, now.distance, now.reuse = self.verdict, self.distance, self.reuses
         now.engine, now.engine_reason, now.gradient_error = self.engine, self.engine_reason, self.gradient_error
         now.recycle, now.chosen = ("" if found is None else str(found) for found in (self.pool, self.choice))
-        now.kept_reason = self.kept_reason
+        now.kept_reason, now.counts = self.kept_reason, "" if self.counts is None else str(self.counts)
 
     @property
     def solving(self) -> str:
@@ -249,14 +247,15 @@ class Site:
 
     def due(self) -> bool:
         """Whether this call, the `calls`-th from 0, compares the solve with the user's loop."""
-        return self.compares and (self.verdict == "pending" or self._scheduled(self.calls))
+        scheduled = self.verdict == "pending" or (self._scheduled(self.calls) and self.spec.iterations != 0)
+        return self.compares and scheduled
 
     def unusual(self, evaluations: int) -> bool:
         """Whether a solve was longer than any that was compared, which is how a body that stops converging shows between two
         comparisons. At most once in so many calls."""
         if not self.compares or self.spec.config.verify != "periodic" or evaluations <= self.longest:
             return False
-        return self.verdict != "kept" and self.calls - self.compared_at >= UNUSUAL_EVERY
+        return self.verdict != "kept" and self.calls - self.compared_at >= schedule.UNUSUAL_EVERY
 
     def compared(self, evaluations: int) -> None:
         """Note a comparison, after a solve of so many evaluations."""
@@ -271,21 +270,16 @@ class Site:
         return self.verify_gradient if self.compares else self._scheduled(self.backwards)
 
     def _scheduled(self, count: int) -> bool:
-        if self.spec.config.verify != "periodic":
-            return count == 0 and self.spec.config.verify == "first"
-        return count & (count - 1) == 0 if count < VERIFY_EVERY else count % self.period == 0
+        return schedule.due(self.spec.config.verify, count, self.period)
 
     @functools.cached_property
     def period(self) -> int:
         """Calls between two comparisons of a long run."""
-        loop = self.spec.iterations or min(self.spec.own_loop_cap or 1, USUAL_LOOP)
-        call = USUAL_CALL * (2 if self.spec.grad else 1)
-        share = math.ceil((loop + USUAL_COMPARISON) / (VERIFY_SHARE * call))
-        return VERIFY_EVERY * math.ceil(share / 200) if share > 200 else VERIFY_EVERY
+        return schedule.period_of(self.spec)
 
     def reuse_due(self) -> bool:
         """Whether this adjoint solve, the `backwards`-th from 0, is also tried without the forward's factors."""
-        again = self.spec.config.verify == "periodic" and self.backwards % VERIFY_EVERY == 0
+        again = self.spec.config.verify == "periodic" and self.backwards % schedule.VERIFY_EVERY == 0
         return self.spec.config.reuse == "auto" and (self.backwards == 0 or again)
 
     def reuse(self, pays: bool) -> None:
@@ -315,6 +309,8 @@ class Site:
         """Go on by a verdict; `why` where that is "kept". A body once found to have several fixed points is not solved."""
         self.follows = self.follows or verdict == "follow"
         verdict = self.solving if verdict == "solve" else verdict
+        if self.counts is not None:
+            self.counts.decided(self.spec.iterations, verdict)
         if verdict != self.verdict or distance is not None:
             level = logging.INFO if verdict != self.verdict else logging.DEBUG
             log.log(level, "region %s at %s: %s (distance %s)", self.key, self.spec.where, verdict, distance)

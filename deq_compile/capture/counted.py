@@ -1,0 +1,185 @@
+"""Follow a loop whose count is an input: `for _ in range(n)`, with n an integer that has had another value in an earlier call, or
+that Python draws in every call.
+
+Dynamo would make n the number that it is, and a graph for each. For our backend the loop is traced as one of UNROLLED iterations,
+with a `counted` in each that knows n: a region whose count comes with every call. Where no pass takes it, Dynamo traces the frame
+again without all this. The range has to be all that ends the loop, and what is assumed of its iterations is what `loop_exit`
+assumes: nothing but tensors tells one from another, or integers that count them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from deq_compile import markers
+from deq_compile.report import Reason, Skipped
+
+from . import decisions, dynamo, effects, observations, own_counts, sites
+from .bytecode import Code, Exit, code_of
+from .visits import Visits, grows, leaks, live_after
+
+_TABLE = "_deq_compile_counted"
+
+
+@dataclasses.dataclass
+class _Passage:
+    """One passage through a loop that is followed: its count, as the graph has it, and what was noted at each visit."""
+
+    site: str
+    count: Any
+    visits: Visits
+
+
+def install() -> Callable[[], None]:
+    """Patch the translators; returns what takes the patches out again."""
+    undo = [
+        dynamo.patch_instructions({"FOR_ITER": _handler}),
+        dynamo.patch_calls(_call_handler),
+        dynamo.patch_builder(own_counts.builder),
+    ]
+
+    def remove() -> None:
+        for restore in undo:
+            restore()
+
+    return remove
+
+
+def _call_handler(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def call_function(self: Any, fn: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(fn, "fn", None) is range and sites.ours(self):
+            with sites.guarded(self, "looking at the count of a loop"):
+                loop = _to_follow(self, args)
+                args = args if loop is None else _followed(self, args, *loop)
+        return original(self, fn, args, kwargs)
+
+    return call_function
+
+
+def _handler(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def handle(self: Any, inst: Any) -> Any:
+        passage = self.__dict__.get(_TABLE, {}).get(id(inst))
+        if passage is not None:
+            with sites.guarded(self, "following a loop whose count is an input"):
+                _visit(self, inst, passage)
+        return original(self, inst)
+
+    return handle
+
+
+def _to_follow(tx: Any, args: Sequence[Any]) -> tuple[Any, str] | None:
+    """The FOR_ITER of the loop that runs through a range up to a number that other calls may have otherwise, and its site; None
+    where the range is left to Dynamo."""
+    code, inst = code_of(tx), _loop_of(tx)
+    if inst is None or not 0 < len(args) <= 2 or tx.export or not (len(args) == 1 or args[0].is_python_constant()):
+        return None
+    if not dynamo.is_open(tx, args[-1]):
+        own_counts.note(tx, args[-1:])
+        return None
+    site = _site(tx, inst)
+    return None if sites.blocked(tx, site) or not _ends_it(code, inst) else (inst, site)
+
+
+def is_to_be_followed(tx: Any) -> bool:
+    """Whether the number that the instruction at work reads is the count of a loop that will be followed, and nothing else."""
+    code = code_of(tx)
+    inst = code.loop_counted_by(tx.current_instruction)
+    return inst is not None and not tx.export and not sites.blocked(tx, _site(tx, inst)) and _ends_it(code, inst)
+
+
+def _site(tx: Any, inst: Any) -> str:
+    """A loop in a frame, and how that frame was reached."""
+    return sites.site_of(tx.parent, tx.f_code.co_filename, tx.f_code.co_name, "range", code_of(tx).index[id(inst)])
+
+
+def _followed(tx: Any, args: Sequence[Any], inst: Any, site: str) -> Sequence[Any]:
+    """The arguments of the range that is traced in the place of that one; its own where the count is so small that it had better
+    be known."""
+    first = args[0].as_python_constant() if len(args) == 2 else 0
+    end = dynamo.number_in(tx, args[-1]) if dynamo.is_integer_tensor(args[-1]) else args[-1]
+    count = dynamo.traced(tx, _traced_count, first, end)
+    if not dynamo.is_symbolic(count) or not dynamo.may_be(count, markers.LEAST):
+        return [dynamo.build(tx, dynamo.constant(tx, v)) for v in args]
+    table: dict[str, Visits] = tx.output.__dict__.setdefault("_deq_compile_visits", {})
+    before = table.get(site)
+    visits = table[site] = Visits(0 if before is None else before.entry + 1, 0, None)
+    tx.__dict__.setdefault(_TABLE, {})[id(inst)] = _Passage(site, count, visits)
+    return [dynamo.build(tx, first), dynamo.build(tx, first + markers.UNROLLED)]
+
+
+def _loop_of(tx: Any) -> Any:
+    """The FOR_ITER that runs through what the call at work gives, if nothing else gets hold of that."""
+    code = code_of(tx)
+    at = code.index.get(id(tx.current_instruction), len(code.instructions))
+    after = [inst for inst in code.instructions[at + 1 : at + 4] if inst.opname not in ("CACHE", "NOP")][:2]
+    return after[1] if [inst.opname for inst in after] == ["GET_ITER", "FOR_ITER"] else None
+
+
+def _ends_it(code: Code, inst: Any) -> bool:
+    """Whether the end of its range is all that ends a loop, but for what raises."""
+    exit = code.exit_of(inst)
+    return exit is not None and all(
+        j in exit.loop or code.instructions[i] is inst or code.only_raises(j) for i in exit.loop for j in code.successors[i]
+    )
+
+
+def _visit(tx: Any, inst: Any, passage: _Passage) -> None:
+    """Take note of an iteration to come, or of the end; the frame is traced again where the loop is not to be followed."""
+    exit, visits = code_of(tx).exit_of(inst), passage.visits
+    assert exit is not None
+    why = grows(tx, inst, exit, visits)
+    if visits.seen:
+        why = why or leaks(tx, inst, exit, visits)
+    else:
+        visits.history.clear()  # what was before the loop is no part of what its iterations do
+    visits.seen += 1
+    visits.decided.append(len(decisions.log(tx)))
+    if why is None and visits.seen > markers.UNROLLED:
+        why = _left(tx, inst, exit, passage)
+    if why is not None:
+        sites.refuse(tx, passage.site, Skipped(why[0], sites.location(tx), why[1]))
+        sites.retrace([passage.site])
+    if visits.seen <= markers.UNROLLED:
+        arguments = (passage.count.as_proxy(), passage.site, visits.entry)
+        tx.output.create_proxy("call_function", markers.counted, arguments, {})
+
+
+def _left(tx: Any, inst: Any, exit: Exit, passage: _Passage) -> tuple[Reason, str] | None:
+    """The loop ends: let what has counted its iterations be what the count makes of it. Why that cannot be, or why the iterations
+    that were not traced may be others."""
+    visits, code = passage.visits, code_of(tx)
+    del tx.__dict__[_TABLE][id(inst)]
+    later = decisions.turns_later(tx, code, exit, visits.decided, 0)
+    if later is not None:
+        return Reason.COUNTER, later
+    for name in sorted(live_after(tx, inst, exit) & code.stores(exit.loop)):
+        if moved := observations.step(visits.history, (observations.LOCAL, 0, name)):
+            first = visits.history[0][observations.LOCAL, 0, name]
+            if type(moved) is not int:
+                return Reason.COUNTER, f"{name!r} is written in the loop and read after it"
+            tx.symbolic_locals[name] = dynamo.traced(tx, _traced_last, first, moved, passage.count)
+    for key in effects.changes(visits.before, visits.world):
+        moved = observations.step(visits.history, key)
+        if key[0] in effects.ATTRIBUTES and effects.is_data(tx, visits.world[key][1]):
+            continue
+        if key[0] not in effects.ATTRIBUTES or type(moved) is not int:
+            return Reason.SIDE_EFFECT, f"{effects.words(key)} changes in every iteration"
+        last = dynamo.traced(tx, _traced_last, visits.history[0][key], moved, passage.count)
+        tx.output.side_effects.store_attr(effects.owner_of(tx, key), key[-1], last)
+    return None
+
+
+# ---- traced by Dynamo from here on
+
+
+def _traced_count(first: Any, end: Any) -> Any:
+    return end - first if first else end
+
+
+def _traced_last(first: Any, moved: Any, count: Any) -> Any:
+    return first + moved * (count - 1)

@@ -1,0 +1,79 @@
+"""A loop whose count comes with each call: what is known of it, count by count.
+
+The body, and so its fixed point, is one for all counts. Whether the loop has come near enough to it hangs on the count: what was
+found at two counts holds for those between them, a loop that is kept is kept at every lower count, and elsewhere it is compared
+when it is met. The longest and the shortest count of so many that are drawn change seldom, so that a run compares a few times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .site import RegionSpec, Site
+
+REMEMBERED = 64  # counts whose facts are held; others are made again
+
+
+class Counts:
+    """What the counts of a region have shown.
+
+    kept    the largest count at which the loop is kept, 0 for none
+    solved  the least and the largest count at which something shorter stands in for it; None before
+    """
+
+    def __init__(self, spec: RegionSpec, always: str | None) -> None:
+        """`always`: the verdict of all counts, where no comparison decides."""
+        self.always, self.kept = always, 0
+        self.solved: tuple[int, int] | None = None
+        self._specs: dict[int, RegionSpec] = {}
+        self._spec = spec
+
+    def __str__(self) -> str:
+        if self.always is not None:
+            return ""
+        told = [] if self.solved is None else ["solved from {} to {} iterations".format(*self.solved)]
+        return ", ".join([*told, *([f"kept up to {self.kept}"] if self.kept else [])])
+
+    def spec(self, count: int) -> RegionSpec:
+        """The facts of a call of so many iterations."""
+        found = self._specs.get(count)
+        if found is None:
+            if len(self._specs) >= REMEMBERED:
+                self._specs.clear()
+            found = self._specs[count] = dataclasses.replace(self._spec, iterations=count)
+        return found
+
+    def verdict(self, count: int, solving: str) -> str:
+        """How to go on at a count: by what was found, or "pending". A loop of no iterations has no fixed point to it."""
+        if count < 1 and self._spec.own_loop_cap is not None:
+            return "kept"
+        if self.always is not None:
+            return self.always
+        if count <= self.kept:
+            return "kept"
+        return solving if self.solved is not None and self.solved[0] <= count <= self.solved[1] else "pending"
+
+    def decided(self, count: int, verdict: str) -> None:
+        """Take note of what was decided at a count."""
+        if verdict == "kept":
+            self.kept = max(self.kept, count)
+            if self.solved is not None and self.kept >= self.solved[0]:
+                self.solved = None  # an end that was no end: every count above is compared again
+            return
+        least, most = (count, count) if self.solved is None else self.solved
+        self.solved, self.kept = (min(least, count), max(most, count)), min(self.kept, count - 1)
+
+
+def enter(site: Site, sizes: Sequence[int]) -> Sequence[int]:
+    """Let a site be that of a call's count, where that comes with the call; the sizes that the body is given."""
+    counts = site.counts
+    if counts is None:
+        return sizes
+    *rest, given = sizes
+    count = max(int(given) - (site.spec.outside or 0), 0)
+    site.spec = counts.spec(count)
+    site.verdict = counts.verdict(count, site.solving)
+    return rest
