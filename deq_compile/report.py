@@ -111,7 +111,8 @@ class Region:
 
     `hoisted` names the operations that were moved out of the loop. `iterations` is the count of a fixed-count loop, None where
     a fixed point was declared or the count is an input. `notes` say in words what was done, and where the meaning differs from
-    what the user's code would have done. `standing` is what its calls have found since; each of its fields is an attribute of the region too.
+    what the user's code would have done. `standing` is what its calls have found since; each of its
+    fields is an attribute of the region too.
     """
 
     key: str

@@ -69,8 +69,15 @@ def _halved_often(z: Tensor, count: int) -> Tensor:
     return z
 
 
+def _halved_at_first(z: Tensor, count: int) -> Tensor:
+    for k in range(count):
+        z = 0.5 * z if k < 20 else z
+    return z
+
+
 def test_counted() -> None:
     _expect(_targets(_halved_often, 30, dynamic=True).count(markers.counted), markers.UNROLLED, "markers")
+    _expect(_targets(_halved_at_first, 30, dynamic=True).count(markers.counted), 0, "markers")
 
 
 def _called(z: Tensor) -> Tensor:
