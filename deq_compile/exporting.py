@@ -216,6 +216,7 @@ def _decide_rows(node: fx.Node) -> None:
     state0, operands, sizes, key = node.args
     site = find_site(str(key))
     states, others, numbers = ([_hinted(_value(n)) for n in part] for part in (state0, operands, sizes))  # type: ignore[union-attr]
+    numbers = numbers if site.spec.outside is None else numbers[:-1]
     batched = all(s.dim() for s in states) and len({s.shape[0] for s in states}) == 1
     if site.rows is not None or not batched or states[0].shape[0] < 2:
         site.rows = site.rows is True and batched

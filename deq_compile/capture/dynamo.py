@@ -323,8 +323,9 @@ def source_of(variable: Any) -> Any:
 
 
 def is_of_module(source: Any) -> bool:
-    """Whether a source is an attribute of a module of the user's."""
-    return bool(source.guard_source.is_unspecialized_nn_module())
+    """Whether a source is an attribute of a module, whose integers Dynamo does not expect to change."""
+    kind = source.guard_source  # by the module, and by what wraps it
+    return bool(kind.is_unspecialized_nn_module() or kind.is_unspecialized_builtin_nn_module() or kind.is_specialized_nn_module())
 
 
 @contextlib.contextmanager

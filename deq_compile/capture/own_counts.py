@@ -13,7 +13,7 @@ from typing import Any
 
 from . import dynamo, sites
 
-# What counts a loop: (code that is compiled, how the integer is reached from it), for each torch.compile.
+# What counts a loop: (code that is compiled, how the integer is reached from it), for each backend.
 _counts: weakref.WeakKeyDictionary[Any, set[tuple[Any, str]]] = weakref.WeakKeyDictionary()
 
 
@@ -22,7 +22,7 @@ def note(tx: Any, args: Sequence[Any]) -> None:
     for variable in args:
         source = dynamo.source_of(variable)
         if source is not None and dynamo.is_of_module(source):
-            _counts.setdefault(sites.compilation(tx), set()).add(_place(tx, source))
+            _counts.setdefault(sites.backend_of(tx), set()).add(_place(tx, source))
 
 
 def builder(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,7 +32,7 @@ def builder(original: Callable[..., Any]) -> Callable[..., Any]:
     def wrap(self: Any, value: Any) -> Any:
         if type(value) is int and self.source is not None and sites.ours(self.tx):
             with sites.guarded(self.tx, "looking at an integer of a module"):
-                counts = _place(self.tx, self.source) in _counts.get(sites.compilation(self.tx), ())
+                counts = _place(self.tx, self.source) in _counts.get(sites.backend_of(self.tx), ())
             if counts:
                 with dynamo.integers_of_modules():
                     return original(self, value)

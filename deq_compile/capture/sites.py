@@ -45,7 +45,7 @@ def ours(tx: Any) -> bool:
     output = tx.output
     known = getattr(output, "_deq_compile_ours", None)
     if known is None:
-        known = takes_whole_graphs(output.compiler_fn) and _EVERYWHERE not in _blocked.get(compilation(tx), ())
+        known = takes_whole_graphs(output.compiler_fn) and _EVERYWHERE not in _blocked.get(_key(tx), ())
         output._deq_compile_ours = known
     return bool(known)
 
@@ -90,7 +90,7 @@ def _name(frames: Sequence[tuple[str, int]], more: tuple[Any, ...]) -> str:
 
 
 def blocked(tx: Any, site: str) -> bool:
-    return site in _blocked.get(compilation(tx), ())
+    return site in _blocked.get(_key(tx), ())
 
 
 def watch(tx: Any, site: str, caller: Any, *more: Any) -> None:
@@ -98,7 +98,7 @@ def watch(tx: Any, site: str, caller: Any, *more: Any) -> None:
     once it is given back, its graph ends there, and Dynamo comes to it again without some of the frames that called it."""
     if isinstance(dynamo.UserFunctionVariable, Absent):
         return
-    key, frames = compilation(tx), frames_of(caller)
+    key, frames = _key(tx), frames_of(caller)
     _reached.setdefault(key, {})[site] = [_name(frames[:depth], more) for depth in range(len(frames) + 1)]
     name = _mark(key, site)
     if not hasattr(_MARKS, name):
@@ -121,9 +121,9 @@ def way_out(places: Sequence[str], skipped: Skipped) -> Callable[[], None] | Non
     """What gives loops back to stock Dynamo once their graph is compiled: their frame is traced again when it is called next.
     None where nobody could: Dynamo is not at work, or the user wants one graph. `skipped` is for the report."""
     tx = dynamo.current()
-    if tx is None or dynamo.must_be_whole(tx) or not _reached.get(compilation(tx), {}).keys() >= set(places):
+    if tx is None or dynamo.must_be_whole(tx) or not _reached.get(_key(tx), {}).keys() >= set(places):
         return None
-    key, teller = weakref.ref(compilation(tx)), weakref.ref(_teller(tx))
+    key, teller = weakref.ref(_key(tx)), weakref.ref(backend_of(tx))
 
     def leave() -> None:
         owner, told = key(), teller()
@@ -141,7 +141,7 @@ def way_out(places: Sequence[str], skipped: Skipped) -> Callable[[], None] | Non
 def settling(places: Sequence[str]) -> tuple[Callable[[], None], bool]:
     """What has the frame of loops that are there to stay traced again when it is called next, and whether that has been. To be
     asked where :func:`way_out` gives one."""
-    key = compilation(dynamo.current())
+    key = _key(dynamo.current())
     names, owner = [_mark(key, site) for site in places], weakref.ref(key)
 
     def settle() -> None:
@@ -154,20 +154,20 @@ def settling(places: Sequence[str]) -> tuple[Callable[[], None], bool]:
 
 def refuse(tx: Any, site: str, skipped: Skipped) -> None:
     """Leave a place to stock Dynamo from now on, and remember why."""
-    _blocked.setdefault(compilation(tx), set()).add(site)
+    _blocked.setdefault(_key(tx), set()).add(site)
     tell(tx, skipped)
 
 
 def tell(tx: Any, skipped: Skipped) -> None:
     """Have something said in the report of the backend that is being traced for."""
-    told = _refusals.setdefault(_teller(tx), [])
+    told = _refusals.setdefault(backend_of(tx), [])
     if skipped not in told:
         told.append(skipped)
 
 
 def has_told(tx: Any, reason: Reason, place: Location) -> bool:
     """Whether this is said of a place already."""
-    return any((known.reason, known.location) == (reason, place) for known in _refusals.get(_teller(tx), ()))
+    return any((known.reason, known.location) == (reason, place) for known in _refusals.get(backend_of(tx), ()))
 
 
 def refusals(backend: Any) -> list[Skipped]:
@@ -192,17 +192,18 @@ def retrace(sites: Sequence[str]) -> None:
     tx = dynamo.current()
     if tx is None:
         raise RuntimeError("a graph with markers of deq_compile was compiled outside of Dynamo: nobody can trace it again")
-    _blocked.setdefault(compilation(tx), set()).update(sites)
+    _blocked.setdefault(_key(tx), set()).update(sites)
     # Dynamo remembers where it stood at each graph break of this attempt; the next one goes another way
     tx.speculation_log.clear()
     raise Retrace(restart_reason="deq_compile: a region that was marked is none")
 
 
-def compilation(tx: Any) -> Any:
+def _key(tx: Any) -> Any:
     """What lives as long as one torch.compile: blocks hold for its recompilations and resumed frames."""
     fn = tx.output.compiler_fn
     return getattr(fn, "__self__", fn)
 
 
-def _teller(tx: Any) -> Any:
+def backend_of(tx: Any) -> Any:
+    """The backend that is traced for, whatever is wrapped around it."""
     return innermost(tx.output.compiler_fn)

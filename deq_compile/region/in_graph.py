@@ -93,8 +93,14 @@ class _Region:
         self.spec, self.rows, self.operands = spec, rows, len(operands)
         self.shapes = [tuple(s.shape) for s in state0]
         self.symbols = [size for shape in self.shapes for size in shape if not isinstance(size, int)]
-        self.sizes = len(sizes)
-        self.others: Carried = (*operands, *sizes, *self.symbols)
+        *given, count = sizes if spec.outside is not None else (*sizes, None)
+        self.sizes = len(given)
+        # a count that comes with the call goes last
+        self.others: Carried = (*operands, *given, *self.symbols, *(() if spec.outside is None else (count - spec.outside,)))
+
+    def cap(self, others: Carried) -> Any:
+        """The most iterations of the user's own loop: a number, or the count that comes with the call."""
+        return self.spec.own_loop_cap if self.spec.outside is None else others[-1]
 
     def layout(self, others: Carried | None = None) -> Layout:
         """With the symbols as `others` brings them."""
@@ -151,11 +157,10 @@ def _own_loop(region: _Region, loop: Loop, z0: Tensor, wanted: Tensor, *, early:
     """The user's own loop from z0, where `wanted` () says so: until one of its tests or its cap ends it. With `early` also where
     what is left of the way is within the tolerance, as the last two residuals foretell it: |g| r / (1 - r) with r their ratio."""
     spec, config = region.spec, region.spec.config
-    cap = spec.own_loop_cap
-    assert cap is not None
+    assert spec.own_loop_cap is not None
 
-    def condition(k: Tensor, z: Tensor, ended: Tensor, *_: Any) -> Tensor:
-        return (k < cap) & ~ended
+    def condition(k: Tensor, z: Tensor, ended: Tensor, *others: Any) -> Tensor:
+        return (k < region.cap(others)) & ~ended
 
     def turn(k: Tensor, z: Tensor, ended: Tensor, norm: Tensor, size: Tensor, first: Tensor, *others: Any) -> Carried:
         f = region.f(z, others)

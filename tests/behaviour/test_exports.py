@@ -177,6 +177,27 @@ def test_an_exported_region_is_a_loop_of_torchs(way: str) -> None:
         assert distance(program.module()(other), model(other)) < 1e-4
 
 
+class Open(Counted):
+    """The count is an input, and goes into the body and behind the loop as well."""
+
+    def forward(self, x: Tensor, n: int) -> Any:  # type: ignore[override]
+        z = before = torch.zeros_like(x)
+        for _ in range(n):
+            before, z = z, torch.tanh(self.inner(z) * n / (n + 1) + x)
+        return self.readout(2 * z - before) / n
+
+
+def test_an_exported_count_is_an_input() -> None:
+    torch.manual_seed(0)
+    model = Open().eval()
+    sizes = {"x": BATCH["x"], "n": torch.export.Dim.DYNAMIC}
+    program = torch.export.export(deq_compile(model), (X, 12), dynamic_shapes=sizes)
+    assert loops(program) == 1
+    with torch.no_grad():
+        for n in (5, 12, 33, 200):
+            assert distance(program.module()(X.flip(0), n), model(X.flip(0), n)) < 1e-4
+
+
 @pytest.mark.parametrize("kind", [TwoStates, Coupled, UnderAutocast])
 def test_states_of_every_kind(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)

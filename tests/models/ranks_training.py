@@ -49,11 +49,11 @@ def net_of_ddp() -> Model:
     return net
 
 
-def ddp(uneven: bool = False, **how: Any) -> tuple[nn.Module, Any]:
+def ddp(uneven: bool = False, counts: bool = False, **how: Any) -> tuple[nn.Module, Any]:
     """The compiler sees DDP too."""
     net = fresh() if "find_unused_parameters" in how else net_of_ddp()
     run, report = compiled(DistributedDataParallel(net, **how))
-    train(run, net, uneven=uneven)
+    train(run, net, uneven=uneven, counts=counts)
     return net, report
 
 
@@ -130,10 +130,10 @@ def fsdp(cell: bool = True, root: bool = True, on: Any = None, **how: Any) -> nn
     return net
 
 
-def fsdp_trained(uneven: bool = False, **how: Any) -> tuple[nn.Module, Any]:
+def fsdp_trained(uneven: bool = False, counts: bool = False, **how: Any) -> tuple[nn.Module, Any]:
     net = fsdp(**how)
     run, report = compiled(net)
-    train(run, net, uneven=uneven)
+    train(run, net, uneven=uneven, counts=counts)
     return net, report
 
 
@@ -238,6 +238,8 @@ CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "ddp no_sync": ddp_no_sync,
     "ddp join": ddp_join,
     "ddp stretched": ddp_stretched,
+    "ddp counts": lambda: ddp(counts=True),
+    "fsdp counts": lambda: fsdp_trained(counts=True),
     "ddp saved": ddp_saved,
     "fsdp root": lambda: fsdp_trained(cell=False),
     "fsdp cell": lambda: fsdp_trained(uneven=True),
