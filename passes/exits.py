@@ -120,10 +120,11 @@ def _count_comes_in(graph: fx.Graph, loop: Loop) -> Skipped | None:
     found = [node for node in loop.segment(-1) if node.target is counted]
     if not found:
         return None
-    marker = found[0]
+    marker, counter = found[0], found[0].args[0]
+    assert isinstance(counter, fx.Node)
     traced = sum(node.target is counted and node.args[1:3] == marker.args[1:3] for node in graph.nodes)
-    loop.counter, loop.outside = marker.args[0], traced - loop.count  # type: ignore[assignment]
-    unknown = bool(free_unbacked_symbols(value_of(loop.counter)))  # it may be less
+    loop.counter, loop.outside = counter, traced - loop.count
+    unknown = bool(free_unbacked_symbols(value_of(counter)))  # it may be less
     if loop.tests or loop.outside >= (1 if unknown else LEAST):
         return Skipped(Reason.COUNTER, location_of(marker), "its count is an input, and some iterations are others", loop.count)
     return None

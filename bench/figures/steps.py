@@ -192,12 +192,20 @@ def sizes(name: str) -> str:
     """Compilations and steady steps over many sizes."""
     lines = [
         [
-            {"batches": "batch sizes", "lengths": "lengths, with attention"}[row["problem"]],
-            row["sizes"], row["body_compilations"], f"{row['ratio']:.2f}", f"{row['peak_mib'] - row['peak_mib_half_way']:.0f}",
+            {"batches": "batch sizes", "lengths": "lengths, with attention", "counts": "counts of iterations"}[row["problem"]],
+            row["sizes"], row["graphs"], row["body_compilations"], f"{row['ratio']:.2f}",
+            f"{row['peak_mib'] - row['peak_mib_half_way']:.0f}",
         ]
         for row in read(name)["rows"]
     ]  # fmt: skip
-    headers = ["", "sizes", "compilations of the body", "step, of one compiled for that size", "MiB that the second half added"]
+    headers = [
+        "",
+        "how many",
+        "graphs",
+        "compilations of the body",
+        "step, of one compiled for that size",
+        "MiB that the second half added",
+    ]
     return markdown(headers, lines)
 
 

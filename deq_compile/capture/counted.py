@@ -26,11 +26,13 @@ _TABLE = "_deq_compile_counted"
 
 @dataclasses.dataclass
 class _Passage:
-    """One passage through a loop that is followed: its count, as the graph has it, and what was noted at each visit."""
+    """One passage through a loop that is followed: its count, as the graph has it, what was noted at each visit, and the numbers in
+    sight before the first."""
 
     site: str
     count: Any
     visits: Visits
+    begins: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
 
 def install() -> Callable[[], None]:
@@ -136,7 +138,7 @@ def _visit(tx: Any, inst: Any, passage: _Passage) -> None:
     if visits.seen:
         why = why or leaks(tx, inst, exit, visits)
     else:
-        visits.history.clear()  # what was before the loop is no part of what its iterations do
+        passage.begins = visits.history.pop()  # what was before the loop is no part of what its iterations do
     visits.seen += 1
     visits.decided.append(len(decisions.log(tx)))
     if why is None and visits.seen > markers.UNROLLED:
@@ -158,20 +160,31 @@ def _left(tx: Any, inst: Any, exit: Exit, passage: _Passage) -> tuple[Reason, st
     if later is not None:
         return Reason.COUNTER, later
     for name in sorted(live_after(tx, inst, exit) & code.stores(exit.loop)):
-        if moved := observations.step(visits.history, (observations.LOCAL, 0, name)):
-            first = visits.history[0][observations.LOCAL, 0, name]
-            if type(moved) is not int:
+        key = observations.LOCAL, 0, name
+        if observations.step(visits.history, key):
+            last = _last(tx, passage, key)
+            if last is None:
                 return Reason.COUNTER, f"{name!r} is written in the loop and read after it"
-            tx.symbolic_locals[name] = dynamo.traced(tx, _traced_last, first, moved, passage.count)
+            tx.symbolic_locals[name] = last
     for key in effects.changes(visits.before, visits.world):
-        moved = observations.step(visits.history, key)
-        if key[0] in effects.ATTRIBUTES and effects.is_data(tx, visits.world[key][1]):
+        if key[0] in effects.ATTRIBUTES and effects.is_data(tx, visits.world[key][1]) and not dynamo.is_unknown(passage.count):
             continue
-        if key[0] not in effects.ATTRIBUTES or type(moved) is not int:
+        last = _last(tx, passage, key) if key[0] in effects.ATTRIBUTES else None
+        if last is None:
             return Reason.SIDE_EFFECT, f"{effects.words(key)} changes in every iteration"
-        last = dynamo.traced(tx, _traced_last, visits.history[0][key], moved, passage.count)
         tx.output.side_effects.store_attr(effects.owner_of(tx, key), key[-1], last)
     return None
+
+
+def _last(tx: Any, passage: _Passage, key: Any) -> Any:
+    """The variable of what an integer comes to that moves by equal steps; None for any other number, and where the loop may make no
+    iteration and would leave another number than that."""
+    history = passage.visits.history
+    moved: Any = observations.step(history, key)
+    first = history[0].get(key)
+    if type(moved) is not int or (dynamo.is_unknown(passage.count) and passage.begins.get(key) != first - moved):
+        return None
+    return dynamo.traced(tx, _traced_last, first, moved, passage.count)
 
 
 # ---- traced by Dynamo from here on

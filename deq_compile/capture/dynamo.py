@@ -216,7 +216,7 @@ def constant(tx: Any, variable: Any) -> Any:
 def is_from_outside(tx: Any, variable: Any) -> bool:
     """Whether a variable is an integer that the graph has as a symbol, made of inputs of the frame, not of a tensor's sizes."""
     variable = variable.realize() if hasattr(variable, "realize") else variable
-    if not is_symbolic(variable) or free_unbacked_symbols(variable.sym_num):
+    if not is_symbolic(variable) or is_unknown(variable):
         return False
     symbols, of = variable.sym_num.node.expr.free_symbols, tx.output.shape_env.var_to_sources
     return any(not hasattr(source, "prop") for symbol in symbols for source in of.get(symbol, ())[:1])
@@ -227,7 +227,7 @@ def is_open(tx: Any, variable: Any) -> bool:
     variable = variable.realize() if hasattr(variable, "realize") else variable
     if is_integer_tensor(variable) or is_from_outside(tx, variable):
         return True
-    return is_symbolic(variable) and bool(free_unbacked_symbols(variable.sym_num))
+    return is_symbolic(variable) and is_unknown(variable)
 
 
 def is_drawn(variable: Any) -> bool:
@@ -264,7 +264,12 @@ def is_symbolic(variable: Any) -> bool:
 
 def may_be(variable: Any, least: int) -> bool:
     """Whether a number of the graph is not less than that; the frame is guarded on the answer, where there is one."""
-    return bool(free_unbacked_symbols(variable.sym_num) or variable.sym_num >= least)
+    return is_unknown(variable) or bool(variable.sym_num >= least)
+
+
+def is_unknown(variable: Any) -> bool:
+    """Whether nothing is known of a number of the graph when the graph is made."""
+    return bool(free_unbacked_symbols(variable.sym_num))
 
 
 def traced(tx: Any, function: Callable[..., Any], *args: Any) -> Any:

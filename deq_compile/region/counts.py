@@ -8,7 +8,6 @@ when it is met. The longest and the shortest count of so many that are drawn cha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -57,7 +56,9 @@ class Counts:
         return solving if self.solved is not None and self.solved[0] <= count <= self.solved[1] else "pending"
 
     def decided(self, count: int, verdict: str) -> None:
-        """Take note of what was decided at a count."""
+        """Take note of what was decided at a count; that a loop of no iterations is kept says nothing of others."""
+        if count < 1:
+            return
         if verdict == "kept":
             self.kept = max(self.kept, count)
             if self.solved is not None and self.kept >= self.solved[0]:
@@ -67,7 +68,7 @@ class Counts:
         self.solved, self.kept = (min(least, count), max(most, count)), min(self.kept, count - 1)
 
 
-def enter(site: Site, sizes: Sequence[int]) -> Sequence[int]:
+def enter(site: Site, sizes: list[int]) -> list[int]:
     """Let a site be that of a call's count, where that comes with the call; the sizes that the body is given."""
     counts = site.counts
     if counts is None:

@@ -310,7 +310,7 @@ class Site:
         self.follows = self.follows or verdict == "follow"
         verdict = self.solving if verdict == "solve" else verdict
         if self.counts is not None:
-            self.counts.decided(self.spec.iterations, verdict)
+            self.counts.decided(self.spec.iterations or 0, verdict)
         if verdict != self.verdict or distance is not None:
             level = logging.INFO if verdict != self.verdict else logging.DEBUG
             log.log(level, "region %s at %s: %s (distance %s)", self.key, self.spec.where, verdict, distance)

@@ -44,7 +44,7 @@ def last_two(x: Tensor, n: int) -> Tensor:
 
 def counts_itself(x: Tensor, n: int) -> Tensor:
     z, made = torch.zeros_like(x), 3
-    for k in range(n):
+    for k in range(n):  # noqa: B007
         z = torch.tanh(LAYER(z) + x)
         made += 2
     return z * (k + made)
@@ -249,6 +249,29 @@ def test_drawn_counts_may_be_zero(inner: str) -> None:
     run, report = compiled(lambda x: by_python(x, 0, 3), inner=inner)
     assert max(apart(seeded(run, k), seeded(lambda x: by_python(x, 0, 3), k)) for k in range(8)) < 1e-12
     assert [r.kind for r in report.regions] == ["loop of n"]
+
+
+def none_or_some(x: Tensor) -> Tensor:
+    z, made, k = torch.zeros_like(x), 5, 7
+    for k in range(random.randint(0, 3)):  # noqa: B007
+        z = torch.tanh(LAYER(z) + x)
+        made += 2
+    return z + 10 * made + k
+
+
+def counts_none(x: Tensor) -> Tensor:
+    z, made = torch.zeros_like(x), 5
+    for _ in range(random.randint(0, 3)):
+        z = torch.tanh(LAYER(z) + x)
+        made += 2
+    return z + 10 * made
+
+
+@pytest.mark.parametrize(("model", "kinds"), [(none_or_some, []), (counts_none, ["loop of n"])])
+def test_where_there_may_be_no_iteration_a_number_is_what_it_was(model: Model, kinds: list[str]) -> None:
+    run, report = compiled(model, fullgraph=False)
+    assert max(apart(seeded(run, k), seeded(model, k)) for k in range(8)) < 1e-12
+    assert [r.kind for r in report.regions] == kinds
 
 
 # ---- what is not one map, whatever the count
