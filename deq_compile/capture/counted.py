@@ -26,8 +26,8 @@ _TABLE = "_deq_compile_counted"
 
 @dataclasses.dataclass
 class _Passage:
-    """One passage through a loop that is followed: its count, as the graph has it, what was noted at each visit, and the numbers in
-    sight before the first."""
+    """One passage through a loop that is followed: its count, as the graph has it, what was noted at each visit, and the numbers
+    in sight before the first."""
 
     site: str
     count: Any
@@ -177,12 +177,13 @@ def _left(tx: Any, inst: Any, exit: Exit, passage: _Passage) -> tuple[Reason, st
 
 
 def _last(tx: Any, passage: _Passage, key: Any) -> Any:
-    """The variable of what an integer comes to that moves by equal steps; None for any other number, and where the loop may make no
-    iteration and would leave another number than that."""
+    """The variable of what an integer comes to that moves by equal steps; None for any other number, and where the loop may make
+    no iteration and would leave another number than that."""
     history = passage.visits.history
-    moved: Any = observations.step(history, key)
-    first = history[0].get(key)
-    if type(moved) is not int or (dynamo.is_unknown(passage.count) and passage.begins.get(key) != first - moved):
+    moved, first = observations.step(history, key), history[0].get(key)
+    if not isinstance(moved, int) or first is None:
+        return None
+    if dynamo.is_unknown(passage.count) and passage.begins.get(key) != first - moved:
         return None
     return dynamo.traced(tx, _traced_last, first, moved, passage.count)
 
