@@ -180,7 +180,8 @@ def _last(tx: Any, passage: _Passage, key: Any) -> Any:
     """The variable of what an integer comes to that moves by equal steps; None for any other number, and where the loop may make
     no iteration and would leave another number than that."""
     history = passage.visits.history
-    moved, first = observations.step(history, key), history[0].get(key)
+    moved: Any = observations.step(history, key)
+    first: Any = history[0].get(key)
     if not isinstance(moved, int) or first is None:
         return None
     if dynamo.is_unknown(passage.count) and passage.begins.get(key) != first - moved:
