@@ -28,7 +28,7 @@ from deq_compile.kernels.broyden import Factors
 from deq_compile.torch_parts import graph_task
 
 from . import graphs
-from .backward import BACKWARDS, AdjointCall
+from .backward import BACKWARDS, AdjointCall, Settled
 from .body import Linearised
 from .layout import Layout
 from .op import once
@@ -47,7 +47,8 @@ _twins: weakref.WeakKeyDictionary[Site, Site] = weakref.WeakKeyDictionary()
 @dataclasses.dataclass(frozen=True)
 class Attachment:
     """What is known of a fixed point: its region, how its state lies, what its solve has left, the number of its record,
-    what earlier batches have left, how many derivatives the user has asked for, and the last adjoint."""
+    what earlier batches have left, how many derivatives the user has asked for, the last adjoint, and what the first backward has
+    settled."""
 
     site: Site
     layout: Layout
@@ -56,6 +57,7 @@ class Attachment:
     recycled: Recycled | None = None
     derivatives: int = 1
     warm: Start | None = None
+    settled: Settled = dataclasses.field(default_factory=Settled)
 
 
 def attach(f: Body, z: Tensor, known: Attachment, levels: int) -> list[Tensor]:
@@ -150,10 +152,9 @@ class _Node(Linearised):
         """What goes on to the attached evaluation of f, for the cotangents of the fixed point."""
         layout, site = self.known.layout, self.known.site
         given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, self.inputs, strict=True)]
-        call = AdjointCall(
-            site, self.known.factors, inside=graphs.capturing(), recycled=self.known.recycled, warm=self.known.warm
-        )
-        w = adjoint(BACKWARDS[site.spec.config.backward], self, layout.flatten(given), call, self.known.serial).w
+        known, inside = self.known, graphs.capturing()
+        call = AdjointCall(site, known.factors, inside=inside, recycled=known.recycled, warm=known.warm, settled=known.settled)
+        w = adjoint(BACKWARDS[site.spec.config.backward], self, layout.flatten(given), call, known.serial).w
         return layout.unflatten(w)
 
     def recorded_adjoint(self, w: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor]:

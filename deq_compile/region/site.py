@@ -184,7 +184,7 @@ class Site:
     backward_tol  the adjoint's tolerance; a measurement may have tightened the default
     gradient_error  relative error of the operands' gradients, as measured last; None before
     expected_vjps  what the last backward needed, for the next one to predict with
-    reuses    whether the adjoint makes use of the forward's factors; backwards: adjoint solves so far
+    reuses    whether the adjoint makes use of the forward's factors; backwards: forwards with one, so far
     steps     evaluations that solves needed lately: what the next one makes room for
     pending   captured solves whose outcome nobody has asked for yet, oldest first
     prepared  facts about the last call, and what serves for those: what runs the body; problem, adjoint_problem: what is asked
@@ -267,7 +267,7 @@ class Site:
         return self.spec.solver_call and not (self.follows or of_steps(self.spec.config)) and self._scheduled(self.calls)
 
     def gradient_due(self) -> bool:
-        """Whether this adjoint solve, the `backwards`-th from 0, is also made at a tenth of its tolerance."""
+        """Whether this backward, the `backwards`-th from 0, is also made at a tenth of its tolerance."""
         return self.verify_gradient if self.compares else self._scheduled(self.backwards)
 
     def _scheduled(self, count: int) -> bool:
@@ -284,7 +284,7 @@ class Site:
         return VERIFY_EVERY * math.ceil(share / 200) if share > 200 else VERIFY_EVERY
 
     def reuse_due(self) -> bool:
-        """Whether this adjoint solve, the `backwards`-th from 0, is also tried without the forward's factors."""
+        """Whether this backward, the `backwards`-th from 0, is also tried without the forward's factors."""
         again = self.spec.config.verify == "periodic" and self.backwards % VERIFY_EVERY == 0
         return self.spec.config.reuse == "auto" and (self.backwards == 0 or again)
 
