@@ -14,10 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import deq_compile
 from deq_compile import fixed_point
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*performance drop.*batching rule"),
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),  # torch's own, when forward mode is first used
-]
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, by the first forward mode
 D = 5
 OPTIONS: dict[str, Any] = {"tol": 1e-12, "backward_tol": 1e-12, "max_iter": 60, "backward_max_iter": 60}
 GENERATOR = torch.Generator().manual_seed(0)
@@ -68,6 +65,12 @@ def operator(z: Tensor, w: Tensor) -> Tensor:
 
 operator.register_fake(lambda z, w: z.new_empty(z.shape[0], w.shape[0]))
 operator.register_autograd(Product.backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+@operator.register_vmap
+def batched(info: Any, dims: tuple[int | None, ...], z: Tensor, w: Tensor) -> tuple[Tensor, int]:
+    z, w = (t if d is None else t.movedim(d, 0) for t, d in zip((z, w), dims, strict=True))
+    return z @ w.mT, 0
 
 
 class Module(nn.Module):
@@ -135,8 +138,8 @@ RIGHT = {  # what is not refused, by torch or here; the least that has to work
     "function": {*WAYS},
     "old function": {first, second},
     "module": {*WAYS},
-    "operator": {first, second},
-    "checkpoint": {first, second, tangent},
+    "operator": {first, second, outside_of_vmap},
+    "checkpoint": {first, second},
     "vmap": {first, second, tangent},
 }
 
