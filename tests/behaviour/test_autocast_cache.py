@@ -68,7 +68,11 @@ MODELS: dict[str, tuple[Callable[[], Model], tuple[int, ...]]] = {
     "attention": (lambda: Model(Attention()), TOKENS),
     "heads": (lambda: Model(Heads()), TOKENS),
 }
-HOW = [*((name, "eager", "broyden") for name in MODELS if name != "heads"), ("linear", "eager", "auto"), ("heads", "aot_eager", "auto")]
+HOW = [
+    *((name, "eager", "broyden") for name in MODELS if name != "heads"),
+    ("linear", "eager", "auto"),
+    ("heads", "aot_eager", "auto"),
+]
 
 
 @pytest.mark.parametrize(("name", "inner", "solver"), HOW)
