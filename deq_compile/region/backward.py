@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -55,6 +57,30 @@ class Settled:
     def tolerance(self, site: Site) -> float:
         """Of the adjoint."""
         return self.tol if self.done else site.backward_tol
+
+
+_kept: OrderedDict[int, Settled] = OrderedDict()
+_numbers = itertools.count(1)
+MOST_KEPT = 256  # far more than forwards whose backwards are to come, where hooks on saved tensors are at work
+
+
+def keep(settled: Settled) -> int:
+    """Keep what a forward hands on for a backward to which it may not arrive, for which it is this number."""
+    number = next(_numbers)
+    _kept[number] = settled
+    if len(_kept) > MOST_KEPT:
+        _kept.popitem(last=False)
+    return number
+
+
+def kept(number: int) -> Settled:
+    """What was kept; new where that is nothing."""
+    return _kept.get(number) or Settled()
+
+
+def clear() -> None:
+    """Forget what was kept."""
+    _kept.clear()
 
 
 @dataclass

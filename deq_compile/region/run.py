@@ -67,11 +67,13 @@ class Ticket(NamedTuple):
     kept    iterations of the loop where its own result was given, 0 elsewhere
     rows    whether dimension 0 of the state is a batch
     serial  of the records; 0: nobody recorded
+    number  of what the first backward settles, where a copy of the ticket may arrive there; 0: it hangs on the ticket alone
     """
 
     kept: int
     rows: bool
     serial: int
+    number: int = 0
 
 
 @dataclasses.dataclass

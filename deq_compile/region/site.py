@@ -27,6 +27,7 @@ from deq_compile.config import Config
 from deq_compile.report import Standing
 from deq_compile.torch_parts import callable_below
 
+from . import backward as backwards
 from . import why_kept
 from .backward import BACKWARDS, of_steps
 from .body import BodySpec
@@ -51,7 +52,7 @@ USUAL_COMPARISON = 20  # evaluations beside the loop's own: the solve from a sec
 USUAL_LOOP = 60  # of a loop that a test ends
 # Part of every key. Inductor caches graphs on disk by the text of our node: code cached by an earlier version of this
 # package expects that version's outputs. To be raised with every change of the operators' outputs.
-OUTPUT_FORMAT = 5
+OUTPUT_FORMAT = 6
 FIRST_STEPS = 16  # that a first solve makes room for
 MISSES_BEFORE_KEPT = 3  # consecutive solves of a fixed-count loop that miss the tolerance
 
@@ -382,6 +383,7 @@ def living() -> list[Site]:
 def clear() -> None:
     """Forget what sites have learnt, and hold none any more that only a copied ticket would look for."""
     _awaited.clear()
+    backwards.clear()
     for known in living():
         known.restart()
 

@@ -96,6 +96,18 @@ def test_of_a_declared_fixed_point(solver: str, more: dict[str, Any], monkeypatc
     hold(model, model, monkeypatch)
 
 
+def test_where_hooks_on_saved_tensors_hand_on_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model()
+    run, _ = compiled(model, tol=1e-6, backward_tol=None, verify="periodic", inner="eager")
+
+    def copying(x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda copy: copy):
+            out: Tensor = run(x)
+        return out
+
+    hold(model, copying, monkeypatch)
+
+
 @pytest.mark.parametrize("more", MORE, ids=["", "recycle", "warm"])
 @pytest.mark.parametrize(("inner", "solver"), [*(("eager", solver) for solver in SOLVERS), ("aot_eager", "auto")])
 def test_of_a_compiled_loop(inner: str, solver: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
