@@ -107,16 +107,26 @@ class _Passage:
     recorded  whether a derivative through the node has been recorded, to be differentiated in turn
     pending   of backwards at work, by their numbers in the engine: the J^T w that comes to the gate beside what has to go
               through; None: nothing has to
+    marked    the backwards at work that differentiate a recorded derivative; None: not known
     """
 
-    def __init__(self) -> None:
+    def __init__(self, marks: bool) -> None:
         self.recorded = False
         self.pending: dict[int, list[Tensor] | None] = {}
+        self.marked: set[int] | None = set() if marks else None
 
     def note(self, products: list[Tensor] | None) -> None:
         while len(self.pending) >= MOST_PENDING:  # of backwards that went through the node and not through the gate
             self.pending.pop(next(iter(self.pending)), None)
         self.pending[graph_task()] = products
+
+    def alone(self, task: int) -> bool:
+        """Whether nothing but J^T w can have come to the gate in this backward."""
+        if self.marked is None:
+            return False
+        alone = task not in self.marked
+        self.marked.discard(task)
+        return alone
 
 
 class _Node(Linearised):
@@ -132,7 +142,7 @@ class _Node(Linearised):
 
     def __init__(self, known: Attachment, f: Body, level: int) -> None:
         self.known, self.f, self.level = known, f, level
-        self.passage = _Passage()
+        self.passage = _Passage(marks=level == 2)  # above, what is recorded of what is recorded need not come by the mark
 
     def products(self, w: Sequence[Tensor], **how: bool) -> list[Tensor]:
         """J^T w, for each of the state tensors."""
@@ -191,6 +201,7 @@ class _Implicit(torch.autograd.Function):
         records = torch.is_grad_enabled()
         if records and node.level > 1 and not batched:
             found = node.recorded_adjoint(found, cotangents)
+            found = list(_Mark.apply(node.passage, len(found), *found, *node.inputs))
         elif records:
             more = f"derivatives={node.known.derivatives + 1} in the call of fixed_point, or the loop itself in eager mode"
             found = once(found, (*node.images, *cotangents), more)
@@ -199,6 +210,23 @@ class _Implicit(torch.autograd.Function):
             passage.note(node.products(found, create_graph=records) if passage.recorded else None)
             passage.recorded = passage.recorded or records
         return (None, None, *(g.to(image.dtype) for g, image in zip(found, node.images, strict=True)))
+
+
+class _Mark(torch.autograd.Function):
+    """The adjoint of a recorded derivative, in which that is linear: who differentiates it comes by here, and, since the gate's
+    outputs are inputs here, before he comes to the gate."""
+
+    @staticmethod
+    def forward(ctx: Any, passage: _Passage, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.passage, ctx.others = passage, len(tensors) - count
+        ctx.set_materialize_grads(False)
+        return tuple(w.view_as(w) for w in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if ctx.passage.marked is not None:
+            ctx.passage.marked.add(graph_task())
+        return (None, None, *cotangents, *(None for _ in range(ctx.others)))
 
 
 class _Gate(torch.autograd.Function):
@@ -216,7 +244,7 @@ class _Gate(torch.autograd.Function):
         task = graph_task()
         if task not in pending:  # the evaluation is no part of this derivative: all of it is to pass
             return None, *given
-        own = pending.pop(task)
-        if own is None:
+        own, alone = pending.pop(task), ctx.passage.alone(task)
+        if own is None or alone:
             return None, *(None for _ in given)
         return None, *(None if g is None else g - known for g, known in zip(given, own, strict=True))
