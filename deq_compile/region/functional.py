@@ -52,6 +52,13 @@ class _Body(Runner):
         raise NotImplementedError("the implicit gradient takes its products from a derivative of f")
 
 
+class _Products(EagerLinearised):
+    """Of a body whose operands get their gradients elsewhere: w stands for those where they are measured."""
+
+    def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        return self.vjp(w), [w]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
     """A fixed point to be found: of z -> F(z, operands).
@@ -176,7 +183,7 @@ class Adjoint(Equation):
         with autograd_recording():
             point = layout.flatten(starts).detach().requires_grad_()
             image = layout.flatten(body(layout.unflatten(point)))
-        linear = EagerLinearised(image, point, [])
+        linear = _Products(image, point, [])
         call = AdjointCall(site, inside=graphs.capturing(), settled=self.of.settled)
         found = adjoint(mode, linear, q, call, 0)
         return self.shaped(layout.outputs(found.w, fresh=True), state0), q.new_zeros(())
