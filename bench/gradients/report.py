@@ -119,7 +119,7 @@ def draw(quality: Rows, training: Rows, file: Path) -> None:
         )
         left.plot(*zip(*some, strict=True), marker="o", markersize=3, label=body)
     left.set(xlabel="products", ylabel="error of the parameter gradient at z_k", yscale="log", title="reuse, forward to 1e-3")
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))  # beside the lines, not on them
     modes, names = list(dict.fromkeys(row["mode"] for row in training)), list(dict.fromkeys(row["task"] for row in training))
     for k, task in enumerate(names):
         for j, mode in enumerate(modes):

@@ -33,7 +33,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             axis.plot(*zip(*dots, strict=True), "k.", markersize=3)
         axis.axvline(1.0, color="black", linewidth=0.8)
         axis.set(title=title, xlabel="share of those without", yticks=range(len(bodies)), yticklabels=bodies)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(tolerances))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

@@ -28,7 +28,7 @@ from deq_compile.kernels.broyden import Factors
 from deq_compile.torch_parts import graph_task
 
 from . import graphs
-from .backward import BACKWARDS, AdjointCall
+from .backward import BACKWARDS, AdjointCall, Settled
 from .body import Linearised
 from .layout import Layout
 from .op import once
@@ -47,7 +47,8 @@ _twins: weakref.WeakKeyDictionary[Site, Site] = weakref.WeakKeyDictionary()
 @dataclasses.dataclass(frozen=True)
 class Attachment:
     """What is known of a fixed point: its region, how its state lies, what its solve has left, the number of its record,
-    what earlier batches have left, how many derivatives the user has asked for, and the last adjoint."""
+    what earlier batches have left, how many derivatives the user has asked for, the last adjoint, and what the first backward has
+    settled."""
 
     site: Site
     layout: Layout
@@ -56,6 +57,7 @@ class Attachment:
     recycled: Recycled | None = None
     derivatives: int = 1
     warm: Start | None = None
+    settled: Settled = dataclasses.field(default_factory=Settled)
 
 
 def attach(f: Body, z: Tensor, known: Attachment, levels: int) -> list[Tensor]:
@@ -105,16 +107,26 @@ class _Passage:
     recorded  whether a derivative through the node has been recorded, to be differentiated in turn
     pending   of backwards at work, by their numbers in the engine: the J^T w that comes to the gate beside what has to go
               through; None: nothing has to
+    marked    the backwards at work that differentiate a recorded derivative; None: not known
     """
 
-    def __init__(self) -> None:
+    def __init__(self, marks: bool) -> None:
         self.recorded = False
         self.pending: dict[int, list[Tensor] | None] = {}
+        self.marked: set[int] | None = set() if marks else None
 
     def note(self, products: list[Tensor] | None) -> None:
         while len(self.pending) >= MOST_PENDING:  # of backwards that went through the node and not through the gate
             self.pending.pop(next(iter(self.pending)), None)
         self.pending[graph_task()] = products
+
+    def alone(self, task: int) -> bool:
+        """Whether nothing but J^T w can have come to the gate in this backward."""
+        if self.marked is None:
+            return False
+        alone = task not in self.marked
+        self.marked.discard(task)
+        return alone
 
 
 class _Node(Linearised):
@@ -130,7 +142,7 @@ class _Node(Linearised):
 
     def __init__(self, known: Attachment, f: Body, level: int) -> None:
         self.known, self.f, self.level = known, f, level
-        self.passage = _Passage()
+        self.passage = _Passage(marks=level == 2)  # above, what is recorded of what is recorded need not come by the mark
 
     def products(self, w: Sequence[Tensor], **how: bool) -> list[Tensor]:
         """J^T w, for each of the state tensors."""
@@ -150,10 +162,9 @@ class _Node(Linearised):
         """What goes on to the attached evaluation of f, for the cotangents of the fixed point."""
         layout, site = self.known.layout, self.known.site
         given = [torch.zeros_like(z) if c is None else c for c, z in zip(cotangents, self.inputs, strict=True)]
-        call = AdjointCall(
-            site, self.known.factors, inside=graphs.capturing(), recycled=self.known.recycled, warm=self.known.warm
-        )
-        w = adjoint(BACKWARDS[site.spec.config.backward], self, layout.flatten(given), call, self.known.serial).w
+        known, inside = self.known, graphs.capturing()
+        call = AdjointCall(site, known.factors, inside=inside, recycled=known.recycled, warm=known.warm, settled=known.settled)
+        w = adjoint(BACKWARDS[site.spec.config.backward], self, layout.flatten(given), call, known.serial).w
         return layout.unflatten(w)
 
     def recorded_adjoint(self, w: Sequence[Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor]:
@@ -190,6 +201,7 @@ class _Implicit(torch.autograd.Function):
         records = torch.is_grad_enabled()
         if records and node.level > 1 and not batched:
             found = node.recorded_adjoint(found, cotangents)
+            found = list(_Mark.apply(node.passage, len(found), *found, *node.inputs))
         elif records:
             more = f"derivatives={node.known.derivatives + 1} in the call of fixed_point, or the loop itself in eager mode"
             found = once(found, (*node.images, *cotangents), more)
@@ -198,6 +210,23 @@ class _Implicit(torch.autograd.Function):
             passage.note(node.products(found, create_graph=records) if passage.recorded else None)
             passage.recorded = passage.recorded or records
         return (None, None, *(g.to(image.dtype) for g, image in zip(found, node.images, strict=True)))
+
+
+class _Mark(torch.autograd.Function):
+    """The adjoint of a recorded derivative, in which that is linear: who differentiates it comes by here, and, since the gate's
+    outputs are inputs here, before he comes to the gate."""
+
+    @staticmethod
+    def forward(ctx: Any, passage: _Passage, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.passage, ctx.others = passage, len(tensors) - count
+        ctx.set_materialize_grads(False)
+        return tuple(w.view_as(w) for w in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        if ctx.passage.marked is not None:
+            ctx.passage.marked.add(graph_task())
+        return (None, None, *cotangents, *(None for _ in range(ctx.others)))
 
 
 class _Gate(torch.autograd.Function):
@@ -215,7 +244,7 @@ class _Gate(torch.autograd.Function):
         task = graph_task()
         if task not in pending:  # the evaluation is no part of this derivative: all of it is to pass
             return None, *given
-        own = pending.pop(task)
-        if own is None:
+        own, alone = pending.pop(task), ctx.passage.alone(task)
+        if own is None or alone:
             return None, *(None for _ in given)
         return None, *(None if g is None else g - known for g, known in zip(given, own, strict=True))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
@@ -13,7 +15,7 @@ from deq_compile.kernels.broyden import Factors
 from deq_compile.region.pool import Recycled
 from deq_compile.registry import BACKWARDS
 
-__all__ = ["BACKWARDS", "AdjointCall", "Backward", "of_steps"]
+__all__ = ["BACKWARDS", "AdjointCall", "Backward", "Settled", "of_steps"]
 
 if TYPE_CHECKING:
     from deq_compile.config import Config
@@ -29,6 +31,59 @@ def of_steps(config: Config) -> bool:
 
 
 @dataclass
+class Settled:
+    """What the first backward through a forward has settled for all others through it, whatever the region learns in between:
+    equal cotangents have equal gradients.
+
+    done      whether there has been one
+    tol       its tolerance; expected: the products that it expected
+    way       how it was preconditioned, by name ("plain", "factors", "shared")
+    captured  whether a captured graph gave it
+    loops     the fixed point's gradient was seen not to be that of the user's loop
+    """
+
+    done: bool = False
+    tol: float = 0.0
+    expected: int | None = None
+    way: str | None = None
+    captured: bool = False
+    loops: bool = False
+
+    def settle(self, tol: float, expected: int | None, way: str, *, captured: bool = False) -> None:
+        """Note what the first backward came to; later ones change nothing."""
+        if not self.done:
+            self.done, self.tol, self.expected, self.way, self.captured = True, tol, expected, way, captured
+
+    def tolerance(self, site: Site) -> float:
+        """Of the adjoint."""
+        return self.tol if self.done else site.backward_tol
+
+
+_kept: OrderedDict[int, Settled] = OrderedDict()
+_numbers = itertools.count(1)
+MOST_KEPT = 256  # far more than forwards whose backwards are to come, where hooks on saved tensors are at work
+
+
+def keep(settled: Settled) -> int:
+    """Keep what a forward hands on for a backward to which it may not arrive, for which it is this number."""
+    number = next(_numbers)
+    _kept[number] = settled
+    if len(_kept) > MOST_KEPT:
+        _kept.popitem(last=False)
+    return number
+
+
+def kept(number: int) -> Settled:
+    """What was kept; new where that is nothing."""
+    return _kept.get(number) or Settled()
+
+
+def clear() -> None:
+    """Forget what was kept."""
+    _kept.clear()
+
+
+@dataclass
 class AdjointCall:
     """One backward of one region, as a mode sees it.
 
@@ -38,6 +93,7 @@ class AdjointCall:
     again     makes the factors of a forward whose own did not arrive, by solving once more
     recycled  what earlier batches have left, as the forward found it; None where nothing is recycled
     warm      the last adjoint, as the forward found it; None where nothing begins from it
+    settled   by the first backward through the same forward
     captured  the same adjoint as a captured graph would give it; None where none serves
     """
 
@@ -48,6 +104,22 @@ class AdjointCall:
     captured: Callable[[Factors | None], AdjointSolution | None] = lambda factors: None
     recycled: Recycled | None = None
     warm: Start | None = None
+    settled: Settled = field(default_factory=Settled)
+
+    @property
+    def tol(self) -> float:
+        """The tolerance of the adjoint."""
+        return self.settled.tolerance(self.site)
+
+    @property
+    def expected(self) -> int | None:
+        """The products that it is expected to take, where that is known."""
+        return self.settled.expected if self.settled.done else self.site.expected_vjps
+
+    @property
+    def reuses(self) -> bool:
+        """Whether it makes use of the forward's factors, where that is not being tried out."""
+        return self.settled.way == "factors" if self.settled.done else self.site.reuses
 
 
 class Backward(abc.ABC):

@@ -66,16 +66,18 @@ def _flops(name: str, args: Any, out: Any) -> int:
 
 def _compiles_itself(function: Callable[[Tensor], Any], z: Tensor) -> bool:
     """Whether function(z) calls compiled code or an operator of higher order in eager mode: where that has run under a dispatch
-    mode, torch fails at the next one without (`torch.cond`, torch 2.11 to 2.14)."""
+    mode, torch fails at the next one without (`torch.cond`, torch 2.11 to 2.14). It is taken to while a profiler is at work that
+    Python cannot set again (cProfile)."""
     if "torch._dynamo" not in sys.modules:
         return False
-    seen = []
+    before, seen = sys.getprofile(), []
+    if before is not None and not callable(before):
+        return True
 
     def look(frame: Any, event: str, _: Any) -> None:
         if event == "call" and any(part in frame.f_code.co_filename for part in ("_higher_order_ops", "_dynamo")):
             seen.append(frame.f_code.co_name)
 
-    before = sys.getprofile()
     sys.setprofile(look)
     try:
         function(z)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import graphs
-from .backward import BACKWARDS, AdjointCall
+from .backward import BACKWARDS, AdjointCall, Settled
 from .body import EagerLinearised, Runner
 from .call import Call, Prepared
 from .forward import solve
@@ -52,6 +52,13 @@ class _Body(Runner):
         raise NotImplementedError("the implicit gradient takes its products from a derivative of f")
 
 
+class _Products(EagerLinearised):
+    """Of a body whose operands get their gradients elsewhere: w stands for those where they are measured."""
+
+    def vjp_full(self, w: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        return self.vjp(w), [w]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Equation:
     """A fixed point to be found: of z -> F(z, operands).
@@ -60,12 +67,14 @@ class Equation:
     count  of states
     site   (z0's dtypes and dimensions, without those of vmap) -> the region
     lead   sizes of the dimensions that vmap has put in front of the states
+    settled  by the first backward
     """
 
     F: Map
     count: int
     site: Callable[[States], Site]
     lead: tuple[int, ...] = ()
+    settled: Settled = dataclasses.field(default_factory=Settled)
 
     def aligned(self, operands: int) -> int:
         """How many of the last operands have to be in the batch of vmap with the states."""
@@ -135,7 +144,7 @@ class Equation:
             pull = torch.func.vjp(lambda *s: tuple(F(s, own)), *z)[1]
             return [c + g for c, g in zip(q, pull(tuple(w)), strict=True)]
 
-        return Adjoint(equation, count, self.site, self.lead, self)
+        return Adjoint(equation, count, self.site, self.lead, of=self)
 
     def tangent(self, moved: Sequence[int]) -> Equation:
         """dz = dF + J dz: operands are those of F, z*, and the tangents of those that are `moved`."""
@@ -174,8 +183,9 @@ class Adjoint(Equation):
         with autograd_recording():
             point = layout.flatten(starts).detach().requires_grad_()
             image = layout.flatten(body(layout.unflatten(point)))
-        linear = EagerLinearised(image, point, [])
-        found = adjoint(mode, linear, q, AdjointCall(site, None, inside=graphs.capturing()), 0)
+        linear = _Products(image, point, [])
+        call = AdjointCall(site, inside=graphs.capturing(), settled=self.of.settled)
+        found = adjoint(mode, linear, q, call, 0)
         return self.shaped(layout.outputs(found.w, fresh=True), state0), q.new_zeros(())
 
     def over(self, size: int, dims: Sequence[int | None], randomness: str) -> Equation:

@@ -72,7 +72,7 @@ def run_in_graph(
     if not rows:
         info = info[:1].expand(count, -1)
     held = [given.reshape(-1)] if spec.grad else []
-    return Outputs(region.states(given), torch.zeros(3, dtype=torch.int64), info, held).flat
+    return Outputs(region.states(given), torch.zeros(4, dtype=torch.int64), info, held).flat
 
 
 def _follows(spec: RegionSpec) -> bool:

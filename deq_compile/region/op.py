@@ -3,7 +3,8 @@
     solve(Tensor[] state0, Tensor[] operands, SymInt[] sizes, str region) -> [state..., ticket, solve_info, held...]
 
 state  fresh tensors of the shapes of state0, in the memory orders of the region
-ticket (3,) int64 on the CPU: iterations of a loop that was kept (0: solved), rows, serial number of the record
+ticket (4,) int64 on the CPU: iterations of a loop that was kept (0: solved), rows, serial number of the record, and that of the
+       forward where hooks on saved tensors are at work (0 elsewhere)
 solve_info  (B, 3) float32, stopping residual, iterations and status of each sample; all rows equal where the batch is one system
 held   one tensor where the region records gradients, none otherwise: the flat state in one dimension and in the solver's dtype,
        in memory of its own. The backward reads this one: the user may write to `state`, or through a view of it
@@ -12,7 +13,7 @@ What a backward needs is an output or an input: forward, forward, backward, back
 whose size is known when the solve has ended, and the linearised body hang on the ticket (`run.SavedForBackward`), which autograd
 saves for the backward, and die with it. So does the site, which may have no other owner by then. Where a copy of the ticket
 arrives there (hooks on saved tensors), the adjoint is solved without factors, or, where the gradient is made of them
-(`backward_tol=inf`), the region is solved again.
+(`backward_tol=inf`), the region is solved again; what the first backward has settled is found by the forward's number.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from deq_compile.torch_parts import (
 )
 
 from . import graphs, run
+from .backward import keep, kept
 from .counts import enter
 from .layout import flat_dtype
 from .outputs import Outputs
@@ -71,11 +73,13 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
     with graphs.made_current(state0[0].device):
         done = run.run_forward(site, state0, operands, sizes)
     solve_info, rows = done.solve_info, _rows(state0)
-    numbers = array.array("q", (done.ticket.kept, done.ticket.rows, done.ticket.serial))
-    ticket = torch.frombuffer(numbers, dtype=torch.int64)
-    ticket.saved, ticket.site = done.saved, site  # type: ignore[attr-defined]
+    number = 0
     if site.spec.grad and saved_tensors_hooks(False) is not None:
         await_backward(site)
+        number = keep(done.saved.settled)
+    numbers = array.array("q", (done.ticket.kept, done.ticket.rows, done.ticket.serial, number))
+    ticket = torch.frombuffer(numbers, dtype=torch.int64)
+    ticket.saved, ticket.site = done.saved, site  # type: ignore[attr-defined]
     if solve_info.shape[0] != rows:
         solve_info = solve_info[:1].repeat(rows, 1)
     return Outputs(done.states, ticket, solve_info, () if done.held is None else (done.held,)).flat
@@ -90,17 +94,17 @@ def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], 
     info = state0[0].new_empty((_rows(state0), COLUMNS), dtype=torch.float32)
     elements = sum(s.numel() for s in state0)
     held = [state0[0].new_empty((elements,), dtype=flat_dtype(spec.dtypes))] if spec.grad else []
-    return Outputs(states, torch.empty(3, dtype=torch.int64, device="cpu"), info, held).flat
+    return Outputs(states, torch.empty(4, dtype=torch.int64, device="cpu"), info, held).flat
 
 
 def _solve_backward(*arguments: Any) -> list[Tensor]:
     """The kernel of `deq::solve_backward`; its arguments are those of the operator's schema, in order."""
     cotangents, state, ticket, state0, operands, sizes, region, needs_state0, needs_operands = arguments
-    kept, rows, serial = ticket.tolist()
-    numbers = run.Ticket(kept, bool(rows), serial)
+    iterations, rows, serial, number = ticket.tolist()
+    numbers = run.Ticket(iterations, bool(rows), serial, number)
     site = getattr(ticket, "site", None) or find_site(region)
     sizes = enter(site, sizes)
-    saved = getattr(ticket, "saved", None) or run.SavedForBackward()
+    saved = getattr(ticket, "saved", None) or run.SavedForBackward(settled=kept(number))
     inputs = run.BackwardInputs(state, state0, operands, sizes, numbers, saved)
     with graphs.made_current(state0[0].device):
         grad_state0, grad_operands = run.run_backward(site, cotangents, inputs, tuple(needs_operands))
@@ -203,7 +207,7 @@ def _loop_itself(region: str, state0: list[Tensor], operands: list[Tensor], size
             states = spec.body.call(*states, *operands, *sizes)
     info = state0[0].new_full((_rows(state0), COLUMNS), -1.0, dtype=torch.float32)
     held = [torch.cat([s.detach().flatten() for s in states]).to(flat_dtype(spec.dtypes))] if spec.grad else []
-    return Outputs(states, torch.tensor((1, 0, 0)), info, held).flat
+    return Outputs(states, torch.tensor((1, 0, 0, 0)), info, held).flat
 
 
 IN_EAGER_MODE = "deq_compile.fixed_point(f, z0, derivatives=2) in eager mode, or the loop itself there"

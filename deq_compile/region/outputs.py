@@ -14,7 +14,7 @@ EXTRAS = 2
 
 class Outputs(NamedTuple):
     """states  fresh tensors of the shapes of the initial state
-    ticket     (3,) int64 on the CPU: iterations of a loop that was kept (0: solved), rows, serial number of the record
+    ticket     (4,) int64 on the CPU: see op.py
     info       (B, COLUMNS) float32 about the solve (solve_info.py)
     held       one tensor where the region records gradients, none otherwise
     """

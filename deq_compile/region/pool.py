@@ -63,14 +63,12 @@ class Recycled:
     adjoint  the pool's shared inverse for adjoints, as the forward found it
     due      whether the backward is to decide which way pays; `thorough`: between all ways
     seed     of the signs by which its pairs enter the pool; None: they do not
-    way      that of the first backward through the call: later ones take it too
     """
 
     adjoint: Shared | None
     due: bool = False
     thorough: bool = False
     seed: int | None = None
-    way: str | None = None
 
 
 class Watch:

@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from deq_compile.torch_parts import pytree
 
-from .surroundings import NotHere
+from .surroundings import NotHere, inside_transform, transformed
 
 Function = Callable[[list[Tensor]], Sequence[Tensor]]
 
@@ -49,38 +49,49 @@ class _Discover(_Watch):
 
 
 class _Replace(_Watch):
-    def __init__(self, given: Sequence[Tensor], places: dict[int, Tensor]) -> None:
+    def __init__(self, given: Sequence[Tensor], places: dict[int, Tensor], where: str) -> None:
         super().__init__([*given, *places.values()])
-        self.places = places
+        self.places, self.where = places, where
 
     def other(self, tensor: Tensor) -> Tensor:
         found = self.places.get(id(tensor))
         if found is None:
-            raise NotHere(
-                "fixed_point inside of a torch.func transform: f reads a tensor that it did not read when it was called first, "
-                "or one that it makes outside of torch's functions (by an autograd.Function, a transform or a compiled function "
-                f"of its own), of shape {tuple(tensor.shape)}. Fix: f of plain torch operations that reads the same tensors in "
-                "every call"
-            )
+            raise NotHere(_unseen(self.where, tensor))
         return found
+
+
+def _unseen(where: str, tensor: Tensor) -> str:
+    return (
+        f"fixed_point {where}: f reads a tensor that it did not read when it was called first, or one that it makes outside of "
+        "torch's functions (by an autograd.Function, a transform or a compiled function of its own), of shape "
+        f"{tuple(tensor.shape)}. Fix: f of plain torch operations that reads the same tensors in every call"
+    )
 
 
 class Pure:
     """A function of states as a function of states and of the tensors that it reads, which are `operands`.
 
+    Args:
+        f, states: the function, and what it is called with to see what it reads.
+        where: what the function is watched for, in words.
+
     Raises:
-        NotHere: by a call, where the function reads a tensor that is no operand.
+        NotHere: where the function reads a tensor that a transform of its own has made; by a call, where it reads one that is no
+            operand.
     """
 
-    def __init__(self, f: Function, states: Sequence[Tensor]) -> None:
-        self.f = f
+    def __init__(self, f: Function, states: Sequence[Tensor], where: str = "inside of a torch.func transform") -> None:
+        self.f, self.where = f, where
         given = [s.view_as(s) for s in states]  # f may read the very tensor that it starts from
         with (watch := _Discover(given)):
             self.images = [watch.read(t) for t in f(given)]
         self.operands = list(watch.found.values())
+        made = None if inside_transform() else next((t for t in self.operands if transformed(t)), None)
+        if made is not None:
+            raise NotHere(_unseen(where, made))
 
     def __call__(self, states: Sequence[Tensor], operands: Sequence[Tensor]) -> list[Tensor]:
         given = [s.view_as(s) for s in states]
         places = {id(own): t for own, t in zip(self.operands, operands, strict=True)}
-        with (watch := _Replace(given, places)):
+        with (watch := _Replace(given, places, self.where)):
             return [watch.read(t) for t in self.f(given)]

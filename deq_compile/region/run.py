@@ -16,7 +16,7 @@ from deq_compile.kernels.iteration import CONVERGED, MAX_ITER
 
 from . import backwards, graphs, records
 from .adjoint import AdjointSolution
-from .backward import BACKWARDS, AdjointCall, Backward, of_steps
+from .backward import BACKWARDS, AdjointCall, Backward, Settled, of_steps
 from .backwards.reuse import skipped_pairs
 from .body import Deferred, Linearised, Runner
 from .call import Call, problem_of, runner_of
@@ -30,7 +30,7 @@ from .solvers import SOLVERS
 from .solvers.reversible import ReversibleProgress
 from .stop import any_of
 from .stopwatch import Stopwatch, TimedLinearised
-from .verdict import count_misses, gradient_is_the_loops, warn_of_gradient
+from .verdict import count_misses, gradient_is_the_loops, loops_own_is_due, warn_of_gradient
 from .warm import Start, remember
 from .worth import weigh
 
@@ -49,6 +49,7 @@ class SavedForBackward:
     factors  of the solve, where the adjoint makes use of them
     recycled what earlier batches have left for the adjoint; warm: the last adjoint
     trail    the steps of a reversible iteration
+    settled  by the first backward
     """
 
     linear: Linearised | None = None
@@ -57,6 +58,7 @@ class SavedForBackward:
     recycled: Recycled | None = None
     warm: Start | None = None
     trail: Trail | None = None
+    settled: Settled = dataclasses.field(default_factory=Settled)
 
 
 class Ticket(NamedTuple):
@@ -65,11 +67,13 @@ class Ticket(NamedTuple):
     kept    iterations of the loop (or NO_ITERATIONS) where its own result was given, 0 elsewhere
     rows    whether dimension 0 of the state is a batch
     serial  of the records; 0: nobody recorded
+    number  of what the first backward settles, where a copy of the ticket may arrive there; 0: it hangs on the ticket alone
     """
 
     kept: int
     rows: bool
     serial: int
+    number: int = 0
 
 
 @dataclasses.dataclass
@@ -311,10 +315,13 @@ class _Backward:
         linear: Linearised = known or self.deferred
         if self.watch is not None:
             linear = TimedLinearised(self.deferred.get(), self.watch)
-        call = AdjointCall(site, saved.factors, self.inside, self._factors_again, self._captured, saved.recycled, saved.warm)
-        found = adjoint(mode, linear, self.q, call, self.inputs.ticket.serial, self.watch)
-        if self.inside or gradient_is_the_loops(site, linear, found):  # inside nothing may be asked of the device
-            return None, found.payload
+        settled, left = saved.settled, (saved.recycled, saved.warm)
+        call = AdjointCall(site, saved.factors, self.inside, self._factors_again, self._captured, *left, settled)
+        if self.inside or not loops_own_is_due(site, settled):  # inside nothing may be asked of the device
+            first = not settled.done
+            found = adjoint(mode, linear, self.q, call, self.inputs.ticket.serial, self.watch)
+            if self.inside or gradient_is_the_loops(site, linear, found, settled if first else None):
+                return None, found.payload
         stop = any_of(spec.own_tests, self.layout, (*self.operands, *self.inputs.sizes))
         f = self.runner.evaluations(self.operands, None)
         return self._loops_own(spec.iterations or own_loop(spec, f, self._start(), stop).iterations)
@@ -345,9 +352,8 @@ class _Backward:
     def _captured(self, factors: Factors | None) -> AdjointSolution | None:
         """The captured adjoint for these shapes, on a GPU and from the second call on."""
         site, config = self.site, self.site.spec.config
-        settings = graphs.AdjointSettings(
-            site.backward_tol, max(1, config.backward_max_iter), site.spec.body_eps, skipped_pairs(site)
-        )
+        tol = self.inputs.saved.settled.tolerance(site)
+        settings = graphs.AdjointSettings(tol, max(1, config.backward_max_iter), site.spec.body_eps, skipped_pairs(site))
         graphs.end_with(site)
         key = (site.key, *self.inputs.sizes)
         captured = graphs.captured_adjoint(key, self.runner, self.z, self.operands, self.needs, factors, settings, config.engine)

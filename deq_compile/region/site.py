@@ -26,6 +26,7 @@ from deq_compile.config import Config
 from deq_compile.report import Standing
 from deq_compile.torch_parts import callable_below
 
+from . import backward as backwards
 from . import schedule, why_kept
 from .backward import BACKWARDS, of_steps
 from .body import BodySpec
@@ -43,7 +44,7 @@ log = logging.getLogger("deq_compile.region")
 
 # Part of every key. Inductor caches graphs on disk by the text of our node: code cached by an earlier version of this
 # package expects that version's outputs. To be raised with every change of the operators' outputs.
-OUTPUT_FORMAT = 5
+OUTPUT_FORMAT = 6
 FIRST_STEPS = 16  # that a first solve makes room for
 MISSES_BEFORE_KEPT = 3  # consecutive solves of a fixed-count loop that miss the tolerance
 
@@ -180,7 +181,7 @@ class Site:
     backward_tol  the adjoint's tolerance; a measurement may have tightened the default
     gradient_error  relative error of the operands' gradients, as measured last; None before
     expected_vjps  what the last backward needed, for the next one to predict with
-    reuses    whether the adjoint makes use of the forward's factors; backwards: adjoint solves so far
+    reuses    whether the adjoint makes use of the forward's factors; backwards: forwards with one, so far
     steps     evaluations that solves needed lately: what the next one makes room for
     pending   captured solves whose outcome nobody has asked for yet, oldest first
     prepared  facts about the last call, and what serves for those: what runs the body; problem, adjoint_problem: what is asked
@@ -266,7 +267,7 @@ class Site:
         return self.spec.solver_call and not (self.follows or of_steps(self.spec.config)) and self._scheduled(self.calls)
 
     def gradient_due(self) -> bool:
-        """Whether this adjoint solve, the `backwards`-th from 0, is also made at a tenth of its tolerance."""
+        """Whether this backward, the `backwards`-th from 0, is also made at a tenth of its tolerance."""
         return self.verify_gradient if self.compares else self._scheduled(self.backwards)
 
     def _scheduled(self, count: int) -> bool:
@@ -278,7 +279,7 @@ class Site:
         return schedule.period_of(self.spec)
 
     def reuse_due(self) -> bool:
-        """Whether this adjoint solve, the `backwards`-th from 0, is also tried without the forward's factors."""
+        """Whether this backward, the `backwards`-th from 0, is also tried without the forward's factors."""
         again = self.spec.config.verify == "periodic" and self.backwards % schedule.VERIFY_EVERY == 0
         return self.spec.config.reuse == "auto" and (self.backwards == 0 or again)
 
@@ -378,6 +379,7 @@ def living() -> list[Site]:
 def clear() -> None:
     """Forget what sites have learnt, and hold none any more that only a copied ticket would look for."""
     _awaited.clear()
+    backwards.clear()
     for known in living():
         known.restart()
 

@@ -69,7 +69,7 @@ def solve_by_steps(f: Body, state0: Sequence[Tensor], site: Site) -> Solved:
     count = len(state0)
     with graphs.made_current(state0[0].device):
         with torch.no_grad():
-            pure = Pure(as_given, state0)
+            pure = Pure(as_given, state0, f"at {site.spec.where} with solver='reversible'")
         _check(site.spec.where, [*state0, *pure.operands], sharded=bool(getattr(f, "held", ())))
         body = BodySpec(lambda *given: pure(given[:count], given[count:]), "eager", Ambient.now(), "eager")
         rows, layout = arranged(site, lambda states: pure(states, pure.operands), state0)

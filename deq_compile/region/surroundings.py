@@ -131,5 +131,10 @@ def plain(tensor: Tensor) -> bool:
     return tensor.layout is torch.strided and not any(test(tensor) for test in _WRAPPED)
 
 
+def transformed(tensor: Tensor) -> bool:
+    """Whether a tensor is one of a torch.func transform's."""
+    return not isinstance(is_functorch_wrapped, Absent) and bool(is_functorch_wrapped(tensor))
+
+
 def _inside_fake_mode() -> bool:
     return dispatch_mode_key is not None and dispatch_mode(dispatch_mode_key.FAKE) is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import why_kept
 from .adjoint import AdjointSolution, gradient_difference
 from .agree import agreed
-from .backward import BACKWARDS, of_steps
+from .backward import BACKWARDS, Settled, of_steps
 from .body import Linearised
 from .forward import Solution
 from .layout import Layout
@@ -117,7 +117,15 @@ def settle(site: Site) -> None:
         count_misses(site, solution)
 
 
-def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution) -> bool:
+def loops_own_is_due(site: Site, settled: Settled) -> bool:
+    """Whether a backward has to give the gradient of the user's own loop, whatever its adjoint would come to: the first one
+    through its forward has seen that, or another forward's has before there was a first."""
+    if not settled.done and site.verdict == "kept" and site.kept_reason == why_kept.GRADIENT:
+        settled.done = settled.loops = True
+    return settled.loops
+
+
+def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution, settled: Settled | None) -> bool:
     """Whether the implicit gradient may stand in for that of the user's own loop.
 
     A loop may agree with its fixed point in value and not in gradient: a state that is carried unchanged, projected or
@@ -126,9 +134,13 @@ def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution
     back, since the loop's adjoint, the sum of the first N terms of the Neumann series, is w - (J^T)^N w. The second is looked
     at where the forward compared values. What is not forgotten would be the initial state's gradient: where that is all that
     some parameter gets, it is measured as strictly as the values are.
+
+    Args:
+        site, linear, found: region, body and adjoint.
+        settled: of the forward, in the first backward through it; None in a later one, which does not look again.
     """
-    config, check = site.spec.config, site.verify_gradient
-    site.verify_gradient = False
+    config, check = site.spec.config, site.verify_gradient and settled is not None
+    site.verify_gradient = site.verify_gradient and settled is None
     # The other backward modes ask for another gradient than the loop's.
     if not site.compares or BACKWARDS[config.backward].gradient != "implicit":
         return True
@@ -140,6 +152,8 @@ def gradient_is_the_loops(site: Site, linear: Linearised, found: AdjointSolution
         left = (torch.linalg.vector_norm(w, dim=1) / norms).masked_fill(norms == 0, 0.0)
         if not bool((left <= (1.0 if site.spec.start_trained else GRADIENT_MARGIN) * site.loose).all()):
             site.decide(agreed(site, "gradient", "kept"), None, why_kept.GRADIENT)
+            assert settled is not None
+            settled.loops = True
             return False
     # backward_max_iter=0 asks for no refinement, so there nothing is missed
     missed = config.backward_max_iter > 0 and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR)

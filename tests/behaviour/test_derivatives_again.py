@@ -88,8 +88,31 @@ def twice_in_turn(f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
     return plain, second, again, both
 
 
+def two_recorded(f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """Several gradients of one value in one loss, beside the value; then one more, when a second derivative has been taken."""
+    x = X.clone().requires_grad_()
+    y = f(x)
+    a = torch.autograd.grad(y, [x, W], V, create_graph=True)
+    b = torch.autograd.grad(y, [x, W], V.square(), create_graph=True)
+    loss = a[0].square().sum() + (a[1] * b[1]).sum() + b[0].sum()
+    first = torch.autograd.grad(loss + y.square().sum(), [x, W], retain_graph=True)
+    c = torch.autograd.grad(y.square().sum(), [x, W], create_graph=True)
+    return *first, *torch.autograd.grad(loss + c[0].square().sum() + c[1].sum(), [x, W])
+
+
+def forwards_again(f: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...]:
+    """Two J v by two backwards each, whose cotangents are zero."""
+    x, u = X.clone().requires_grad_(), torch.zeros_like(X, requires_grad=True)
+    y = f(x)
+    first, second = (torch.autograd.grad(y, x, u, create_graph=True)[0] for _ in range(2))
+    return torch.autograd.grad(first, u, V, retain_graph=True)[0], torch.autograd.grad(second, u, V)[0]
+
+
+SECOND = [penalty, mixed, forwards_by_two_backwards, by_backward, twice_in_turn, two_recorded, forwards_again]
+
+
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph:UserWarning")
-@pytest.mark.parametrize("how", [penalty, mixed, forwards_by_two_backwards, by_backward, twice_in_turn])
+@pytest.mark.parametrize("how", SECOND)
 def test_second_derivatives(how: Callable[..., Any]) -> None:
     close(how(solved), how(looped))
 
@@ -117,12 +140,27 @@ def test_third_derivatives() -> None:
     close(third(lambda x: solved(x, 3)), third(looped))
 
 
+def test_several_recorded_of_three() -> None:
+    close(two_recorded(lambda x: solved(x, 3)), two_recorded(looped))
+
+
 def test_one_more_than_asked_for_raises() -> None:
     x = X.clone().requires_grad_()
     (g,) = torch.autograd.grad(solved(x).square().sum(), x, create_graph=True)
     (h,) = torch.autograd.grad(g.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="Fix: derivatives=3 in the call of fixed_point"):
         torch.autograd.grad(h.sum(), x)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_more_raises_after_several_that_were_recorded(which: int) -> None:
+    x = X.clone().requires_grad_()
+    y = solved(x)
+    g = [torch.autograd.grad(y, x, v, create_graph=True)[0] for v in (V, V.square())][which]
+    for loss in (g.square().sum(), (g - g.detach()).square().sum(), g.sum() + y.sum()):  # in the second what comes is zero
+        (h,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="Fix: derivatives=3 in the call of fixed_point"):
+            torch.autograd.grad(h.sum(), x, retain_graph=True)
 
 
 class Energy(nn.Module):

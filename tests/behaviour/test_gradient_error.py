@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import deq_compile
 from deq_compile import fixed_point, record_solves
 from deq_compile.region.adjoint import solve_adjoint
 from deq_compile.region.verdict import GRADIENT_ERROR
@@ -59,6 +60,33 @@ def test_a_default_tolerance_is_judged_by_the_gradient() -> None:
         assert solve.gradient_error <= GRADIENT_ERROR
     assert report.regions[0].gradient_error == solves[-1].gradient_error
     assert "gradient    " in str(report)
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_a_declared_fixed_point_is_judged_too(transformed: bool) -> None:
+    """Also inside of torch.func."""
+    A, h0, q = diffusion(), *torch.randn(2, 200, 7, generator=torch.Generator().manual_seed(1))
+    W = torch.randn(7, 7, generator=torch.Generator().manual_seed(2)) / 3
+
+    def loss(W: Tensor, solve: Any) -> Tensor:
+        A_, h, q_ = A.to(W), h0.to(W) @ W, q.to(W)
+        z: Tensor = solve(lambda z: 0.95 * (A_ @ z) + 0.05 * h, torch.zeros_like(h))
+        return (z * q_).sum()
+
+    def loop(f: Any, z: Tensor) -> Tensor:
+        for _ in range(500):
+            z = f(z)
+        return z
+
+    def by_autograd(W: Tensor, solve: Any) -> Tensor:
+        W = W.clone().requires_grad_()
+        return torch.autograd.grad(loss(W, solve), W)[0]
+
+    deq_compile.reset()
+    right = by_autograd(W.double(), loop)
+    for _ in range(2):
+        found = torch.func.grad(loss)(W, fixed_point) if transformed else by_autograd(W, fixed_point)
+        assert float((found - right).norm() / right.norm()) < GRADIENT_ERROR
 
 
 def test_an_explicit_tolerance_stays_and_its_error_is_told() -> None:

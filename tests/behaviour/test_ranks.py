@@ -323,12 +323,14 @@ def check_decisions(said: list[dict[str, Any]]) -> None:
 
 
 def check_parameters(said: dict[str, list[dict[str, Any]]]) -> None:
-    """After ten steps; bfloat16 against FSDP2's own eager training in bfloat16, where a parameter has eight bits."""
+    """After ten steps; bfloat16 against FSDP2's own eager training in bfloat16, where a parameter has eight bits. Its noise, on
+    one process without a solver: the rows of each batch in another order 0.5 to 1.6 %, one iteration more or less 0.7 %, 1.0 %
+    from float32. Faults are larger: all gradients 2 % off make 4.8 %, the cell's 5 % off 2.6 %."""
     distances = {case: {s["distance"] for s in ranks} for case, ranks in said.items()}
     assert all(len(found) == 1 for found in distances.values()), distances  # equal on all ranks
     half = distances.pop("fsdp half", {0.0})
     assert max(map(max, distances.values())) < 1e-5, distances
-    assert max(half) < 2e-2  # five units of its rounding, after ten steps
+    assert max(half) < 2e-2
 
 
 def check_loops(said: dict[str, list[dict[str, Any]]]) -> None:

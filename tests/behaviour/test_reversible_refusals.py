@@ -57,6 +57,11 @@ def past() -> None:
     steps(lambda z: torch.tanh(Product.apply(z, W) + x), z0, 4)  # type: ignore[no-untyped-call]
 
 
+def transforming() -> None:
+    W, x, z0, _ = leaky(0.5)
+    steps(lambda z: torch.tanh(torch.func.vmap(lambda row: W @ row)(z) + x), z0, 4)
+
+
 def exported() -> None:
     model = deq_compile(Model("fixed_point"), solver="reversible").eval()
     try:
@@ -70,7 +75,8 @@ REFUSED: dict[Callable[[], None], str] = {
     twice: "a double backward .* backward='exact' and derivatives=2",
     transformed: "inside of a torch.func transform is not implemented",
     past: "gives a tensor which needs a gradient to an autograd.Function",
-    unseen: "reads a tensor that it did not read when it was called first",
+    unseen: "with solver='reversible': f reads a tensor that it did not read when it was called first",
+    transforming: "with solver='reversible': f reads a tensor .* that it makes outside of torch's functions",
     exported: "expected a solver whose result does not hang on its steps",
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deq_compile import RegionWarning, record_solves
-from deq_compile.region import site as sites
+from deq_compile.region import schedule
 from deq_compile.region.kept import iterates_backwards
 from tests.helpers import compiled, largest_error, reference, value_and_grads
 from tests.models.loops import CASES
@@ -138,7 +138,7 @@ def test_initial_state_of_a_solve_has_gradient_zero() -> None:
 
 def test_verdict_is_taken_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that stops converging in the course of training is noticed at the next verification, in that very call."""
-    monkeypatch.setattr(sites, "VERIFY_EVERY", 3)
+    monkeypatch.setattr(schedule, "VERIFY_EVERY", 3)
     model, x = contracting(0.3, 12)
     run, report = compiled(model)
     for _ in range(4):  # calls 0, 1, 2 and 3 compare

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import cProfile
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -93,3 +95,24 @@ def test_operators_of_others_and_of_higher_order_run_within_it() -> None:
     with torch.no_grad():
         found = fixed_point(halved, z, solver="auto", tol=1e-6, batch="whole")
     torch.testing.assert_close(found, torch.full_like(z, 2.0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_profiler_that_python_cannot_set_again_goes_on_undisturbed() -> None:
+    """cProfile's is no function: nobody counts while it is at work, and the solve is as it would be."""
+    W = torch.randn(8, 8) / 8
+    x = torch.randn(3, 8)
+    compiled = torch.compile(lambda z: torch.tanh(z @ W), backend="eager")
+    compiled(x)  # Dynamo is there
+
+    def solved() -> Tensor:
+        return fixed_point(lambda z: torch.tanh(z @ W) + x, torch.zeros_like(x), tol=1e-6)
+
+    profile = cProfile.Profile()
+    wanted = solved()
+    profile.enable()
+    try:
+        found, at_work = solved(), sys.getprofile()
+    finally:
+        profile.disable()
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+    assert at_work is profile or sys.version_info >= (3, 12)  # which gives profilers a place of their own

@@ -30,11 +30,11 @@ def solve_recycled(
     """The adjoint for cotangents q (B, D), and the way it went. Where the call is due, the ways are tried, and one is chosen."""
     site, pool = call.site, call.site.pool
     assert pool is not None
-    ways, first = ways_of(call, recycled, pool), recycled.way is None
-    way = ways[_known(call, recycled, pool, ways)]
+    ways, first = ways_of(call, recycled, pool), not call.settled.done
+    way = ways[_known(call, pool, ways)]
     sketch = None
     if first and recycled.seed is not None:
-        sketch = pool.sketch(site.expected_vjps or USUAL_PRODUCTS, recycled.seed)
+        sketch = pool.sketch(call.expected or USUAL_PRODUCTS, recycled.seed)
 
     def solve(way: Way, **changes: object) -> AdjointSolution:
         asked = dataclasses.replace(problem, shared=way.shared, **changes)  # type: ignore[arg-type]
@@ -42,7 +42,8 @@ def solve_recycled(
 
     found = solve(way, sketch=sketch)
     if way.recycles and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR):
-        drop(site, pool, "forward" if way.shared is None else "adjoint")
+        if first:
+            drop(site, pool, "forward" if way.shared is None else "adjoint")
         way = ways["plain"]
         found, sketch = solve(way), None
     elif first and (recycled.due or not site.backwards) and len(ways) > 1:
@@ -57,8 +58,6 @@ def solve_recycled(
         site.stand()
     elif first and way.shared is not None and pool.watch_adjoint.doubts(found.needed):
         pool.reconsider()
-    if first:
-        recycled.way = way.name
     if sketch is not None:
         pool.feed_adjoint(sketch)
     return found, way
@@ -75,16 +74,18 @@ def ways_of(call: AdjointCall, recycled: Recycled, pool: Pool) -> dict[str, Way]
     return ways
 
 
-def _known(call: AdjointCall, recycled: Recycled, pool: Pool, ways: dict[str, Way]) -> str:
+def _known(call: AdjointCall, pool: Pool, ways: dict[str, Way]) -> str:
     """The way to go, as far as it is known: that of the first backward of this call, of the options, or that was decided on."""
-    wanted = recycled.way or pool.way
-    if recycled.way is None and call.site.spec.config.reuse == "always":
+    wanted = pool.way
+    if call.settled.done:
+        wanted = call.settled.way
+    elif call.site.spec.config.reuse == "always":
         wanted = "factors"
-    elif recycled.way is None and pool.always:
+    elif pool.always:
         wanted = "shared"
     if wanted in ways:
         return wanted
-    return "factors" if "factors" in ways and call.site.reuses else "plain"
+    return "factors" if "factors" in ways and call.reuses else "plain"
 
 
 @torch.no_grad()

@@ -30,29 +30,40 @@ class Reuse(Backward):
     gradient = "implicit"
 
     def solve(self, linear: Linearised, q: Tensor, call: AdjointCall) -> AdjointSolution:
-        site, raw = call.site, math.isinf(call.site.spec.config.backward_tol)
+        site, settled, raw = call.site, call.settled, math.isinf(call.site.spec.config.backward_tol)
         factors = call.factors
         if factors is None and raw and site.spec.stores_steps:  # then the gradient is made of them
             factors = call.again()
         asked = not (raw or call.inside)
-        measures = asked and q.numel() > 0 and site.gradient_due()
-        if on_gpu(q.device) and asked and not measures and (found := call.captured(factors)) is not None:
+        measures = asked and not settled.done and q.numel() > 0 and site.gradient_due()
+        tol, expected = call.tol, call.expected
+        may = on_gpu(q.device) and asked and not measures and (settled.captured or not settled.done)
+        if may and (found := call.captured(factors)) is not None:
             site.expected_vjps = found.needed
+            settled.settle(tol, expected, _usual(factors).name, captured=True)
             return dataclasses.replace(found, reused=factors is not None)
         # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
-        if asked and call.recycled is None and begins_from(call.warm, q):
-            way = Way("plain", factors if site.reuses else None)
-            site.backwards += 1
+        asks = asked and not on_gpu(q.device)
+        warm = asked and call.recycled is None and begins_from(call.warm, q)
+        if warm:
+            way = _usual(factors if call.reuses else None)
+            site.backwards += not settled.done
             found = adjoint_from(cast("Start", call.warm), linear, q, way.factors, _problem(call, q))
         else:
-            found, way = self._solve(linear, q, call, factors, asks=asked and not on_gpu(q.device))
+            found, way = self._solve(linear, q, call, factors, asks)
         if measures:
 
             def attempt(tol: float) -> AdjointSolution:
+                """As a later backward through the same forward finds it at this tolerance."""
                 problem = dataclasses.replace(_problem(call, q), tol=tol, expected=None, shared=way.shared)
+                if warm:
+                    return adjoint_from(cast("Start", call.warm), linear, q, way.factors, problem)
                 return solve_adjoint(linear.vjp, linear.vjp_full, q, way.factors, problem)
 
             found = measure_gradient(site, found, attempt)
+            if site.backward_tol != tol:
+                tol, expected = site.backward_tol, None
+        settled.settle(tol, expected, way.name)
         return _noted(site, found)
 
     def _solve(
@@ -64,18 +75,22 @@ class Reuse(Backward):
             try:
                 return solve_recycled(linear, q, call, call.recycled, problem)
             finally:
-                site.backwards += 1
-        due = asks and factors is not None and site.reuse_due()
-        if asks and not (due or site.reuses):
+                site.backwards += not call.settled.done
+        due = asks and factors is not None and not call.settled.done and site.reuse_due()
+        if asks and not (due or call.reuses):
             factors = None
-        site.backwards += 1
+        site.backwards += not call.settled.done
         found = solve_adjoint(linear.vjp, linear.vjp_full, q, factors, problem)
         if due and factors is not None and q.numel():
             site.reuse(factors_pay(linear.vjp, q, factors, found, problem))
             if not site.reuses:  # this very call's gradient is that of the calls after it
                 factors = None
                 found = solve_adjoint(linear.vjp, linear.vjp_full, q, None, problem)
-        return found, Way("plain" if factors is None else "factors", factors)
+        return found, _usual(factors)
+
+
+def _usual(factors: Factors | None) -> Way:
+    return Way("plain" if factors is None else "factors", factors)
 
 
 def _noted(site: Site, found: AdjointSolution) -> AdjointSolution:
@@ -89,13 +104,13 @@ def _noted(site: Site, found: AdjointSolution) -> AdjointSolution:
 def _problem(call: AdjointCall, q: Tensor) -> AdjointProblem:
     site, config = call.site, call.site.spec.config
     estimate = records.recording() and not on_gpu(q.device)
-    facts = site.backward_tol, site.expected_vjps, call.inside, estimate
+    facts = call.tol, call.expected, call.inside, estimate
     known = site.adjoint_problem
     if known[0] != facts:
         asked = AdjointProblem(
-            tol=site.backward_tol,
+            tol=call.tol,
             max_iter=max(1, config.backward_max_iter),
-            expected=site.expected_vjps,
+            expected=call.expected,
             body_eps=site.spec.body_eps,
             skip=skipped_pairs(site),
             watched=not call.inside,
