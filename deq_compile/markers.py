@@ -80,6 +80,10 @@ def counted(count: Any, site: str, entry: int) -> None:
     """One of the iterations traced of the loop at `site`, entered for the `entry`-th time, which makes `count` of them."""
 
 
+def after_none(_: None, site: str, entry: int, after: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Behind the loop at `site`, whose count may be 0: tensors that are read there, and what stands in their places then."""
+
+
 def region(
     f: Callable[[tuple[Tensor, ...]], Sequence[Tensor]],
     states: tuple[Tensor, ...],
@@ -97,9 +101,10 @@ def region(
 
 has_side_effect(may_exit)
 has_side_effect(counted)
+has_side_effect(after_none)
 has_side_effect(told)
 CALLS = (enter, leave, adjoint_hook, adjoint_input, untold, told)  # what the tracer puts into the graph as it is
-PASSAGES = (may_exit, counted)  # one in each iteration that was traced; the loop's site and entry are args[1:3]
+PASSAGES = (may_exit, counted, after_none)  # one in each iteration that was traced; the loop's site and entry are args[1:3]
 MARKERS = (*CALLS, *PASSAGES)
 
 

@@ -52,7 +52,7 @@ def rewrite_if_possible(gm: fx.GraphModule, options: Options, report: Report) ->
             if module.graph is not graph:
                 module.graph = graph
                 module.recompile()
-        left = [marked(node) for node in gm.graph.nodes if is_marker(node.target)]
+        left = _markers_in(gm)
         if left:
             sites.retrace(left)
         return []
@@ -69,7 +69,7 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
     whole = _Found()
     _rewrite(gm, Ambient.now(), options, report, whole)
     found = len(whole.rows) + len(whole.stays)
-    left = [*whole.left, *said.unheard(), *bars.unshown(), *sparse.unused(found), *sharded.unused(found)]
+    left = [*whole.left, *_markers_in(gm), *said.unheard(), *bars.unshown(), *sparse.unused(found), *sharded.unused(found)]
     if left:
         sites.retrace(left)
     report.regions += [*(row for row, _ in whole.rows), *whole.stays]
@@ -82,6 +82,16 @@ def rewrite(gm: fx.GraphModule, options: Options, report: Report) -> list[Site]:
         )
     own(gm, made)
     return made
+
+
+def _markers_in(gm: fx.GraphModule) -> list[str]:
+    """The sites of markers in a graph, and in those that operators such as `torch.cond` are given: no pass takes any there."""
+    found = [marked(node) for node in gm.graph.nodes if is_marker(node.target)]
+    for node in gm.graph.nodes:
+        below = getattr(gm, str(node.target), None) if node.op == "get_attr" and node.users else None
+        if isinstance(below, fx.GraphModule):
+            found += _markers_in(below)
+    return found
 
 
 @dataclasses.dataclass

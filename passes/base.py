@@ -177,7 +177,17 @@ class Pass(abc.ABC):
 
 def marked(node: fx.Node) -> str:
     """The site of a marker node."""
-    names = {"enter": 1, "leave": 2, "adjoint_hook": 3, "adjoint_input": 1, "untold": 2, "told": 0, "may_exit": 1, "counted": 1}
+    names = {
+        "enter": 1,
+        "leave": 2,
+        "adjoint_hook": 3,
+        "adjoint_input": 1,
+        "untold": 2,
+        "told": 0,
+        "may_exit": 1,
+        "counted": 1,
+        "after_none": 1,
+    }
     return str(node.args[names[node.target.__name__]])  # type: ignore[union-attr]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from deq_compile.markers import GUARD, HIDDEN, LEAST, counted, is_passage, may_exit
+from deq_compile.markers import GUARD, HIDDEN, LEAST, after_none, counted, is_passage, may_exit
 from deq_compile.report import Reason, Skipped
 from deq_compile.torch_parts import assert_scalar, free_unbacked_symbols, is_erased
 
@@ -127,6 +127,14 @@ def _count_comes_in(graph: fx.Graph, loop: Loop) -> Skipped | None:
     unknown = bool(free_unbacked_symbols(value_of(counter)))  # it may be less
     if loop.tests or loop.outside >= (1 if unknown else LEAST):
         return Skipped(Reason.COUNTER, location_of(marker), "its count is an input, and some iterations are others", loop.count)
+    begins = dict(zip(loop.outputs, loop.initial, strict=True))
+    for node in graph.nodes:
+        if node.target is after_none and node.args[1:3] == marker.args[1:3]:
+            for after, before in zip(node.args[3], node.args[4], strict=True):
+                if begins.get(after, after) is not before:
+                    return Skipped(
+                        Reason.COUNTER, location_of(marker), "it may make no iteration, and begins elsewhere", loop.count
+                    )
     return None
 
 

@@ -19,20 +19,25 @@ from deq_compile.report import Reason, Skipped
 
 from . import decisions, dynamo, effects, observations, own_counts, sites
 from .bytecode import Code, Exit, code_of
-from .visits import Visits, grows, leaks, live_after
+from .visits import Visits, grows, leaks, live_after, moves
 
 _TABLE = "_deq_compile_counted"
 
 
 @dataclasses.dataclass
 class _Passage:
-    """One passage through a loop that is followed: its count, as the graph has it, what was noted at each visit, and the numbers
-    in sight before the first."""
+    """One passage through a loop that is followed.
+
+    count   as the graph has it
+    visits  what was noted at each iteration
+    begins  the numbers in sight before the first; names: what local names stood for
+    """
 
     site: str
     count: Any
     visits: Visits
     begins: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    names: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def install() -> Callable[[], None]:
@@ -104,7 +109,7 @@ def _followed(tx: Any, args: Sequence[Any], inst: Any, site: str) -> Sequence[An
     be known."""
     first = args[0].as_python_constant() if len(args) == 2 else 0
     end = dynamo.number_in(tx, args[-1]) if dynamo.is_integer_tensor(args[-1]) else args[-1]
-    count = dynamo.traced(tx, _traced_count, first, end)
+    count = dynamo.traced(tx, _traced_drawn if dynamo.is_unknown(end) else _traced_count, first, end)
     if not dynamo.is_symbolic(count) or not dynamo.may_be(count, markers.LEAST):
         return [dynamo.build(tx, dynamo.constant(tx, v)) for v in args]
     table: dict[str, Visits] = tx.output.__dict__.setdefault("_deq_compile_visits", {})
@@ -136,9 +141,10 @@ def _visit(tx: Any, inst: Any, passage: _Passage) -> None:
     assert exit is not None
     why = grows(tx, inst, exit, visits)
     if visits.seen:
-        why = why or leaks(tx, inst, exit, visits)
+        why = why or leaks(tx, inst, exit, visits) or moves(tx, exit, visits)
     else:
         passage.begins = visits.history.pop()  # what was before the loop is no part of what its iterations do
+        passage.names = dict(tx.symbolic_locals)
     visits.seen += 1
     visits.decided.append(len(decisions.log(tx)))
     if why is None and visits.seen > markers.UNROLLED:
@@ -156,10 +162,13 @@ def _left(tx: Any, inst: Any, exit: Exit, passage: _Passage) -> tuple[Reason, st
     that were not traced may be others."""
     visits, code = passage.visits, code_of(tx)
     del tx.__dict__[_TABLE][id(inst)]
-    later = decisions.turns_later(tx, code, exit, visits.decided, 0)
+    later = decisions.turns_later(tx, code, exit, visits.decided, 0, alone=True)
     if later is not None:
         return Reason.COUNTER, later
-    for name in sorted(live_after(tx, inst, exit) & code.stores(exit.loop)):
+    names = sorted(live_after(tx, inst, exit) & code.stores(exit.loop))
+    if dynamo.is_unknown(passage.count) and (other := _other_without(tx, passage, names)):
+        return Reason.COUNTER, f"{other!r} would be another after no iteration, and nothing is known of the count"
+    for name in names:
         key = observations.LOCAL, 0, name
         if observations.step(visits.history, key):
             last = _last(tx, passage, key)
@@ -173,6 +182,26 @@ def _left(tx: Any, inst: Any, exit: Exit, passage: _Passage) -> tuple[Reason, st
         if last is None:
             return Reason.SIDE_EFFECT, f"{effects.words(key)} changes in every iteration"
         tx.output.side_effects.store_attr(effects.owner_of(tx, key), key[-1], last)
+    return None
+
+
+def _other_without(tx: Any, passage: _Passage, names: Sequence[str]) -> str | None:
+    """The name of what a loop of no iterations leaves otherwise than iterations do. Numbers that move are looked at elsewhere; of
+    tensors the graph says what they are then."""
+    ends = []
+    for name in names:
+        before, after = passage.names.get(name), tx.symbolic_locals.get(name)
+        if observations.step(passage.visits.history, (observations.LOCAL, 0, name)):
+            continue
+        if before is None or after is None or type(before) is not type(after):
+            return name
+        if isinstance(after, dynamo.TensorVariable):
+            ends.append((after.as_proxy(), before.as_proxy()))
+        elif effects.is_data(tx, after) or effects.mark(tx, before) != effects.mark(tx, after):
+            return name
+    afters, befores = [a for a, _ in ends], [b for _, b in ends]
+    arguments = (None, passage.site, passage.visits.entry, afters, befores)
+    tx.output.create_proxy("call_function", markers.after_none, arguments, {})
     return None
 
 
@@ -194,6 +223,10 @@ def _last(tx: Any, passage: _Passage, key: Any) -> Any:
 
 def _traced_count(first: Any, end: Any) -> Any:
     return end - first if first else end
+
+
+def _traced_drawn(first: Any, end: Any) -> Any:
+    return max(end - first, 0)
 
 
 def _traced_last(first: Any, moved: Any, count: Any) -> Any:

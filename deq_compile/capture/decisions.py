@@ -29,19 +29,21 @@ _TRUTHS = ("UNARY_NOT", "TO_BOOL", "JUMP_IF_TRUE_OR_POP", "JUMP_IF_FALSE_OR_POP"
 _LINEAR = ("ADD", "SUBTRACT", "MULTIPLY", "TRUE_DIVIDE")
 _LINEAR_SIGNS = {"+", "-", "*", "/", "+=", "-=", "*=", "/="}
 _BINARY = tuple(n for n in dis.opmap if n.startswith(("BINARY_", "INPLACE_")) and n.partition("_")[2] not in _LINEAR)
-OPCODES = ("COMPARE_OP", "CONTAINS_OP", "FOR_ITER", *_TRUTHS, *_BINARY)
+OPCODES = ("COMPARE_OP", "CONTAINS_OP", "FOR_ITER", "BUILD_STRING", *_TRUTHS, *_BINARY)
 _NAMES = [sign for _, sign in getattr(dis, "_nb_ops", ())]  # of BINARY_OP's argument, from Python 3.11 on
 _ENOUGH = 3  # iterations alike, to tell a step from another
 
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """An instruction that Python alone carried out, on what, and (a comparison of two numbers) by which operator."""
+    """An instruction that Python alone carried out, on what, and (a comparison of two numbers) by which operator. `lengths` are
+    those of containers of which it takes what a longer one has elsewhere."""
 
     code: Any
     inst: Any
     operands: tuple[Any, ...]
     operator: str | None = None
+    lengths: tuple[int, ...] = ()
 
     def place(self) -> tuple[int, int]:
         return id(self.code), id(self.inst)
@@ -60,12 +62,14 @@ def handler(original: Callable[..., Any]) -> Callable[..., Any]:
     def handle(self: Any, inst: Any) -> Any:
         if (inst.opname == "BINARY_OP" and _NAMES[inst.arg] in _LINEAR_SIGNS) or not sites.ours(self):
             return original(self, inst)
+        if inst.opname == "BUILD_STRING":
+            return _joined(self, inst, original)
         count = 1 if inst.opname in (*_TRUTHS, "FOR_ITER") else 3 if inst.opname == "BINARY_SLICE" else 2
         variables = self.stack[-count:]
-        before = _held(self, variables)
+        before, lengths = _held(self, variables), _lengths(inst, variables)
         result = original(self, inst)
         with sites.guarded(self, "taking note of a decision"):
-            note(self, inst, _settled(self, before), inst.argval if inst.opname == "COMPARE_OP" else None)
+            note(self, inst, _settled(self, before), inst.argval if inst.opname == "COMPARE_OP" else None, lengths)
         return result
 
     return handle
@@ -76,13 +80,42 @@ def truth(tx: Any, inst: Any) -> None:
     note(tx, inst, _settled(tx, _held(tx, tx.stack[-1:])), None)
 
 
-def note(tx: Any, inst: Any, operands: tuple[Any, ...], operator: Any) -> None:
+def texts(tx: Any) -> dict[str, Any]:
+    """Texts that numbers were written into, and the numbers written last: two numbers may be one text."""
+    found: dict[str, Any] = tx.output.__dict__.setdefault("_deq_compile_texts", {})
+    return found
+
+
+def _joined(tx: Any, inst: Any, original: Callable[..., Any]) -> Any:
+    parts = [_text(v) for v in tx.stack[-inst.arg :]]
+    result = original(tx, inst)
+    numbers = tuple(texts(tx)[part] for part in parts if part in texts(tx))
+    if numbers and (text := _text(tx.stack[-1])) is not None:
+        texts(tx)[text] = numbers
+    return result
+
+
+def _text(variable: Any) -> str | None:
+    value = variable.as_python_constant() if dynamo.is_plain(variable) else None
+    return value if type(value) is str else None
+
+
+def _lengths(inst: Any, variables: Sequence[Any]) -> tuple[int, ...]:
+    """Of a list that a piece is taken of, and of a queue that will lose what is in it."""
+    first, kind = variables[0], type(variables[-1]).__name__
+    items = first.__dict__.get("items")
+    cut = inst.opname == "BINARY_SLICE" or kind == "SliceVariable"
+    loses = type(first).__name__ == "DequeVariable" and len(variables) > 1
+    return (len(items),) if isinstance(items, list) and (cut or loses) else ()
+
+
+def note(tx: Any, inst: Any, operands: tuple[Any, ...], operator: Any, lengths: tuple[int, ...] = ()) -> None:
     numbers = all(type(o) in (int, float) for o in operands)
     if numbers and (len(operands) == 1):
         operands, operator = (*operands, 0), "!="
-    if any(o is not None for o in operands):
+    if lengths or any(o is not None for o in operands):
         spelled = str(operator).removeprefix("bool(").removesuffix(")") if operator is not None and numbers else None
-        log(tx).append(Decision(tx.f_code, inst, operands, spelled))
+        log(tx).append(Decision(tx.f_code, inst, operands, spelled, lengths))
 
 
 def call_handler(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,12 +139,13 @@ def call_handler(original: Callable[..., Any]) -> Callable[..., Any]:
     return call_function
 
 
-def turns_later(tx: Any, code: Code, exit: Exit, places: Sequence[int], most: int) -> str | None:
+def turns_later(tx: Any, code: Code, exit: Exit, places: Sequence[int], most: int, alone: bool = False) -> str | None:
     """Why later iterations may do something else than those traced; None where they don't.
 
     Args:
         places: sizes of the log when the loop's test was met, in each iteration so far.
         most: the loop's cap, 0 for none.
+        alone: whether the end of its range is all that ends the loop: what leaves it elsewhere raises.
     """
     windows = [log(tx)[a:b] for a, b in itertools.pairwise(places)]
     last = [d.place() for d in windows[-1]]
@@ -119,7 +153,8 @@ def turns_later(tx: Any, code: Code, exit: Exit, places: Sequence[int], most: in
     if len(alike) < _ENOUGH:
         return "the loop takes another way in each iteration"
     for column in zip(*alike, strict=True):
-        if len({d.operands for d in column}) == 1 or _leaves(tx, code, exit, column[-1]):
+        same = len({d.operands for d in column}) == 1 and column[-1].lengths == column[-2].lengths
+        if same or _leaves(tx, code, exit, column[-1], alone):
             continue
         # the last window holds parts of two iterations: the earlier one is meant
         turn = _turn(column)
@@ -141,15 +176,15 @@ def _turn(column: Sequence[Decision]) -> int:
     return 1 if found is None else found
 
 
-def _leaves(tx: Any, code: Code, exit: Exit, decision: Decision) -> bool:
+def _leaves(tx: Any, code: Code, exit: Exit, decision: Decision, alone: bool) -> bool:
     """Whether a decision is whether to leave the loop: then it is counted elsewhere."""
     if decision.code is not tx.f_code or id(decision.inst) not in code.index:
         return False
     i = code.index[id(decision.inst)]
     if i not in exit.loop:
         return False
-    if decision.inst.opname == "FOR_ITER":
-        return any(k not in exit.loop for k in code.successors[i])
+    if alone or decision.inst.opname == "FOR_ITER":
+        return decision.inst.opname == "FOR_ITER" and any(k not in exit.loop for k in code.successors[i])
     for j in range(i, min(i + 3, len(code.instructions))):
         if "POP_JUMP" in code.instructions[j].opname:
             return any(k not in exit.loop for k in code.successors[j])
@@ -179,7 +214,8 @@ def _described(tx: Any, variable: Any, depth: int = 2) -> Any:
         return None if kind == "CountIteratorVariable" else (kind, _taken(tx, variable))
     if kind in ("ConstantVariable", "EnumVariable"):
         value = variable.as_python_constant()
-        return _plain(value) if type(value) in (int, float) else (type(value).__name__, hash(repr(value)))
+        written = texts(tx).get(value) if tx is not None and type(value) is str else None
+        return _plain(value) if type(value) in (int, float) else (type(value).__name__, hash(repr(value)), written)
     items = variable.__dict__.get("items")
     if depth and isinstance(items, list | tuple | dict):
         inside = [_described(tx, v, depth - 1) for v in (items.values() if isinstance(items, dict) else items)]

@@ -258,8 +258,8 @@ def has_changed(tx: Any, variable: Any) -> bool:
 
 
 def is_symbolic(variable: Any) -> bool:
-    """Whether a variable is a number of the graph."""
-    return isinstance(variable, SymNodeVariable)
+    """Whether a variable is an integer of the graph."""
+    return isinstance(variable, SymNodeVariable) and isinstance(variable.sym_num, torch.SymInt)
 
 
 def may_be(variable: Any, least: int) -> bool:

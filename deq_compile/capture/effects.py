@@ -37,6 +37,24 @@ def is_data(tx: Any, value: Any) -> bool:
     return depends_on_data(value)
 
 
+def held_in(tx: Any, value: Any) -> Any:
+    """What a cell holds, None where that is nothing yet; any other variable itself."""
+    if not isinstance(value, dynamo.CellVariable):
+        return value
+    try:
+        return tx.output.side_effects.load_cell(value)
+    except dynamo.DynamoException:  # it is not bound
+        return None
+
+
+def object_from_outside(value: Any) -> int | None:
+    """What tells an object that the frame has not made from others; None for all that is none."""
+    if value is None or (getattr(value, "source", None) is None and not dynamo.is_unseen(value)):
+        return None
+    known = dynamo.unseen(value) if dynamo.is_unseen(value) else value.__dict__.get("value")
+    return None if known is None or isinstance(known, (*_PLAIN, torch.Tensor)) else id(known)
+
+
 def snapshot(tx: Any, live: Collection[Any] = (), tensors: bool = True) -> Snapshot:
     """Everything mutable, as far as it can be told apart: attributes written, and what is in the containers in sight.
 

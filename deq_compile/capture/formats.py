@@ -1,7 +1,7 @@
 """f-strings of numbers read from tensors, `f"{err:.2e}"`: texts that are made behind the graph.
 
 Torch 2.11 and 2.14 ask for the number while they trace, and end the graph there, or fail. Numbers that Python knows become
-texts at once: a counter in a text decides nothing.
+texts at once, of which decisions know what was written into them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from . import dynamo, effects, sites
+from . import decisions, dynamo, effects, sites
 
 _OPCODES = ("FORMAT_VALUE", "FORMAT_SIMPLE", "FORMAT_WITH_SPEC")
 _CONVERSIONS = ("", "!s", "!r", "!a")
@@ -45,7 +45,11 @@ def _formatted(tx: Any, inst: Any) -> bool:
     written = "{" + _CONVERSIONS[flags & 3] + spec + "}"
     tx.popn(1 + has_how)
     if plain:
-        tx.push(dynamo.build(tx, written.format(value.as_python_constant())))
+        known = value.as_python_constant()
+        text = written.format(known)
+        if type(known) is not str or known in decisions.texts(tx):
+            decisions.texts(tx)[text] = known if type(known) is not str else decisions.texts(tx)[known]
+        tx.push(dynamo.build(tx, text))
     else:
         tx.push(dynamo.StringFormatVariable.create(written, [value], {}))
     return True

@@ -29,7 +29,7 @@ from deq_compile.report import Reason, Skipped
 
 from . import breaks, counted, counters, decisions, dynamo, effects, known, observations, said, sites, varying
 from .bytecode import Exit, code_of
-from .visits import Visits, grows, leaks, live_after, says_how
+from .visits import Visits, grows, leaks, live_after, moves, says_how
 
 _JUMPS = (
     "POP_JUMP_IF_FALSE", "POP_JUMP_IF_TRUE",
@@ -188,7 +188,8 @@ def _entered(tx: Any, site: str, exit: Exit, iterator: Any, before: Visits | Non
 
 def _visit(tx: Any, inst: Any, exit: Exit, visits: Visits) -> tuple[Reason, str] | None:
     """Take note of one more visit of a loop's test; why the loop is not to be followed any further."""
-    why = grows(tx, inst, exit, visits) or leaks(tx, inst, exit, visits) or says_how(tx, inst, exit)
+    why = grows(tx, inst, exit, visits) or leaks(tx, inst, exit, visits)
+    why = why or moves(tx, exit, visits) or says_how(tx, inst, exit)
     if why is not None:
         return why
     visits.seen += 1

@@ -22,6 +22,7 @@ class Visits:
     world: Any = None
     before: Any = None  # the world at the visit before
     marks: dict[str, Any] = dataclasses.field(default_factory=dict)  # of local names, at the first visit
+    objects: dict[str, int] = dataclasses.field(default_factory=dict)  # from outside, that names stand for, likewise
     history: observations.History = dataclasses.field(default_factory=list)
     sizes: list[int] = dataclasses.field(default_factory=list)  # of the graph, at each of those times
     decided: list[int] = dataclasses.field(default_factory=list)  # likewise, of the log of decisions
@@ -37,16 +38,27 @@ def live_after(tx: Any, inst: Any, exit: Exit) -> set[str]:
 
 
 def leaks(tx: Any, inst: Any, exit: Exit, visits: Visits) -> tuple[Reason, str] | None:
-    """Python values whose value after the loop would say when it was left."""
+    """Python values whose value after the loop would say when it was left. What the loop calls may write to those in cells."""
     code = code_of(tx)
-    for name in sorted(live_after(tx, inst, exit) & code.stores(exit.loop)):
-        value = tx.symbolic_locals.get(name)
+    for name in sorted(live_after(tx, inst, exit) & (code.stores(exit.loop) | set(tx.f_code.co_cellvars))):
+        value = effects.held_in(tx, tx.symbolic_locals.get(name))
         if value is None or effects.is_data(tx, value):
             continue
         mark = effects.mark(tx, value)
         same = visits.marks.setdefault(name, mark) == mark
         if not same and observations.step(visits.history, (observations.LOCAL, 0, name)) is None:
             return Reason.COUNTER, f"{name!r} is written in the loop and read after it"
+    return None
+
+
+def moves(tx: Any, exit: Exit, visits: Visits) -> tuple[Reason, str] | None:
+    """Objects from outside that another takes the place of in every iteration: what is read from later ones, nobody has seen."""
+    code = code_of(tx)
+    carried = dynamo.livevars_analysis(code.instructions, code.instructions[min(exit.loop)])
+    for name in sorted(carried & code.stores(exit.loop)):
+        which = effects.object_from_outside(tx.symbolic_locals.get(name))
+        if which is not None and visits.objects.setdefault(name, which) != which:
+            return Reason.COUNTER, f"{name!r} is another object in each iteration"
     return None
 
 

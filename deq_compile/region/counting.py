@@ -70,7 +70,8 @@ def _compiles_itself(function: Callable[[Tensor], Any], z: Tensor) -> bool:
     Python cannot set again (cProfile)."""
     if "torch._dynamo" not in sys.modules:
         return False
-    before, seen = sys.getprofile(), []
+    before: Any = sys.getprofile()
+    seen = []
     if before is not None and not callable(before):
         return True
 

@@ -8,7 +8,8 @@ when it is met. The longest and the shortest count of so many that are drawn cha
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+import threading
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .site import RegionSpec, Site
@@ -21,11 +22,12 @@ class Counts:
 
     kept    the largest count at which the loop is kept, 0 for none
     solved  the least and the largest count at which something shorter stands in for it; None before
+    here    what a site is at the count of the call at work in this thread
     """
 
     def __init__(self, spec: RegionSpec, always: str | None) -> None:
         """`always`: the verdict of all counts, where no comparison decides."""
-        self.always, self.kept = always, 0
+        self.always, self.kept, self.here = always, 0, threading.local()
         self.solved: tuple[int, int] | None = None
         self._specs: dict[int, RegionSpec] = {}
         self._spec = spec
@@ -66,6 +68,25 @@ class Counts:
             return
         least, most = (count, count) if self.solved is None else self.solved
         self.solved, self.kept = (min(least, count), max(most, count)), min(self.kept, count - 1)
+
+
+class OfCall:
+    """An attribute of a site: of each thread its own, where a count comes with each call."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, site: Site, owner: type | None = None) -> Any:
+        counts = site.__dict__.get("counts")
+        common = site.__dict__[self.name]
+        return common if counts is None else getattr(counts.here, self.name, common)
+
+    def __set__(self, site: Site, value: Any) -> None:
+        counts = site.__dict__.get("counts")
+        if counts is None:
+            site.__dict__[self.name] = value
+        else:
+            setattr(counts.here, self.name, value)
 
 
 def enter(site: Site, sizes: list[int]) -> list[int]:

@@ -19,6 +19,7 @@ arrives there (hooks on saved tensors), the adjoint is solved without factors, o
 from __future__ import annotations
 
 import array
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -70,11 +71,14 @@ def _rows(state0: Sequence[Tensor]) -> Any:
 def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], region: str) -> list[Tensor]:
     site = find_site(region)
     sizes = enter(site, sizes)
-    with graphs.made_current(state0[0].device):
+    hooked = site.spec.grad and saved_tensors_hooks(False) is not None
+    # what a body saves that runs in eager mode is the region's own: a checkpoint counts it, and calls differ in it
+    own = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is) if hooked else contextlib.nullcontext()
+    with graphs.made_current(state0[0].device), own:
         done = run.run_forward(site, state0, operands, sizes)
     solve_info, rows = done.solve_info, _rows(state0)
     number = 0
-    if site.spec.grad and saved_tensors_hooks(False) is not None:
+    if hooked:
         await_backward(site)
         number = keep(done.saved.settled)
     numbers = array.array("q", (done.ticket.kept, done.ticket.rows, done.ticket.serial, number))
@@ -83,6 +87,10 @@ def _solve(state0: list[Tensor], operands: list[Tensor], sizes: list[int], regio
     if solve_info.shape[0] != rows:
         solve_info = solve_info[:1].repeat(rows, 1)
     return Outputs(done.states, ticket, solve_info, () if done.held is None else (done.held,)).flat
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _solve_fake(state0: list[Tensor], operands: list[Tensor], sizes: list[Any], region: str) -> list[Tensor]:

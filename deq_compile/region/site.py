@@ -31,7 +31,7 @@ from . import schedule, why_kept
 from .backward import BACKWARDS, of_steps
 from .body import BodySpec
 from .choice import choice_for
-from .counts import Counts
+from .counts import Counts, OfCall
 from .forward import Solution
 from .layout import Layout, channels_last, flat_dtype, layout_of
 from .pool import Pool
@@ -195,6 +195,8 @@ class Site:
     pool, choice  what outlives a training step; the solver that is less work, under "auto"; warm: what the last call found
     counts    what is known by count, where that comes with each call
     """
+
+    spec, verdict = OfCall(), OfCall()
 
     def __init__(self, key: str, spec: RegionSpec) -> None:
         self.key, self.spec = key, spec

@@ -111,7 +111,8 @@ def test_a_profiler_that_python_cannot_set_again_goes_on_undisturbed() -> None:
     wanted = solved()
     profile.enable()
     try:
-        found, at_work = solved(), sys.getprofile()
+        found = solved()
+        at_work: object = sys.getprofile()
     finally:
         profile.disable()
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
