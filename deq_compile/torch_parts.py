@@ -154,6 +154,8 @@ remove_batch_dim = _part("torch", "_remove_batch_dim", BATCHED)
 
 enter_autocast = _part("torch.amp.autocast_mode", "_enter_autocast", REGIONS)
 exit_autocast = _part("torch.amp.autocast_mode", "_exit_autocast", REGIONS)
+enter_inference_mode = _part("torch.autograd.grad_mode", "_enter_inference_mode", "", None)
+exit_inference_mode = _part("torch.autograd.grad_mode", "_exit_inference_mode", "", None)
 set_grad_enabled = _part("torch._C", "_set_grad_enabled", REGIONS)
 FakeTensorMode = _part("torch._subclasses.fake_tensor", "FakeTensorMode", REGIONS)
 FakeTensor = _part("torch._subclasses.fake_tensor", "FakeTensor", REGIONS)

@@ -83,7 +83,13 @@ def _to_follow(tx: Any, args: Sequence[Any]) -> tuple[Any, str] | None:
     """The FOR_ITER of the loop that runs through a range up to a number that other calls may have otherwise, and its site; None
     where the range is left to Dynamo."""
     code, inst = code_of(tx), _loop_of(tx)
-    if inst is None or not 0 < len(args) <= 2 or tx.export or not (len(args) == 1 or args[0].is_python_constant()):
+    if (
+        inst is None
+        or _inside_a_range(tx)
+        or not 0 < len(args) <= 2
+        or tx.export
+        or not (len(args) == 1 or args[0].is_python_constant())
+    ):
         return None
     if not dynamo.is_open(tx, args[-1]):
         own_counts.note(tx, args[-1:])
@@ -96,7 +102,18 @@ def is_to_be_followed(tx: Any) -> bool:
     """Whether the number that the instruction at work reads is the count of a loop that will be followed, and nothing else."""
     code = code_of(tx)
     inst = code.loop_counted_by(tx.current_instruction)
-    return inst is not None and not tx.export and not sites.blocked(tx, _site(tx, inst)) and _ends_it(code, inst)
+    return (
+        inst is not None
+        and not _inside_a_range(tx)
+        and not tx.export
+        and not sites.blocked(tx, _site(tx, inst))
+        and _ends_it(code, inst)
+    )
+
+
+def _inside_a_range(tx: Any) -> bool:
+    """Whether the instruction at work stands in a loop that repeats itself: that is the one to be looked at, with this in its body."""
+    return any(type(v) is dynamo.RangeIteratorVariable for frame in dynamo.frames(tx) for v in frame.stack)
 
 
 def _site(tx: Any, inst: Any) -> str:
@@ -105,13 +122,15 @@ def _site(tx: Any, inst: Any) -> str:
 
 
 def _followed(tx: Any, args: Sequence[Any], inst: Any, site: str) -> Sequence[Any]:
-    """The arguments of the range that is traced in the place of that one; its own where the count is so small that it had better
-    be known."""
+    """The arguments of the range that is traced in the place of that one; its own where the count is known, or is small, and had
+    better be."""
     first = args[0].as_python_constant() if len(args) == 2 else 0
     end = dynamo.number_in(tx, args[-1]) if dynamo.is_integer_tensor(args[-1]) else args[-1]
+    if not dynamo.is_symbolic(end):
+        return [*args[:-1], end]
     count = dynamo.traced(tx, _traced_drawn if dynamo.is_unknown(end) else _traced_count, first, end)
     if not dynamo.is_symbolic(count) or not dynamo.may_be(count, markers.LEAST):
-        return [dynamo.build(tx, dynamo.constant(tx, v)) for v in args]
+        return [*args[:-1], dynamo.build(tx, dynamo.constant(tx, end))]
     table: dict[str, Visits] = tx.output.__dict__.setdefault("_deq_compile_visits", {})
     before = table.get(site)
     visits = table[site] = Visits(0 if before is None else before.entry + 1, 0, None)

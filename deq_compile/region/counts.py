@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .site import RegionSpec, Site
 
 REMEMBERED = 64  # counts whose facts are held; others are made again
+SHORTER = 4  # of the counts that are solved, the lowest in so many parts of their range
 
 
 class Counts:
@@ -22,12 +23,13 @@ class Counts:
 
     kept    the largest count at which the loop is kept, 0 for none
     solved  the least and the largest count at which something shorter stands in for it; None before
+    owed    whether one of the shorter counts is to be compared when it comes
     here    what a site is at the count of the call at work in this thread
     """
 
     def __init__(self, spec: RegionSpec, always: str | None) -> None:
         """`always`: the verdict of all counts, where no comparison decides."""
-        self.always, self.kept, self.here = always, 0, threading.local()
+        self.always, self.kept, self.owed, self.here = always, 0, False, threading.local()
         self.solved: tuple[int, int] | None = None
         self._specs: dict[int, RegionSpec] = {}
         self._spec = spec
@@ -39,17 +41,35 @@ class Counts:
         return ", ".join([*told, *([f"kept up to {self.kept}"] if self.kept else [])])
 
     def spec(self, count: int) -> RegionSpec:
-        """The facts of a call of so many iterations."""
+        """The facts of a call of so many iterations: a loop of too few is meant as it is written, whatever a longer one means."""
         found = self._specs.get(count)
         if found is None:
             if len(self._specs) >= REMEMBERED:
                 self._specs.clear()
-            found = self._specs[count] = dataclasses.replace(self._spec, iterations=count)
+            config = self._spec.config
+            if self.is_short(count):
+                config = dataclasses.replace(config, semantics="loop")
+            found = self._specs[count] = dataclasses.replace(self._spec, iterations=count, config=config)
+        return found
+
+    def is_short(self, count: int) -> bool:
+        """Whether a loop of so many iterations is none that is solved: no solve needs fewer evaluations."""
+        return count < self._spec.config.min_repeats
+
+    def due(self, count: int, scheduled: bool) -> bool:
+        """Whether a call is compared, where one of any count is `scheduled` to be or not. It is at the shorter counts that a loop
+        which has become slow is first away from the fixed point: one of those follows, when it comes."""
+        if self.is_short(count):
+            return False
+        self.owed = self.owed or scheduled
+        low = self.solved is None or count <= self.solved[0] + (self.solved[1] - self.solved[0]) // SHORTER
+        found = scheduled or (self.owed and low)
+        self.owed = self.owed and not (found and low)
         return found
 
     def verdict(self, count: int, solving: str) -> str:
-        """How to go on at a count: by what was found, or "pending". A loop of no iterations has no fixed point to it."""
-        if count < 1 and self._spec.own_loop_cap is not None:
+        """How to go on at a count: by what was found, or "pending"."""
+        if self.is_short(count):
             return "kept"
         if self.always is not None:
             return self.always
@@ -58,8 +78,8 @@ class Counts:
         return solving if self.solved is not None and self.solved[0] <= count <= self.solved[1] else "pending"
 
     def decided(self, count: int, verdict: str) -> None:
-        """Take note of what was decided at a count; that a loop of no iterations is kept says nothing of others."""
-        if count < 1:
+        """Take note of what was decided at a count; that a short loop is kept says nothing of others."""
+        if self.is_short(count):
             return
         if verdict == "kept":
             self.kept = max(self.kept, count)
@@ -87,6 +107,11 @@ class OfCall:
             site.__dict__[self.name] = value
         else:
             setattr(counts.here, self.name, value)
+
+
+def due(site: Site, scheduled: bool) -> bool:
+    """Whether a call is compared, where one is `scheduled` to be or not."""
+    return scheduled if site.counts is None else site.counts.due(site.spec.iterations or 0, scheduled)
 
 
 def enter(site: Site, sizes: list[int]) -> list[int]:

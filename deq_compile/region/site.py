@@ -31,7 +31,7 @@ from . import schedule, why_kept
 from .backward import BACKWARDS, of_steps
 from .body import BodySpec
 from .choice import choice_for
-from .counts import Counts, OfCall
+from .counts import Counts, OfCall, due
 from .forward import Solution
 from .layout import Layout, channels_last, flat_dtype, layout_of
 from .pool import Pool
@@ -250,8 +250,7 @@ class Site:
 
     def due(self) -> bool:
         """Whether this call, the `calls`-th from 0, compares the solve with the user's loop."""
-        scheduled = self.verdict == "pending" or (self._scheduled(self.calls) and self.spec.iterations != 0)
-        return self.compares and scheduled
+        return self.compares and (self.verdict == "pending" or due(self, self._scheduled(self.calls)))
 
     def unusual(self, evaluations: int) -> bool:
         """Whether a solve was longer than any that was compared, which is how a body that stops converging shows between two
