@@ -38,10 +38,11 @@ class Exit:
 
 
 class Code:
-    """The control flow of one function."""
+    """The control flow of one function; `yields` says that it is a generator, whose iterations are others' to make."""
 
     def __init__(self, instructions: Sequence[Any]) -> None:
         self.instructions = instructions
+        self.yields = any(inst.opname in ("YIELD_VALUE", "RETURN_GENERATOR") for inst in instructions)
         self.index = {id(inst): i for i, inst in enumerate(instructions)}
         self.successors: list[list[int]] = []
         for i, inst in enumerate(instructions):

@@ -112,7 +112,7 @@ def is_to_be_followed(tx: Any) -> bool:
 
 
 def _inside_a_range(tx: Any) -> bool:
-    """Whether the instruction at work stands in a loop that repeats itself: that is the one to be looked at, with this in its body."""
+    """Whether the instruction at work stands in a loop that repeats itself: that is the one to be looked at."""
     return any(type(v) is dynamo.RangeIteratorVariable for frame in dynamo.frames(tx) for v in frame.stack)
 
 

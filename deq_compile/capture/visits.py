@@ -38,9 +38,9 @@ def live_after(tx: Any, inst: Any, exit: Exit) -> set[str]:
 
 
 def leaks(tx: Any, inst: Any, exit: Exit, visits: Visits) -> tuple[Reason, str] | None:
-    """Python values whose value after the loop would say when it was left. What the loop calls may write to those in cells."""
+    """Python values whose value after the loop would say when it was left. Those in cells others may write and read."""
     code = code_of(tx)
-    for name in sorted(live_after(tx, inst, exit) & (code.stores(exit.loop) | set(tx.f_code.co_cellvars))):
+    for name in sorted((live_after(tx, inst, exit) & code.stores(exit.loop)) | set(tx.f_code.co_cellvars)):
         value = effects.held_in(tx, tx.symbolic_locals.get(name))
         if value is None or effects.is_data(tx, value):
             continue

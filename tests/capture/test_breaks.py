@@ -60,23 +60,23 @@ def timed(x: Tensor) -> Tensor:
 
 def drawn(x: Tensor) -> Tensor:
     z = torch.zeros_like(x)
-    for _ in range(random.randint(8, 40)):  # here
-        z = f(z, x)
+    for k in range(random.randint(8, 40)):  # here
+        z = f(z, x) / (k + 1)
     return z
 
 
 def drawn_by_torch(x: Tensor) -> Tensor:
     z = torch.zeros_like(x)
-    for _ in range(int(torch.randint(8, 40, (1,)))):  # here
-        z = f(z, x)
+    for k in range(int(torch.randint(8, 40, (1,)))):  # here
+        z = f(z, x) / (k + 1)
     return z
 
 
 def drawn_before(x: Tensor) -> Tensor:
     count = torch.randint(8, 40, (1,)).item()  # here
     z = torch.zeros_like(x)
-    for _ in range(count):
-        z = f(z, x)
+    for k in range(count):
+        z = f(z, x) / (k + 1)
     return z
 
 
