@@ -49,6 +49,9 @@ class Code:
             after = [] if inst.opname in _UNCONDITIONAL | _ENDS or i + 1 == len(instructions) else [i + 1]
             if inst.target is not None and ("JUMP" in inst.opname or inst.opname in ("FOR_ITER", "SEND")):
                 after.append(self.index[id(inst.target)])
+            caught = getattr(inst, "exn_tab_entry", None) if inst.opname in _RAISES else None
+            if caught is not None:  # by the function itself, which may go on from there
+                after.append(self.index[id(caught.target)])
             self.successors.append(after)
         self.predecessors: list[list[int]] = [[] for _ in instructions]
         for i, after in enumerate(self.successors):

@@ -83,37 +83,28 @@ def _to_follow(tx: Any, args: Sequence[Any]) -> tuple[Any, str] | None:
     """The FOR_ITER of the loop that runs through a range up to a number that other calls may have otherwise, and its site; None
     where the range is left to Dynamo."""
     code, inst = code_of(tx), _loop_of(tx)
-    if (
-        inst is None
-        or _inside_a_range(tx)
-        or not 0 < len(args) <= 2
-        or tx.export
-        or not (len(args) == 1 or args[0].is_python_constant())
-    ):
+    known = len(args) == 1 or (len(args) == 2 and args[0].is_python_constant())
+    if inst is None or not known or not _may_be_followed(tx, code, inst):
         return None
     if not dynamo.is_open(tx, args[-1]):
         own_counts.note(tx, args[-1:])
         return None
     site = _site(tx, inst)
-    return None if sites.blocked(tx, site) or not _ends_it(code, inst) else (inst, site)
+    return None if sites.blocked(tx, site) else (inst, site)
 
 
 def is_to_be_followed(tx: Any) -> bool:
     """Whether the number that the instruction at work reads is the count of a loop that will be followed, and nothing else."""
     code = code_of(tx)
     inst = code.loop_counted_by(tx.current_instruction)
-    return (
-        inst is not None
-        and not _inside_a_range(tx)
-        and not tx.export
-        and not sites.blocked(tx, _site(tx, inst))
-        and _ends_it(code, inst)
-    )
+    return inst is not None and _may_be_followed(tx, code, inst) and not sites.blocked(tx, _site(tx, inst))
 
 
-def _inside_a_range(tx: Any) -> bool:
-    """Whether the instruction at work stands in a loop that repeats itself: that is the one to be looked at."""
-    return any(type(v) is dynamo.RangeIteratorVariable for frame in dynamo.frames(tx) for v in frame.stack)
+def _may_be_followed(tx: Any, code: Code, inst: Any) -> bool:
+    """Whether a loop of this frame is one of its own: what asks a generator makes its iterations, and of a loop that another
+    repeats that one is to be looked at."""
+    repeated = any(type(v) is dynamo.RangeIteratorVariable for frame in dynamo.frames(tx) for v in frame.stack)
+    return not (repeated or code.yields or tx.export) and _ends_it(code, inst)
 
 
 def _site(tx: Any, inst: Any) -> str:

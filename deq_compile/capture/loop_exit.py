@@ -143,7 +143,7 @@ def _site(tx: Any, position: Any) -> str:
 def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     """Go on as if the loop were not left, or leave it after enough visits. False: this is for stock Dynamo."""
     site = _site(tx, exit.position)
-    if sites.blocked(tx, site):
+    if sites.blocked(tx, site) or code_of(tx).yields:
         return False
     table: dict[str, Visits] = tx.output.__dict__.setdefault("_deq_compile_visits", {})
     iterator = _iterator(tx) if exit.counted else None

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ UNSEEN = {
         "new = step(z)",
         "z * made",
     ),
+    # a closure reads what the loop counts
+    "in a cell of its own": ("made = 0\n    def read(): return made", "new = torch.tanh(LAYER(z) + x); made += 1", "z * read()"),
     # the oldest of twenty states is the first one in all iterations that are traced
     "in a queue": (
         "states = deque([x], maxlen=20)",
@@ -45,6 +48,13 @@ UNSEEN = {
     ),
     "in a piece": ("states = [x]", "new = torch.tanh(LAYER(z) + x + 0.5 * states[-12:][0]); states.append(new)", "z"),
     "along objects": ("stage = FIRST", "new = torch.tanh(LAYER(z) * stage.gain + x); stage = stage.after", "z"),
+    # another way to say `if k >= 15`
+    "in what is caught": (
+        "late = 15",
+        "try:\n            if k >= late: raise ValueError\n            new = torch.tanh(LAYER(z) + x)\n"
+        "        except ValueError:\n            new = torch.tanh(LAYER(z) - x)",
+        "z",
+    ),
     # rounding makes one text of many numbers
     "in a text": (
         "gains = {'at 0.0': 1.0}",
@@ -120,13 +130,29 @@ def test_an_error_that_only_later_iterations_raise_is_raised() -> None:
         run(x, 17)
 
 
+def states(x: Tensor, n: int) -> Iterator[Tensor]:
+    z = torch.zeros_like(x)
+    for _ in range(n):
+        z = torch.tanh(LAYER(z) + x)
+        yield z
+
+
+def test_a_generator_gives_as_many_states_as_it_is_asked_for() -> None:
+    def listed(x: Tensor, n: int) -> Tensor:
+        found = list(states(x, n))
+        return found[-1] * len(found)
+
+    run, _ = compiled(listed, fullgraph=False)
+    assert max(error(run, listed, n) for n in (18, 22, 5)) < 1e-4
+
+
 @pytest.mark.parametrize("inside", ["cond", "map"])
 def test_loops_in_the_graphs_of_other_operators_are_whole(inside: str) -> None:
     from torch._higher_order_ops.map import map as mapped
 
     def branch(x: Tensor, n: int) -> Tensor:
         if inside == "map":
-            return mapped(lambda row: counted(row[None], n)[0], x)
+            return mapped(lambda row: counted(row[None], n)[0], x)  # type: ignore[misc]
         return torch.cond(x.sum() > -1e9, lambda x: counted(x, n), lambda x: 2 * counted(x, n), (x,))
 
     run, _ = compiled(branch, fullgraph=False)
@@ -251,7 +277,7 @@ def test_a_loop_of_no_iterations_leaves_what_was_there(model: Model) -> None:
     assert max(apart(seeded(run, k), seeded(model, k)) for k in range(12)) < 1e-12
 
 
-@pytest.mark.parametrize("count", [torch.tensor, lambda n: __import__("numpy").int64(n), bool], ids=["tensor", "numpy", "bool"])
+@pytest.mark.parametrize("count", [torch.tensor, np.int64, bool], ids=["tensor", "numpy", "bool"])
 def test_counts_of_other_kinds(count: Callable[[int], Any]) -> None:
     run, report = compiled(counted, fullgraph=False)
     assert max(error(run, counted, count(n)) for n in (0, 20, 30, 1)) < 1e-4
