@@ -76,8 +76,9 @@ def may_exit(predicate: Any, site: str, entry: int, exit_when: bool, cap: int) -
     """
 
 
-def counted(count: Any, site: str, entry: int) -> None:
-    """One of the iterations traced of the loop at `site`, entered for the `entry`-th time, which makes `count` of them."""
+def counted(count: Any, site: str, entry: int, left: bool) -> None:
+    """One of the iterations traced of the loop at `site`, entered for the `entry`-th time, which makes `count` of them. `left`:
+    whether the trace has come to its end."""
 
 
 def after_none(_: None, site: str, entry: int, after: Sequence[Tensor], before: Sequence[Tensor]) -> None:

@@ -125,7 +125,7 @@ def _count_comes_in(graph: fx.Graph, loop: Loop) -> Skipped | None:
     traced = sum(node.target is counted and node.args[1:3] == marker.args[1:3] for node in graph.nodes)
     loop.counter, loop.outside = counter, traced - loop.count
     unknown = bool(free_unbacked_symbols(value_of(counter)))  # it may be less
-    if loop.tests or loop.outside >= (1 if unknown else LEAST):
+    if loop.tests or not marker.args[3] or loop.outside >= (1 if unknown else LEAST):
         return Skipped(Reason.COUNTER, location_of(marker), "its count is an input, and some iterations are others", loop.count)
     begins = dict(zip(loop.outputs, loop.initial, strict=True))
     for node in graph.nodes:

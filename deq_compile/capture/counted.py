@@ -22,6 +22,7 @@ from .bytecode import Code, Exit, code_of
 from .visits import Visits, grows, leaks, live_after, moves
 
 _TABLE = "_deq_compile_counted"
+_ENTERED = "_deq_compile_entered"  # sites of loops that are entered and not left
 
 
 @dataclasses.dataclass
@@ -46,6 +47,7 @@ def install() -> Callable[[], None]:
         dynamo.patch_instructions({"FOR_ITER": _handler}),
         dynamo.patch_calls(_call_handler),
         dynamo.patch_builder(own_counts.builder),
+        dynamo.patch_run(_run_handler),
     ]
 
     def remove() -> None:
@@ -65,6 +67,25 @@ def _call_handler(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, fn, args, kwargs)
 
     return call_function
+
+
+def _run_handler(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What traces a frame, again without the loops that it stood in where it fails: it may have made more iterations than there
+    are (`x[k]` of fewer than UNROLLED rows)."""
+
+    @functools.wraps(original)
+    def run(self: Any) -> Any:
+        try:
+            return original(self)
+        except dynamo.RestartAnalysis:
+            raise
+        except Exception:
+            entered = [] if self.parent is not None else self.output.__dict__.get(_ENTERED)
+            if entered:
+                sites.retrace(entered)
+            raise
+
+    return run
 
 
 def _handler(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,6 +147,7 @@ def _followed(tx: Any, args: Sequence[Any], inst: Any, site: str) -> Sequence[An
     before = table.get(site)
     visits = table[site] = Visits(0 if before is None else before.entry + 1, 0, None)
     tx.__dict__.setdefault(_TABLE, {})[id(inst)] = _Passage(site, count, visits)
+    tx.output.__dict__.setdefault(_ENTERED, []).append(site)
     return [dynamo.build(tx, first), dynamo.build(tx, first + markers.UNROLLED)]
 
 
@@ -163,8 +185,8 @@ def _visit(tx: Any, inst: Any, passage: _Passage) -> None:
         sites.refuse(tx, passage.site, Skipped(why[0], sites.location(tx), why[1]))
         sites.retrace([passage.site])
     if visits.seen <= markers.UNROLLED:
-        arguments = (passage.count.as_proxy(), passage.site, visits.entry)
-        tx.output.create_proxy("call_function", markers.counted, arguments, {})
+        arguments = (passage.count.as_proxy(), passage.site, visits.entry, False)
+        visits.markers.append(tx.output.create_proxy("call_function", markers.counted, arguments, {}).node)
 
 
 def _left(tx: Any, inst: Any, exit: Exit, passage: _Passage) -> tuple[Reason, str] | None:
@@ -172,6 +194,9 @@ def _left(tx: Any, inst: Any, exit: Exit, passage: _Passage) -> tuple[Reason, st
     that were not traced may be others."""
     visits, code = passage.visits, code_of(tx)
     del tx.__dict__[_TABLE][id(inst)]
+    tx.output.__dict__[_ENTERED].remove(passage.site)
+    for node in visits.markers:
+        node.args = (*node.args[:3], True)
     later = decisions.turns_later(tx, code, exit, visits.decided, 0, alone=True)
     if later is not None:
         return Reason.COUNTER, later

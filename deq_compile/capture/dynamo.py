@@ -47,6 +47,7 @@ VariableBuilder = find("torch._dynamo.variables.builder", "VariableBuilder")
 OptimizedModule = find("torch._dynamo.eval_frame", "OptimizedModule")
 DDPOptimizer = find("torch._dynamo.backends.distributed", "DDPOptimizer")
 DynamoException = find("torch._dynamo.exc", "TorchDynamoException")
+RestartAnalysis = find("torch._dynamo.exc", "RestartAnalysis")  # a frame is traced again
 # the one exception by which a backend can have a frame traced again
 RestartFromBackend = find("torch._dynamo.exc", "TensorifyScalarRestartAnalysis")
 
@@ -134,6 +135,18 @@ def patch_calls(made: Callable[[Handler], Handler]) -> Callable[[], None]:
 
     def restore() -> None:
         owner.call_function = original
+
+    return restore
+
+
+def patch_run(made: Callable[[Handler], Handler]) -> Callable[[], None]:
+    """The same of the method by which translators trace a frame."""
+    owner = next(cls for cls in InstructionTranslator.__mro__ if "run" in vars(cls))
+    original = owner.run
+    owner.run = made(original)
+
+    def restore() -> None:
+        owner.run = original
 
     return restore
 

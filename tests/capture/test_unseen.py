@@ -146,6 +146,33 @@ def test_a_generator_gives_as_many_states_as_it_is_asked_for() -> None:
     assert max(error(run, listed, n) for n in (18, 22, 5)) < 1e-4
 
 
+def rows(x: Tensor, n: int) -> Tensor:
+    z = torch.zeros(4, dtype=x.dtype)
+    for k in range(n):
+        z = torch.tanh(LAYER(z) + x[k])
+    return z
+
+
+def caught(x: Tensor, n: int) -> Tensor:
+    z, most = torch.zeros(4, dtype=x.dtype), [0] * 9
+    try:
+        for k in range(n):
+            z = torch.tanh(LAYER(z) + x[0])
+            most[k]
+    except IndexError:
+        z = 2 * z
+    return z
+
+
+@pytest.mark.parametrize("model", [rows, caught])
+def test_iterations_beyond_those_that_there_are_do_not_fail(model: Model) -> None:
+    """More are traced than a call makes."""
+    run, _ = compiled(model, fullgraph=model is rows)
+    for n in (3, 5, 4, 6, 5):
+        x = torch.linspace(-1, 1, 4 * n, dtype=torch.float64).reshape(n, 4)
+        assert float((run(x, n) - model(x, n)).detach().norm()) < 1e-12
+
+
 @pytest.mark.parametrize("inside", ["cond", "map"])
 def test_loops_in_the_graphs_of_other_operators_are_whole(inside: str) -> None:
     from torch._higher_order_ops.map import map as mapped
