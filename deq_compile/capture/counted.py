@@ -124,8 +124,15 @@ def is_to_be_followed(tx: Any) -> bool:
 def _may_be_followed(tx: Any, code: Code, inst: Any) -> bool:
     """Whether a loop of this frame is one of its own: what asks a generator makes its iterations, and of a loop that another
     repeats that one is to be looked at."""
-    repeated = any(type(v) is dynamo.RangeIteratorVariable for frame in dynamo.frames(tx) for v in frame.stack)
-    return not (repeated or code.yields or tx.export) and _ends_it(code, inst)
+    return not (code.yields or tx.export) and _ends_it(code, inst) and not any(map(_repeats, dynamo.frames(tx)))
+
+
+def _repeats(tx: Any) -> bool:
+    """Whether the instruction at work stands in a loop that is not one over a list of things."""
+    if tx.current_instruction is None or not code_of(tx).in_loop(tx.current_instruction):
+        return False
+    kinds = [name for v in tx.stack if "Iterator" in (name := type(v).__name__)]
+    return not kinds or any(kind.startswith(("Range", "Count")) for kind in kinds)
 
 
 def _site(tx: Any, inst: Any) -> str:

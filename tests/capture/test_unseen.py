@@ -203,6 +203,40 @@ def test_a_loop_that_a_loop_repeats_is_part_of_its_body() -> None:
     assert [r.kind for r in report.regions] == ["loop of 30"] * 3
 
 
+def test_a_loop_that_one_with_a_test_repeats_is_part_of_its_body() -> None:
+    def nested(x: Tensor, n: int) -> Tensor:
+        z, gap = torch.zeros_like(x), torch.ones((), dtype=x.dtype)
+        while gap > 1e-9:
+            y = 0 * x
+            for _ in range(n):
+                y = torch.tanh(LAYER(y) + 0.5 * z)
+            new = torch.tanh(y + x)
+            gap, z = (new - z).norm(), new
+        return z
+
+    run, report = compiled(nested)
+    assert max(error(run, nested, n) for n in (3, 4, 5)) < 1e-4
+    assert [r.kind for r in report.regions] == ["loop until a test"] * 3
+
+
+def test_a_loop_in_each_of_some_layers_is_one_of_its_own() -> None:
+    layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(2)).double()
+    for layer in layers:
+        torch.nn.init.orthogonal_(layer.weight, gain=0.5)  # type: ignore[arg-type]
+
+    def stacked(x: Tensor, n: int) -> Tensor:
+        for layer in layers:
+            z = torch.zeros_like(x)
+            for _ in range(n):
+                z = torch.tanh(layer(z) + x)
+            x = z
+        return x + 0 * LAYER(x)
+
+    run, report = compiled(stacked)
+    assert max(error(run, stacked, n) for n in (20, 30, 40)) < 1e-4
+    assert [r.kind for r in report.regions] == ["loop of 20", "loop of 20", "loop of n", "loop of n"]
+
+
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_a_checkpoint_around_a_loop_that_is_kept_counts_the_same_in_each_call(inner: str) -> None:
     def saved(x: Tensor, n: int) -> Tensor:
