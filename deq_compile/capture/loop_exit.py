@@ -154,6 +154,8 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
         why = _visit(tx, inst, exit, visits)
         if why is not None:
             sites.refuse(tx, site, Skipped(why[0], sites.location(tx), why[1]))
+            if visits.markers:  # which no pass may take for a loop of so many iterations
+                sites.retrace([site])
             return False
     value = tx.pop()
     exit_when = jumps_if_true == exit.jumps

@@ -277,7 +277,7 @@ def test_an_explanation_does_not_vote() -> None:
 ALWAYS = ("decisions", "ddp", "fsdp cell", "fsdp declared")
 CASES = {
     2: (*ALWAYS, "ddp around the compiled", "ddp static_graph", "ddp find_unused", "ddp no_sync", "ddp join", "ddp saved",
-        "ddp stretched", "fsdp stretched", "ddp counts", "fsdp counts", "fsdp root", "fsdp cell alone", "fsdp saved", "fsdp half",
+        "ddp counts", "fsdp counts", "ddp stretched", "fsdp stretched", "fsdp root", "fsdp cell alone", "fsdp saved", "fsdp half",
         "tensor parallel"),
     4: (*ALWAYS, "fsdp replicated"),
 }  # fmt: skip

@@ -338,6 +338,7 @@ def with_a_schedule(x: Tensor, n: int) -> Tensor:
 ELSEWISE = [by_index, later_another, last_another, first_another, trajectory, with_a_test, with_a_schedule]
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's own, where it resumes in a loop
 @pytest.mark.parametrize("model", ELSEWISE)
 def test_a_loop_of_more_than_one_map_is_no_region_of_any_count(model: Model) -> None:
     run, report = compiled(model, fullgraph=False)
