@@ -153,9 +153,7 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     if not exit.guard:
         why = _visit(tx, inst, exit, visits)
         if why is not None:
-            sites.refuse(tx, site, Skipped(why[0], sites.location(tx), why[1]))
-            if visits.markers:  # which no pass may take for a loop of so many iterations
-                sites.retrace([site])
+            _refuse(tx, site, visits, why)
             return False
     value = tx.pop()
     exit_when = jumps_if_true == exit.jumps
@@ -177,6 +175,14 @@ def _pass_by(tx: Any, inst: Any, exit: Exit, jumps_if_true: bool) -> bool:
     if leaves == exit.jumps:
         tx.jump(inst)
     return True
+
+
+def _refuse(tx: Any, site: str, visits: Visits, why: tuple[Reason, str]) -> None:
+    """Leave a loop to stock Dynamo; in a trace without the markers of its iterations, which a pass could take for a loop of so
+    many."""
+    sites.refuse(tx, site, Skipped(why[0], sites.location(tx), why[1]))
+    if visits.markers:
+        sites.retrace([site])
 
 
 def _entered(tx: Any, site: str, exit: Exit, iterator: Any, before: Visits | None) -> Visits:
