@@ -142,7 +142,7 @@ _FEATURES = [
         "loops whose count is an input",
         counted.install,
         self_tests.test_counted,
-        (*_LOOPS, "UserFunctionVariable", "UnspecializedPythonVariable", "wrap_fx_proxy", "RestartAnalysis"),
+        (*_LOOPS, "UserFunctionVariable", "VariableBuilder", "wrap_fx_proxy", "RestartAnalysis"),
     ),
     _Feature("calls of solvers", calls.install, self_tests.test_calls, _CALLS),
     _Feature("calls of solvers that are known by their looks", solver_calls.install, lambda: None, _CALLS),
