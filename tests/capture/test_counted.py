@@ -244,7 +244,7 @@ def test_a_drawn_count_that_is_asked_for_elsewhere_is_pythons() -> None:
     assert Reason.VARYING in {s.reason for s in report.skipped}
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.thorough)])
 def test_drawn_counts_may_be_zero(inner: str) -> None:
     run, report = compiled(lambda x: by_python(x, 0, 3), inner=inner)
     assert max(apart(seeded(run, k), seeded(lambda x: by_python(x, 0, 3), k)) for k in range(8)) < 1e-12

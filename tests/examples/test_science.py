@@ -20,6 +20,7 @@ def test_the_graph_network_tells_the_factions_apart() -> None:
     assert [region.status for region in found["report"].regions] == ["solve"]
 
 
+@pytest.mark.thorough
 def test_the_photograph_gets_sharper() -> None:
     found = deblurring.main(steps=3, batch=2, size=24, options=QUICK)
     assert found["psnr"]["restored"] > found["psnr"]["blurred"] + 1

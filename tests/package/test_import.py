@@ -102,6 +102,7 @@ def test_explain_first() -> None:
     assert python(code, "dynamo").strip() == "1"
 
 
+@pytest.mark.thorough
 def test_fixed_point_is_traced_by_our_backend_and_stands_outside_of_others() -> None:
     code = """
 import torch, deq_compile
