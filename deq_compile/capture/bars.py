@@ -80,11 +80,10 @@ def _kind(fn: Any) -> str:
 
 def _lines_of_the_loop(tx: Any) -> range | None:
     code = code_of(tx)
-    at = code.index.get(id(tx.current_instruction), -1)
-    after = [inst for inst in code.instructions[at + 1 : at + 4] if inst.opname not in ("CACHE", "NOP")][:2]
-    if [inst.opname for inst in after] != ["GET_ITER", "FOR_ITER"]:
+    loop = code.loop_through(tx.current_instruction)
+    if loop is None:
         return None
-    start, end = code.index[id(after[1])], code.index[id(after[1].target)]
+    start, end = code.index[id(loop)], code.index[id(loop.target)]
     lines = [inst.positions.lineno for inst in code.instructions[start:end] if inst.positions and inst.positions.lineno]
     return range(min(lines), max(lines) + 1) if lines else None
 

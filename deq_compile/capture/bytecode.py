@@ -94,6 +94,12 @@ class Code:
             for k, later in enumerate(self.instructions)
         )
 
+    def loop_through(self, inst: Any) -> Any:
+        """The FOR_ITER that runs through what a call gives, if nothing else gets hold of that; or None."""
+        at = self.index.get(id(inst), len(self.instructions))
+        after = [later for later in self.instructions[at + 1 : at + 4] if later.opname not in ("CACHE", "NOP")][:2]
+        return after[1] if [later.opname for later in after] == ["GET_ITER", "FOR_ITER"] else None
+
     def loop_counted_by(self, inst: Any) -> Any:
         """The FOR_ITER of the loop whose `range` ends at what an instruction gives, where that goes nowhere else; or None."""
         i = self.index.get(id(inst))

@@ -23,6 +23,7 @@ from .visits import Visits, grows, leaks, live_after, moves
 
 _TABLE = "_deq_compile_counted"
 _ENTERED = "_deq_compile_entered"  # sites of loops that are entered and not left
+_is_on = False  # whether a range is looked at: who reads a number for one has to know
 
 
 @dataclasses.dataclass
@@ -43,6 +44,7 @@ class _Passage:
 
 def install() -> Callable[[], None]:
     """Patch the translators; returns what takes the patches out again."""
+    global _is_on
     undo = [
         dynamo.patch_instructions({"FOR_ITER": _handler}),
         dynamo.patch_calls(_call_handler),
@@ -50,7 +52,11 @@ def install() -> Callable[[], None]:
         dynamo.patch_run(_run_handler),
     ]
 
+    _is_on = True
+
     def remove() -> None:
+        global _is_on
+        _is_on = False
         for restore in undo:
             restore()
 
@@ -103,7 +109,8 @@ def _handler(original: Callable[..., Any]) -> Callable[..., Any]:
 def _to_follow(tx: Any, args: Sequence[Any]) -> tuple[Any, str] | None:
     """The FOR_ITER of the loop that runs through a range up to a number that other calls may have otherwise, and its site; None
     where the range is left to Dynamo."""
-    code, inst = code_of(tx), _loop_of(tx)
+    code = code_of(tx)
+    inst = code.loop_through(tx.current_instruction)
     known = len(args) == 1 or (len(args) == 2 and args[0].is_python_constant())
     if inst is None or not known or not _may_be_followed(tx, code, inst):
         return None
@@ -117,7 +124,7 @@ def _to_follow(tx: Any, args: Sequence[Any]) -> tuple[Any, str] | None:
 def is_to_be_followed(tx: Any) -> bool:
     """Whether the number that the instruction at work reads is the count of a loop that will be followed, and nothing else."""
     code = code_of(tx)
-    inst = code.loop_counted_by(tx.current_instruction)
+    inst = code.loop_counted_by(tx.current_instruction) if _is_on else None
     return inst is not None and _may_be_followed(tx, code, inst) and not sites.blocked(tx, _site(tx, inst))
 
 
@@ -156,14 +163,6 @@ def _followed(tx: Any, args: Sequence[Any], inst: Any, site: str) -> Sequence[An
     tx.__dict__.setdefault(_TABLE, {})[id(inst)] = _Passage(site, count, visits)
     tx.output.__dict__.setdefault(_ENTERED, []).append(site)
     return [dynamo.build(tx, first), dynamo.build(tx, first + markers.UNROLLED)]
-
-
-def _loop_of(tx: Any) -> Any:
-    """The FOR_ITER that runs through what the call at work gives, if nothing else gets hold of that."""
-    code = code_of(tx)
-    at = code.index.get(id(tx.current_instruction), len(code.instructions))
-    after = [inst for inst in code.instructions[at + 1 : at + 4] if inst.opname not in ("CACHE", "NOP")][:2]
-    return after[1] if [inst.opname for inst in after] == ["GET_ITER", "FOR_ITER"] else None
 
 
 def _ends_it(code: Code, inst: Any) -> bool:

@@ -129,37 +129,24 @@ def patch_instructions(made: Mapping[str, Callable[[Handler], Handler]]) -> Call
 
 def patch_calls(made: Callable[[Handler], Handler]) -> Callable[[], None]:
     """Put another method in the place of the one by which translators call functions; returns what brings it back."""
-    owner = next(cls for cls in InstructionTranslator.__mro__ if "call_function" in vars(cls))
-    original = owner.call_function
-    owner.call_function = made(original)
-
-    def restore() -> None:
-        owner.call_function = original
-
-    return restore
+    return _patch(InstructionTranslator, "call_function", made)
 
 
 def patch_run(made: Callable[[Handler], Handler]) -> Callable[[], None]:
     """The same of the method by which translators trace a frame."""
-    owner = next(cls for cls in InstructionTranslator.__mro__ if "run" in vars(cls))
-    original = owner.run
-    owner.run = made(original)
-
-    def restore() -> None:
-        owner.run = original
-
-    return restore
+    return _patch(InstructionTranslator, "run", made)
 
 
 def patch_builder(made: Callable[[Handler], Handler]) -> Callable[[], None]:
     """The same of the method by which values from outside become variables."""
-    original = VariableBuilder._wrap
-    VariableBuilder._wrap = made(original)
+    return _patch(VariableBuilder, "_wrap", made)
 
-    def restore() -> None:
-        VariableBuilder._wrap = original
 
-    return restore
+def _patch(cls: Any, name: str, made: Callable[[Handler], Handler]) -> Callable[[], None]:
+    owner = next(base for base in cls.__mro__ if name in vars(base))
+    original = vars(owner)[name]
+    setattr(owner, name, made(original))
+    return lambda: setattr(owner, name, original)
 
 
 @contextlib.contextmanager

@@ -39,12 +39,7 @@ def is_data(tx: Any, value: Any) -> bool:
 
 def held_in(tx: Any, value: Any) -> Any:
     """What a cell holds, None where that is nothing yet; any other variable itself."""
-    if not isinstance(value, dynamo.CellVariable):
-        return value
-    try:
-        return tx.output.side_effects.load_cell(value)
-    except dynamo.DynamoException:  # it is not bound
-        return None
+    return held.content(tx, value) if isinstance(value, dynamo.CellVariable) else value
 
 
 def object_from_outside(value: Any) -> int | None:

@@ -37,8 +37,8 @@ def states(tx: Any, roots: Iterable[tuple[str, Any]], mark: Callable[[Any], Any]
 
 def _state(tx: Any, variable: Any, mark: Callable[[Any], Any]) -> Any:
     if isinstance(variable, dynamo.CellVariable):
-        content = _content(tx, variable)
-        return None if content is None else ("cell", mark(content))
+        inside = content(tx, variable)
+        return None if inside is None else ("cell", mark(inside))
     kind = type(variable).__name__
     tracer = variable.__dict__.get("inline_tracer")
     if tracer is not None:
@@ -72,7 +72,7 @@ def _inside(tx: Any, name: str, variable: Any) -> Iterator[tuple[str, Any]]:
     for value in tx.output.side_effects.store_attr_mutations.get(variable, {}).values():
         yield name, value
     if isinstance(variable, dynamo.CellVariable):
-        yield name, _content(tx, variable)
+        yield name, content(tx, variable)
     closure = variable.__dict__.get("closure")
     cells = getattr(closure, "items", closure)
     if isinstance(cells, list | tuple) and hasattr(variable, "get_code"):  # looked at first, for the sake of the names
@@ -85,7 +85,8 @@ def _variables(values: Iterable[Any]) -> list[Any]:
     return [v for v in [*values, *inner] if isinstance(v, known)]
 
 
-def _content(tx: Any, cell: Any) -> Any:
+def content(tx: Any, cell: Any) -> Any:
+    """What a cell holds; None where that is nothing yet."""
     try:
         return tx.output.side_effects.load_cell(cell)
     except Exception:  # it holds nothing yet
