@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import demo, kernels, overhead, sizes, step, watch
+from bench import demo, kernels, overhead, sizes, start, step, watch
 from bench.figures import cli as figures
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
@@ -36,6 +36,7 @@ COMMANDS = {
     "roofline": roofline,
     "scaling": scaling,
     "sizes": sizes,
+    "start": start,
     "step": step,
     "tables": tables,
     "watch": watch,

@@ -15,6 +15,7 @@ from .config import Options
 from .explicit import prepare
 from .exporting import install as install_exports
 from .inner import CompiledFn, compile_rest, usable
+from .kernels import ahead
 from .region.site import own
 from .report import Report
 from .rewrite import rewrite_if_possible
@@ -108,6 +109,7 @@ def _register_backend() -> None:
 
 
 _register_backend()
+ahead.begin()
 install()  # capture: whoever looks this backend up is about to trace for it
 install_exports()
 prepare()

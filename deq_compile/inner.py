@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from .config import Config
+from .kernels import ahead
 from .kernels.folder import distrusted
 
 log = logging.getLogger("deq_compile.inner")
@@ -79,6 +80,7 @@ def compile_rest(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Conf
     if inner == "aot_eager" or compile_fx is None:
         return aot_eager(gm, inputs) if aot_eager is not None else gm.forward
     say_whose_cache()
+    ahead.wait_for_look()
     patches = {**(list_mode_options(mode) if mode else {}), **config.inductor}
     compiled: CompiledFn = compile_fx(gm, inputs, config_patches=patches or None)
     return compiled

@@ -298,6 +298,8 @@ _LATE: dict[str, tuple[Any, ...]] = {
     "get_cpp_compiler": ("torch._inductor.cpp_builder", "get_cpp_compiler", COMPILER, lambda: ""),
     "InvalidCxxCompiler": ("torch._inductor.exc", "InvalidCxxCompiler", COMPILER, RuntimeError),
     "CppCodeCache": ("torch._inductor.codecache", "CppCodeCache", KERNELS, None),
+    "pick_vec_isa": ("torch._inductor.cpu_vec_isa", "pick_vec_isa", "", None),
+    "SettingOfAThread": ("torch.utils._config_module", "ContextVar", "", None),
     "while_loop": ("torch._higher_order_ops.while_loop", "while_loop_op", EXPORTS),
     "compiling_inside": ("torch._higher_order_ops.utils", "setup_compilation_env", EXPORTS),
     "without_modes": ("torch.utils._python_dispatch", "_disable_current_modes", EXPORTS),

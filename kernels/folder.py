@@ -85,6 +85,11 @@ def _candidates() -> Iterator[Path]:
 @contextlib.contextmanager
 def inductor_writes_to(folder: Path) -> Iterator[None]:
     """Inductor's cache in another folder, for the whole process: for the moments in which our own library is made or found."""
+    from deq_compile.torch_parts import inductor_cache_dir as cache_dir
+
+    if folder == Path(cache_dir()):
+        yield
+        return
     before = os.environ.get(_INDUCTOR)
     os.environ[_INDUCTOR] = str(folder)
     try:

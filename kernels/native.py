@@ -7,6 +7,7 @@ to three seconds and is cached on disk by a hash of source and flags.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import folder, workspace
+from . import ahead, folder, workspace
 
 log = logging.getLogger("deq_compile.kernels")
 
@@ -91,6 +92,7 @@ def source() -> str:
 @functools.cache
 def _load() -> dict[torch.dtype, Functions] | None:
     global _reason
+    ahead.wait()
     _reason = ""
     if os.environ.get("DEQ_COMPILE_NATIVE") == "0":
         _reason = "DEQ_COMPILE_NATIVE=0 switches them off"
@@ -115,6 +117,15 @@ def _load() -> dict[torch.dtype, Functions] | None:
         _reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
         log.info("no C++ kernels, going on with ATen: %s", _reason)
         return None
+
+
+def load_beside() -> None:
+    """Load them in a thread, where that changes nothing for others: elsewhere Inductor writes to another folder meanwhile."""
+    from deq_compile.torch_parts import inductor_cache_dir
+
+    with contextlib.suppress(OSError):
+        if folder.private() == Path(inductor_cache_dir()):
+            _load()
 
 
 def why_not() -> str:

@@ -26,10 +26,10 @@ from bench.tables.runs import ROOT
 from . import report, study
 from .bodies import HELD_OUT, RECIPES, TRAINED
 from .modes import MODES
-from .tasks import TASKS, train
+from .tasks import REGIONS, TASKS, train
 
-TRAINING_MODES = ("jfb", "phantom-5", "raw", "reuse<1e-1", "reuse<1e-2", "exact")
-QUICK_BODIES = ("mlp", "prenorm")
+TRAINING_MODES = ("jfb", "phantom-5", "raw", "reuse<1e-1", "reuse<1e-2", "exact", *REGIONS)
+QUICK_BODIES, QUICK_MODES = ("mlp", "prenorm"), ("jfb", "reuse<1e-1")
 PARTS = ("quality", "training")
 
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of: %(default)s")
     parser.add_argument("--seeds", type=int, default=5, help="seeds of the trainings (default %(default)s)")
     parser.add_argument("--bodies", help=f"comma-separated, of: {', '.join(RECIPES)}; default: all")
+    parser.add_argument("--modes", help=f"of the trainings, comma-separated; default: {','.join(TRAINING_MODES)}")
     parser.add_argument("--resume", action="store_true", help="keep rows of an interrupted run")
     parser.add_argument("--json", type=Path, help="write everything there")
     parser.add_argument("--plot", type=Path, help="error against products, and accuracy by mode")
@@ -67,9 +68,12 @@ def _quality(bodies: list[str], args: argparse.Namespace) -> Iterator[dict[str, 
 
 
 def _training(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    modes = args.modes.split(",") if args.modes else QUICK_MODES if args.quick else TRAINING_MODES
+    if unknown := [m for m in modes if m not in (*MODES, *REGIONS)]:
+        raise SystemExit(f"--modes: expected some of {', '.join((*MODES, *REGIONS))}; got {', '.join(unknown)}")
     for seed in range(1 if args.quick else args.seeds):
         for task in TASKS:
-            for mode in ("jfb", "reuse<1e-1") if args.quick else TRAINING_MODES:
+            for mode in modes:
                 yield {"part": "training", "task": task, "mode": mode, "seed": seed, "steps": 20 if args.quick else None}
 
 

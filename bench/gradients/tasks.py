@@ -9,6 +9,7 @@ recall  key, value, key, value, ..., query: name the value that followed the que
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import deq_compile
+from deq_compile import fixed_point, record_solves
 from deq_compile.testing import jac_reg, solve
 
 from .bodies import CLASSES, TRAINING_SAMPLES, ConvBlock, TransformerBlock, digits
@@ -96,13 +99,22 @@ class Recall(nn.Module):
         return self.head(z.view(-1, 2 * self.pairs + 1, self.dim)[:, -1])
 
 
+# Modes that train by `fixed_point`, as users call it: the recycled factors of earlier batches, and nothing of them.
+REGIONS = {"region": "never", "region recycled": "auto"}
+
 TASKS: dict[str, Callable[[], Corner | Recall]] = {"corner": Corner, "recall": Recall}
 
 
 def train(task: str, mode: str, seed: int, steps: int | None = None) -> Outcome:
     """Train the model of a task with one backward mode; everything but the backward is the same for all modes of a seed."""
+    deq_compile.reset()
     torch.manual_seed(seed)
-    model, backward = TASKS[task](), MODES[mode]()
+    model = TASKS[task]()
+    step = (
+        functools.partial(_region_step, model, REGIONS[mode])
+        if mode in REGIONS
+        else functools.partial(_step, model, MODES[mode]())
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=model.rate)
     steps = model.steps if steps is None else steps
     spent = products = iterations = 0.0
@@ -111,7 +123,7 @@ def train(task: str, mode: str, seed: int, steps: int | None = None) -> Outcome:
     for _ in range(steps):
         x, y = model.draw(model.batch)
         optimizer.zero_grad()
-        found = _step(model, backward, x, y)
+        found = step(x, y)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         spent, products, iterations = spent + found[0], products + found[1], iterations + found[2]
@@ -157,3 +169,20 @@ def _step(model: Corner | Recall, backward: Mode, x: Tensor, y: Tensor) -> tuple
     (model.regularise * jac_reg(lambda z: model.body(z, fixed), z)).backward()
     done = (solution.status <= 2).double().mean()
     return spent, found.vjps, float(solution.iterations.double().mean()), float(done)
+
+
+def _region_step(model: Corner | Recall, recycle: str, x: Tensor, y: Tensor) -> tuple[float, float, float, float]:
+    """The same by `fixed_point`; what is recycled serves the forward as well."""
+    u = model.prepare(x)
+    with record_solves(tensors=True) as solves:
+        z0 = torch.zeros(len(y), model.width)
+        z = fixed_point(lambda z: model.body(z, u), z0, tol=1e-3, max_iter=30, recycle=recycle)
+        loss = F.cross_entropy(model.read(z), y)
+        begin = time.process_time()
+        loss.backward()
+        spent = time.process_time() - begin
+    (found,) = solves
+    assert found.z is not None
+    fixed = u.detach()
+    (model.regularise * jac_reg(lambda z: model.body(z, fixed), found.z)).backward()
+    return spent, found.vjps or 0, found.iterations, found.converged

@@ -1,10 +1,10 @@
 """``python -m bench compile-time``: what the first training step costs as the loop gets longer, and memory as well.
 
-Each row is a process of its own with an empty Inductor cache, and, with --restart, one more that finds it filled. The
-first forward and backward is split into Dynamo's trace, our passes, the inner compiler on the graph around the regions
-(on the whole unrolled loop for Inductor), and the bodies. Wall time is what a user waits for; CPU seconds, compiler
-processes included, do not depend on what else runs. Peak memory is that of a later step above what lies in memory
-between steps.
+Each row is a process of its own with an empty Inductor cache. The first forward and backward is split into Dynamo's trace,
+our passes, the inner compiler on the graph around the regions (on the whole unrolled loop for Inductor), and the bodies.
+What stands before it, and a second process, are in ``python -m bench start``. Wall time is what a user waits for; CPU
+seconds, compiler processes included, do not depend on what else runs. Peak memory is that of a later step above what lies
+in memory between steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--problem", default="transformer", help="default: %(default)s")
     parser.add_argument("--lengths", default="10,30,100", help="iterations of the loop (default %(default)s)")
     parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated, of: %(default)s")
-    parser.add_argument("--restart", action="store_true", help="each row once more, in a new process with the first one's cache")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
     parser.add_argument("--timeout", type=float, default=1200, help="seconds a row may take (default %(default)g)")
     parser.add_argument("--json", type=Path, help="write everything there")
@@ -140,12 +139,10 @@ def child(task: Row) -> Row:
 # ---- the parent
 
 
-def run_row(args: argparse.Namespace, row: str, iterations: int) -> Iterator[Row]:
-    """The row with an empty cache, and then with the cache that this has left."""
+def run_row(args: argparse.Namespace, row: str, iterations: int) -> Row:
     with tempfile.TemporaryDirectory(prefix="deq-compile-time-") as folder:
-        for cache in ("cold", "warm") if args.restart else ("cold",):
-            what: Row = {"problem": args.problem, "row": row, "iterations": iterations, "cache": cache}
-            yield run_child(what, args, {**os.environ, **memory.ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": folder})
+        what: Row = {"problem": args.problem, "row": row, "iterations": iterations}
+        return run_child(what, args, {**os.environ, **memory.ENVIRONMENT, "TORCHINDUCTOR_CACHE_DIR": folder})
 
 
 def run_child(what: Row, args: argparse.Namespace, environment: dict[str, str]) -> Row:
@@ -162,24 +159,20 @@ def run_child(what: Row, args: argparse.Namespace, environment: dict[str, str]) 
 
 
 def format_table(rows: list[Row]) -> str:
-    headers = ["iterations", "", "cache", "first step (s)", "of Inductor's", *PARTS.values(), "CPU (s)", "of Inductor's CPU"]
+    headers = ["iterations", "", "first step (s)", "of Inductor's", *PARTS.values(), "CPU (s)", "of Inductor's CPU"]
     headers += ["step memory (MB)"]
     headers += ["of eager's", "status"]
     lines = []
     for row in rows:
         label = ROWS[row["row"]][0]
         if "error" in row:
-            lines.append(
-                [row["iterations"], label, row.get("cache", "cold"), f"failed: {row['error'][:60]}", *[""] * (len(headers) - 4)]
-            )
+            lines.append([row["iterations"], label, f"failed: {row['error'][:60]}", *[""] * (len(headers) - 3)])
             continue
-        alike = [r for r in rows if all(r.get(k, "cold") == row.get(k, "cold") for k in ("iterations", "cache"))]
-        same = {r["row"]: r for r in alike if "error" not in r}
+        same = {r["row"]: r for r in rows if r["iterations"] == row["iterations"] and "error" not in r}
         lines.append(
             [
                 row["iterations"],
                 label,
-                row.get("cache", "cold"),
                 f"{row['first_s']:.2f}",
                 number(quotient(row, same.get("inductor"), "first_s"), ".2f"),
                 *(number(row.get(part), ".2f") for part in PARTS),
@@ -215,7 +208,7 @@ def main(args: argparse.Namespace) -> int:
         for iterations in lengths:
             for name in names:
                 print(f"{iterations} iterations: {ROWS[name][0]}", file=sys.stderr, flush=True)
-                rows.extend(run_row(args, name, iterations))
+                rows.append(run_row(args, name, iterations))
     except KeyboardInterrupt:
         print("interrupted: the table shows what is finished", file=sys.stderr)
     print(f"\n{format_table(rows)}\n\n{args.problem}, x inside the loop; {machine.one_line(head['machine'])}")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.func import functionalize
 
+from deq_compile.kernels import ahead
 from deq_compile.torch_parts import (
     BODIES,
     FakeTensor,
@@ -30,6 +31,7 @@ from deq_compile.torch_parts import (
     tracing,
 )
 
+from . import rewritten
 from .body import BodySpec
 from .layout import Layout
 from .modes import autograd_recording, functionalising
@@ -149,10 +151,13 @@ class Program(abc.ABC):
         saved = self.saved_like(forward, list(ready(list(real)))[1:])
         order = _order_of_saved(forward, backward)
         examples = [*(saved[i] for i in order), inputs[0]]
-        state, full = (
-            self._finish(self.retrace(_outputs_only(backward, list(range(count))), examples)) for count in (1, 1 + sum(needs))
-        )
+        products = (_outputs_only(backward, list(range(count))) for count in (1, 1 + sum(needs)))
+        state, full = (self._finish(self.laid_out(graph, examples)) for graph in products)
         return Joint(ready, state, full, order)
+
+    def laid_out(self, graph: fx.GraphModule, examples: list[Any]) -> fx.GraphModule:
+        """A graph of products for saved tensors that lie in memory as these do."""
+        return self.retrace(_without_views(graph), examples)
 
     def decompositions(self) -> Any:
         if self.spec.inner != "inductor":
@@ -182,6 +187,9 @@ class Program(abc.ABC):
         if self.spec.inner != "inductor" or compile_fx_inner is None or inductor_config is None:
             forward = graph.forward  # below the hooks of modules, whose users expect tensors that autograd made
             return lambda inputs: forward(*inputs)
+        ahead.wait_for_look()
+        rewritten.for_inductor(graph)
+        graph.recompile()
         fake = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
         with tracing(TracingContext(_fake_mode(graph))), inductor_config.patch({**dict(self.spec.inductor), **OWN_PATCHES}):
             compiled = compile_fx_inner(graph, fake)
@@ -213,6 +221,14 @@ class FixedProgram(Program):
     def retrace(self, graph: Callable[..., Any], inputs: list[Any]) -> fx.GraphModule:
         return make_fx(graph, tracing_mode="fake")(*distinct(inputs))
 
+    def laid_out(self, graph: fx.GraphModule, examples: list[Any]) -> fx.GraphModule:
+        traced = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+        alike = all(
+            isinstance(a, Tensor) and isinstance(b, Tensor) and _layout(a) == _layout(b)
+            for a, b in zip(traced, examples, strict=True)
+        )
+        return graph if alike else super().laid_out(graph, examples)
+
     def saved_like(self, forward: fx.GraphModule, saved: Sequence[Any]) -> list[Any]:
         return list(saved)
 
@@ -228,6 +244,10 @@ def _order_of_saved(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[
     wanted = [isinstance(n.meta.get("val"), Tensor) for n in inputs]
     at = {kind: iter([i for i, own in enumerate(found) if own == kind]) for kind in (True, False)}
     return tuple(next(at[kind]) for kind in wanted)
+
+
+def _layout(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.stride(), t.storage_offset(), t.dtype, t.device
 
 
 def distinct(inputs: Sequence[Any]) -> list[Any]:
@@ -270,7 +290,14 @@ def _outputs_only(backward: fx.GraphModule, keep: list[int]) -> fx.GraphModule:
             read = {user.args[1] for user in node.users}
             mask = [bool(wanted) and i in read for i, wanted in enumerate(node.args[-1])]
             node.args = (*node.args[:-1], mask)
-        elif node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default  # saved tensors may have other strides than in the trace
+    graph.recompile()
+    return graph
+
+
+def _without_views(graph: fx.GraphModule) -> fx.GraphModule:
+    """The same where saved tensors may have other strides than in the trace: shapes are changed by copies where need be."""
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
     graph.recompile()
     return graph

@@ -1,0 +1,104 @@
+"""What a first step asks of the compiler is begun beside the trace, and nothing depends on that."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from deq_compile.kernels import ahead, folder, native
+from deq_compile.torch_parts import SettingOfAThread
+from tests.fresh import python
+
+PROGRAM = """
+import torch
+torch.compile(lambda x: x, backend="deq")
+from deq_compile.kernels import ahead, native
+from torch._inductor import cpu_vec_isa
+started = ahead._thread is not None
+ahead.wait()
+print(started, cpu_vec_isa.valid_vec_isa_list.cache_info().currsize, native._load.cache_info().currsize, native.why_not() == "")
+"""
+
+
+@pytest.mark.skipif(SettingOfAThread is None, reason="settings are one process's on this torch: nothing is begun ahead")
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="nothing is begun where models may run elsewhere")
+def test_looking_the_backend_up_begins_it() -> None:
+    done = python(PROGRAM, "dynamo")
+    assert done.stdout.split() == ["True", "1", "1", "True"], done.stderr
+
+
+class Running:
+    """A thread that is at work until it is told to end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.end = threading.Event()
+        self.thread = threading.Thread(target=self.end.wait, daemon=True)
+        self.thread.start()
+        monkeypatch.setattr(ahead, "_thread", self.thread)
+        monkeypatch.setattr(ahead, "_looked", threading.Event())
+
+
+def test_who_needs_it_waits_for_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(monkeypatch)
+    waiting = threading.Thread(target=ahead.wait_for_look, daemon=True)
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()
+    ahead._looked.set()
+    waiting.join(10)
+    assert not waiting.is_alive()
+    assert running.thread.is_alive()
+    running.end.set()
+    ahead.wait()
+    assert not running.thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks")
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_fork_does_not_wait_for_a_thread_that_it_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(monkeypatch)
+    child = os.fork()
+    if child == 0:
+        ahead.wait_for_look()
+        ahead.wait()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    running.end.set()
+
+
+def test_a_look_that_fails_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look() -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(ahead, "_looked", threading.Event())
+    loaded: list[bool] = []
+    monkeypatch.setattr(native, "load_beside", lambda: loaded.append(True))
+    ahead._work(look)
+    assert ahead._looked.is_set()
+    assert loaded == [True]
+
+
+def test_nothing_is_begun_where_models_may_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_thread", None)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    ahead.begin()
+    assert ahead._thread is None
+
+
+def test_kernels_are_not_begun_where_inductors_folder_would_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[bool] = []
+    monkeypatch.setattr(native, "_load", lambda: loaded.append(True))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv(folder.VARIABLE, str(tmp_path / "own"))
+    native.load_beside()
+    assert loaded == []
+    monkeypatch.setenv(folder.VARIABLE, str(tmp_path / "inductor"))
+    native.load_beside()
+    assert loaded == [True]
+    with folder.inductor_writes_to(tmp_path / "inductor"):
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
