@@ -9,8 +9,10 @@ That takes a torch whose settings are each thread's own (2.13): elsewhere one th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
+from collections.abc import Callable
 
 import torch
 
@@ -30,13 +32,15 @@ def begin() -> None:
 
     if SettingOfAThread is None or pick_vec_isa is None or not isinstance(CppCodeCache, type):
         return
-    _thread = threading.Thread(target=_work, args=(pick_vec_isa,), name="deq_compile-ahead", daemon=True)
-    _thread.start()
+    thread = threading.Thread(target=_work, args=(pick_vec_isa,), name="deq_compile-ahead", daemon=True)
+    with contextlib.suppress(RuntimeError):  # no more threads can be started
+        thread.start()
+        _thread = thread
 
 
-def _work(look: object) -> None:
+def _work(look: Callable[[], object]) -> None:
     try:
-        look()  # type: ignore[operator]
+        look()
     except Exception as error:  # Inductor will meet it again, and say it
         log.info("no look at vector instructions ahead of time: %s", error)
     finally:

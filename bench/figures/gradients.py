@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from statistics import mean, stdev
 from typing import Any
 
@@ -37,12 +38,12 @@ def modes(name: str = "gradients", tol: float = 1e-4) -> str:
     return markdown(["mode", "products", "cosine", "relative error"], lines)
 
 
-def training(name: str = "gradients") -> str:
+def training(name: str = "gradients", modes: Mapping[str, str] = MODES) -> str:
     """One line a mode: accuracy on both tasks (mean and standard deviation over seeds), products a step."""
     rows = read(name)["training"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     lines = []
-    for mode, label in MODES.items():
+    for mode, label in modes.items():
         line = [label]
         for task in tasks:
             mine = [row for row in rows if row["mode"] == mode and row["task"] == task]

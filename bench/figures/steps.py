@@ -237,11 +237,14 @@ def chosen(name: str) -> str:
 
 
 def first_steps(name: str) -> str:
-    """CPU seconds of a process's first step with an empty cache and with a filled one, and what part of Inductor's that is."""
-    found = {(row["row"], row["cache"]): row["cpu_s"] for row in read(name)["rows"] if "error" not in row}
-    lines = [
-        [label, *(f"{found[row, cache]:.1f}" for cache in ("cold", "warm"))]
-        for row, label in (("inductor", PEERS["inductor"]), ("deq", PEERS["deq"]))
-    ]
-    shares = [f"{found['deq', cache] / found['inductor', cache]:.2f}" for cache in ("cold", "warm")]
-    return markdown(["CPU seconds", "cold", "warm"], [*lines, ["share", *shares]])
+    """Seconds until the first step of a process is done, with an empty cache and with a filled one (CPU seconds in brackets), and
+    what part of Inductor's that is; medians."""
+    rows, kinds = read(name)["rows"], [(cache, what) for cache in ("cold", "warm") for what in ("total_s", "cpu_s")]
+    found = {
+        who: [statistics.median(r[what] for r in rows if (r["row"], r["cache"]) == (who, cache)) for cache, what in kinds]
+        for who in ("inductor", "deq")
+    }
+    lines = [[PEERS[who], *(f"{a:.1f} ({b:.1f})" for a, b in (times[:2], times[2:]))] for who, times in found.items()]
+    shares = [f"{mine / other:.2f}" for mine, other in zip(found["deq"], found["inductor"], strict=True)]
+    share = [f"{a} ({b})" for a, b in (shares[:2], shares[2:])]
+    return markdown(["seconds (of CPU)", "cold", "warm"], [*lines, ["share", *share]])
