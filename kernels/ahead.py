@@ -25,7 +25,7 @@ _looked = threading.Event()
 def begin() -> None:
     """Once in a process, where the CPU is what a model is likely to run on. Never raises."""
     global _thread
-    if _thread is not None or torch.accelerator.is_available():
+    if _thread is not None or _models_run_elsewhere():
         return
     # All modules are imported here: two threads that import can get in each other's way.
     from deq_compile.torch_parts import CppCodeCache, SettingOfAThread, pick_vec_isa
@@ -36,6 +36,13 @@ def begin() -> None:
     with contextlib.suppress(RuntimeError):  # no more threads can be started
         thread.start()
         _thread = thread
+
+
+def _models_run_elsewhere() -> bool:
+    """Whether there is an accelerator. CUDA itself is not asked: a process that has done so cannot use it in its forks."""
+    if torch.backends.mps.is_built() or getattr(torch.version, "xpu", None) is not None:
+        return True
+    return torch.backends.cuda.is_built() and torch.cuda.device_count() > 0  # which asks NVML
 
 
 def _work(look: Callable[[], object]) -> None:

@@ -25,10 +25,31 @@ print(started, cpu_vec_isa.valid_vec_isa_list.cache_info().currsize, native._loa
 
 
 @pytest.mark.skipif(SettingOfAThread is None, reason="settings are one process's on this torch: nothing is begun ahead")
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="nothing is begun where models may run elsewhere")
+@pytest.mark.skipif(ahead._models_run_elsewhere(), reason="nothing is begun where models may run elsewhere")
 def test_looking_the_backend_up_begins_it() -> None:
     done = python(PROGRAM, "dynamo")
     assert done.stdout.split() == ["True", "1", "1", "True"], done.stderr
+
+
+def test_a_process_may_end_before_it_is_done() -> None:
+    done = python('import torch\ntorch.compile(lambda x: x, backend="deq")\nprint("end")', "dynamo")
+    assert (done.returncode, done.stdout.split()) == (0, ["end"])
+    assert "Error" not in done.stderr
+
+
+def test_an_accelerator_is_looked_for_without_asking_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has asked CUDA itself cannot use it in its forks."""
+
+    def asked() -> bool:
+        raise AssertionError("expected nobody to ask CUDA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", asked)
+    monkeypatch.setattr(torch.accelerator, "is_available", asked)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    for count in (0, 2):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert ahead._models_run_elsewhere() == (count > 0)
 
 
 class Running:
@@ -84,7 +105,7 @@ def test_a_look_that_fails_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) 
 
 def test_nothing_is_begun_where_models_may_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ahead, "_thread", None)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(ahead, "_models_run_elsewhere", lambda: True)
     ahead.begin()
     assert ahead._thread is None
 
