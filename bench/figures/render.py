@@ -16,7 +16,7 @@ PRINTED = DOCS / "printed.json"  # what named blocks print, by page and block
 SCRIPTS = ("language_model",)  # examples whose output stands on a page, as "examples/<name>"
 GENERATED = {"forms", "reach"}  # written whole by their own commands
 TABLES, MODELS, DEMO = "cpu-tables-2026-11-28", "cpu-tables-real-models", "demo"
-RECYCLE = "cpu-recycle-2026-11-28"
+RECYCLE = "cpu-recycle-2026-11-29"
 
 
 def pages() -> list[Path]:

@@ -1,4 +1,8 @@
-"""Whole training steps with one value of an option and with another, in turns: two models from one seed see the same batches."""
+"""Whole training steps with one value of an option and with another, in turns, on the same weights and batches.
+
+One model is trained with the first value; the other has its weights before each step. Two that train by themselves drift apart:
+of a convolution one lost its contraction, and the ratio said which.
+"""
 
 from __future__ import annotations
 
@@ -73,6 +77,12 @@ class Lane:
         compiled = torch.compile(model, backend=Backend(options, report))
         return Lane(model, compiled, torch.optim.Adam(model.parameters(), lr=LEARNING_RATE), report, [], [], [])
 
+    @torch.no_grad()
+    def follow(self, other: Lane) -> None:
+        """Have the weights of another."""
+        for mine, its in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            mine.copy_(its)
+
     def step(self, x: Tensor, y: Tensor) -> None:
         begin = time.process_time()
         self.optimizer.zero_grad()
@@ -112,8 +122,10 @@ def measure(problem: str, trained: int, timed: int, option: str, before: str, af
         for i in range(trained + timed):
             chosen = torch.randint(0, TRAINING_SAMPLES, (batch,), generator=generator)
             order = list(lanes.values())
+            order[1].follow(order[0])
             for lane in order if i % 2 else order[::-1]:
                 (lane.counted if i % 10 == 9 else lane.step)(inputs[chosen], labels[chosen])
+        order[1].follow(order[0])
         errors: dict[str, list[float]] = {value: [] for value in lanes}
         for i in range(GRADIENT_SAMPLES):
             chosen = torch.arange(i * batch, (i + 1) * batch)
