@@ -50,7 +50,7 @@ def keep(note: Path) -> None:
 
 def _changed() -> bool:
     """Whether a method of a class of Dynamo's is somebody else's."""
-    modules = [module for name, module in sys.modules.items() if name.startswith("torch._dynamo.")]
+    modules = [m for name, m in sys.modules.items() if name.startswith("torch._dynamo.") and isinstance(m, ModuleType)]
     return not all(_is_torchs(function) for module in modules for function in _functions(module))
 
 

@@ -223,10 +223,7 @@ class FixedProgram(Program):
 
     def laid_out(self, graph: fx.GraphModule, examples: list[Any]) -> fx.GraphModule:
         traced = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
-        alike = all(
-            isinstance(a, Tensor) and isinstance(b, Tensor) and _layout(a) == _layout(b)
-            for a, b in zip(traced, examples, strict=True)
-        )
+        alike = all(_same_layout(a, b) for a, b in zip(traced, examples, strict=True))
         return graph if alike else super().laid_out(graph, examples)
 
     def saved_like(self, forward: fx.GraphModule, saved: Sequence[Any]) -> list[Any]:
@@ -246,8 +243,12 @@ def _order_of_saved(forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[
     return tuple(next(at[kind]) for kind in wanted)
 
 
-def _layout(t: Tensor) -> tuple[Any, ...]:
-    return t.shape, t.stride(), t.storage_offset(), t.dtype, t.device
+def _same_layout(a: Any, b: Any) -> bool:
+    """Whether two tensors lie in memory alike; not known of sparse ones."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.layout != torch.strided or b.layout != torch.strided:
+        return False
+    facts = [(t.shape, t.stride(), t.storage_offset(), t.dtype, t.device) for t in (a, b)]
+    return facts[0] == facts[1]
 
 
 def distinct(inputs: Sequence[Any]) -> list[Any]:

@@ -36,10 +36,10 @@ def tanh(op: Op, x: Any) -> Any:
 def for_inductor(graph: fx.GraphModule) -> None:
     """Rewrite a traced graph in place, where its tensors are float32 and on the CPU."""
     for node in list(graph.graph.nodes):
-        value = node.meta.get("val")
-        if node.target is not aten.tanh.default or not isinstance(value, Tensor):
+        if node.target is not aten.tanh.default:
             continue
-        if value.dtype == torch.float32 and value.device.type == "cpu":
+        given = node.args[0].meta.get("val")
+        if isinstance(given, Tensor) and given.dtype == torch.float32 and given.device.type == "cpu":
             _replace(graph.graph, node)
 
 

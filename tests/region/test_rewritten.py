@@ -54,7 +54,7 @@ def test_float32_on_the_cpu_is_rewritten_and_nothing_else() -> None:
     graph = graph_of(x)
     assert count(graph) == 0
     torch.testing.assert_close(graph(x)[0], 2 * torch.tanh(x), rtol=3e-7, atol=0)
-    for other in (x.double(), x.bfloat16()):
+    for other in (x.double(), x.bfloat16(), torch.arange(5)):
         kept = graph_of(other)
         assert count(kept) == 1
         assert torch.equal(kept(other)[0], 2 * torch.tanh(other))
