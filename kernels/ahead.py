@@ -10,13 +10,18 @@ That takes a torch whose settings are each thread's own (2.13): elsewhere one th
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import logging
+import os
 import threading
 from collections.abc import Callable
 
 import torch
 
 log = logging.getLogger("deq_compile.kernels")
+
+LONGEST = 60.0  # seconds that a fork waits
 
 _thread: threading.Thread | None = None
 _looked = threading.Event()
@@ -30,12 +35,17 @@ def begin() -> None:
     # All modules are imported here: two threads that import can get in each other's way.
     from deq_compile.torch_parts import CppCodeCache, SettingOfAThread, pick_vec_isa
 
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch.utils.cpp_extension")
+
     if SettingOfAThread is None or pick_vec_isa is None or not isinstance(CppCodeCache, type):
         return
     thread = threading.Thread(target=_work, args=(pick_vec_isa,), name="deq_compile-ahead", daemon=True)
     with contextlib.suppress(RuntimeError):  # no more threads can be started
         thread.start()
         _thread = thread
+        if hasattr(os, "register_at_fork"):  # a fork has the thread's locks, and not the thread
+            os.register_at_fork(before=functools.partial(wait, LONGEST))
 
 
 def _models_run_elsewhere() -> bool:
@@ -59,12 +69,11 @@ def _work(look: Callable[[], object]) -> None:
 
 def wait_for_look() -> None:
     """Until it is known which vector instructions there are, if that was begun."""
-    # In a fork of the process the thread is none any more.
     while _thread is not None and _thread.is_alive() and not _looked.wait(0.05):
         pass
 
 
-def wait() -> None:
-    """Until all that was begun is done."""
+def wait(seconds: float | None = None) -> None:
+    """Until all that was begun is done, or for so long."""
     if _thread is not None and _thread is not threading.current_thread():
-        _thread.join()
+        _thread.join(seconds)
