@@ -124,8 +124,8 @@ def load_beside() -> None:
     from deq_compile.torch_parts import inductor_cache_dir
 
     with contextlib.suppress(OSError):
-        if folder.private() == Path(inductor_cache_dir()):
-            _load()
+        if folder.private() == Path(inductor_cache_dir()) and _load() is None:
+            _load.cache_clear()  # who needs them will try again, and say why not
 
 
 def why_not() -> str:

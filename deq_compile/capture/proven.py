@@ -22,7 +22,8 @@ from deq_compile.kernels.folder import private
 from deq_compile.torch_parts import MISSING
 
 VARIABLE = "DEQ_COMPILE_SELF_TESTS"
-_TORCH, _PYTHON, _INSTALLED = os.path.dirname(torch.__file__), os.path.dirname(os.__file__), "site-packages"
+_TORCH, _PYTHON, _INSTALLED = os.path.join(os.path.dirname(torch.__file__), ""), os.path.dirname(os.__file__), "site-packages"
+_IMPORTED = ("functorch", "numpy", "optree", "sympy", "torch", "torchgen", "tqdm", "triton", "typing_extensions")  # by Dynamo
 
 
 def note() -> Path | None:
@@ -48,18 +49,29 @@ def keep(note: Path) -> None:
         note.touch(mode=0o600)
 
 
+def _modules() -> list[ModuleType]:
+    return [m for name, m in sys.modules.items() if name.startswith("torch._dynamo.") and isinstance(m, ModuleType)]
+
+
 def _changed() -> bool:
-    """Whether a method of a class of Dynamo's is somebody else's."""
-    modules = [m for name, m in sys.modules.items() if name.startswith("torch._dynamo.") and isinstance(m, ModuleType)]
+    """Whether a function or a class of Dynamo's, or a method of one, is somebody else's."""
+    modules = _modules()
+    values = [value for m in modules for value in list(vars(m).values()) if isinstance(value, type | FunctionType)]
+    if not all(_is_known(str(value.__module__).partition(".")[0]) for value in values):
+        return True
     return not all(_is_torchs(function) for module in modules for function in _functions(module))
 
 
 def _is_torchs(function: FunctionType) -> bool:
     """Whether a function is torch's, or what the standard library makes for torch: a dataclass's methods, a wrapper."""
     file = function.__code__.co_filename
-    if file.startswith("<"):
+    if file == "<string>":
         return function.__name__.startswith("__")
     return file.startswith(_TORCH) or (file.startswith(_PYTHON) and _INSTALLED not in file)
+
+
+def _is_known(package: str) -> bool:
+    return package in sys.stdlib_module_names or package in _IMPORTED
 
 
 def _functions(module: ModuleType) -> Iterator[FunctionType]:

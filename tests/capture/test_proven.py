@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from deq_compile.capture import proven
 from tests.fresh import python
@@ -64,6 +66,27 @@ def test_what_has_failed_is_run_again(folder: Path) -> None:
     count, off = run(folder, BROKEN)
     assert (count > 5, off) == (True, 1)
     assert not list(folder.glob("deq_compile_capture_*"))
+
+
+def test_who_changes_dynamo_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function, a class, and a method from a package whose name begins as torch's does."""
+    module = ModuleType("torch._dynamo.made_up")
+    monkeypatch.setattr(proven, "_modules", lambda: [module])
+
+    class Kept:
+        def method(self) -> None: ...
+
+    Kept.__module__ = module.__name__
+    torchs = f"{Path(torch.__file__).parent}/_dynamo/made_up.py"
+    Kept.method.__code__ = Kept.method.__code__.replace(co_filename=torchs)
+    module.Kept = Kept  # type: ignore[attr-defined]
+    assert not proven._changed()
+    Kept.method.__code__ = Kept.method.__code__.replace(co_filename=torchs.replace("/torch/", "/torchother/"))
+    assert proven._changed()
+    del module.Kept
+    assert not proven._changed()
+    module.replaced = lambda: None  # type: ignore[attr-defined]
+    assert proven._changed()
 
 
 def test_nothing_is_noted_where_others_may_write_or_tests_are_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from deq_compile import torch_parts
 from deq_compile.kernels import ahead, folder, native
 from deq_compile.torch_parts import SettingOfAThread
 from tests.fresh import python
@@ -61,6 +63,7 @@ class Running:
         self.thread.start()
         monkeypatch.setattr(ahead, "_thread", self.thread)
         monkeypatch.setattr(ahead, "_looked", threading.Event())
+        monkeypatch.setattr(ahead, "_settings", ahead._asked_with())
 
 
 def test_who_needs_it_waits_for_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +84,8 @@ def test_who_needs_it_waits_for_what_it_needs(monkeypatch: pytest.MonkeyPatch) -
 FORK = """
 import os, time, torch
 from torch._inductor import cpu_vec_isa
-cpu_vec_isa.pick_vec_isa = lambda look=cpu_vec_isa.pick_vec_isa: (time.sleep(4), look())[1]
+from deq_compile.kernels import ahead
+ahead._look = lambda look=ahead._look: (time.sleep(4), look())[1]
 torch.compile(lambda x: x, backend="deq")
 from deq_compile.kernels import ahead, native
 alive = ahead._thread.is_alive()
@@ -102,16 +106,76 @@ def test_a_fork_waits_for_what_was_begun() -> None:
     assert done.stdout.split() == ["True", "False", "1"], done.stderr
 
 
-def test_a_look_that_fails_is_left_to_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    def look() -> None:
-        raise OSError("no space left")
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What was found is forgotten as often as this is long."""
+    found: list[bool] = []
+    monkeypatch.setattr(ahead, "_forget", lambda: found.append(True))
+    monkeypatch.setattr(native, "load_beside", lambda: None)
+    return found
 
+
+def fails() -> bool:
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize("look", [fails, lambda: False])
+def test_a_look_that_fails_or_misses_something_is_left_to_inductor(
+    look: Callable[[], bool], forgotten: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ahead, "_looked", threading.Event())
-    loaded: list[bool] = []
-    monkeypatch.setattr(native, "load_beside", lambda: loaded.append(True))
-    ahead._work(look)
+    monkeypatch.setattr(ahead, "_look", look)
+    ahead._work()
     assert ahead._looked.is_set()
-    assert loaded == [True]
+    assert forgotten == [True]
+
+
+def test_a_program_that_is_interrupted_is_not_one_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, known, valid, whole in (
+        (["avx2", "fma"], ["avx2", "amx_tile"], ["avx2"], True),
+        (["avx2", "fma"], ["avx2", "fma"], ["avx2"], False),
+        ([], ["asimd"], ["asimd"], True),
+        ([], ["asimd"], [], False),
+    ):
+        monkeypatch.setattr(torch_parts, "flags_of_cpu", lambda flags=flags: flags, raising=False)
+        monkeypatch.setattr(torch_parts, "known_isas", known, raising=False)
+        monkeypatch.setattr(torch_parts, "valid_isas", lambda valid=valid: valid, raising=False)
+        assert ahead._look() == whole
+
+
+def test_forgetting_lets_inductor_look_again() -> None:
+    from torch._inductor import cpu_vec_isa
+
+    before = cpu_vec_isa.valid_vec_isa_list()
+    ahead._forget()
+    assert cpu_vec_isa.valid_vec_isa_list.cache_info().currsize == 0
+    assert [str(isa) for isa in cpu_vec_isa.valid_vec_isa_list()] == [str(isa) for isa in before]
+
+
+def test_what_was_found_under_other_settings_is_forgotten(forgotten: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    running = Running(monkeypatch)
+    running.end.set()
+    for settings, times in ((ahead._asked_with(), 0), (("another folder",), 1), ((), 1)):
+        monkeypatch.setattr(ahead, "_settings", settings)
+        ahead.wait_for_look()
+        assert (ahead._settings, len(forgotten)) == ((), times)
+
+
+SETTING = """
+import torch
+import torch._inductor.config as config
+config.cpp.vec_isa_ok = False
+torch.compile(lambda x: x, backend="deq")
+from deq_compile.kernels import ahead
+ahead.wait()
+from torch._inductor import cpu_vec_isa
+print(bool(cpu_vec_isa.pick_vec_isa()))
+"""
+
+
+def test_the_users_settings_hold_in_the_thread() -> None:
+    done = python(SETTING, "dynamo")
+    assert done.stdout.split() == ["False"], done.stderr
 
 
 def test_nothing_is_begun_where_models_may_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +187,7 @@ def test_nothing_is_begun_where_models_may_run_elsewhere(monkeypatch: pytest.Mon
 
 def test_kernels_are_not_begun_where_inductors_folder_would_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[bool] = []
-    monkeypatch.setattr(native, "_load", lambda: loaded.append(True))
+    monkeypatch.setattr(native, "_load", lambda: {len(loaded): loaded.append(True)})  # type: ignore[func-returns-value]
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setenv(folder.VARIABLE, str(tmp_path / "own"))
     native.load_beside()
