@@ -119,13 +119,16 @@ def _load() -> dict[torch.dtype, Functions] | None:
         return None
 
 
+_forget = _load.cache_clear
+
+
 def load_beside() -> None:
     """Load them in a thread, where that changes nothing for others: elsewhere Inductor writes to another folder meanwhile."""
     from deq_compile.torch_parts import inductor_cache_dir
 
     with contextlib.suppress(OSError):
         if folder.private() == Path(inductor_cache_dir()) and _load() is None:
-            _load.cache_clear()  # who needs them will try again, and say why not
+            _forget()  # who needs them will try again, and say why not
 
 
 def why_not() -> str:
