@@ -80,7 +80,17 @@ def _work() -> None:
     if not whole:
         _forget()
     _looked.set()
+    _hash()
     native.load_beside()
+
+
+def _hash() -> None:
+    """Keys of Inductor's cache hold a hash of its own files, which takes a tenth of a second, once."""
+    from deq_compile.torch_parts import hash_of_inductor
+
+    if hash_of_inductor is not None:
+        with contextlib.suppress(Exception):
+            hash_of_inductor()
 
 
 def _look() -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.func import functionalize
 
+from deq_compile.collecting import seldom
 from deq_compile.kernels import ahead
 from deq_compile.torch_parts import (
     BODIES,
@@ -109,7 +110,7 @@ class Program(abc.ABC):
     def plain(self, z: Tensor, operands: Sequence[Tensor]) -> Call:
         """A call of [z, *operands, *numbers] -> (f,)."""
         if self._plain is None:
-            with self.lock:
+            with self.lock, seldom():
                 self._plain = self._compile_plain(z, operands)
         return self._plain
 
@@ -117,7 +118,7 @@ class Program(abc.ABC):
         """For a call's inputs, [z, *operands, *numbers]."""
         found = self._joint.get(needs)
         if found is None:
-            with self.lock:
+            with self.lock, seldom():
                 found = self._joint[needs] = self._compile_joint(inputs, needs)
         return found
 
@@ -181,15 +182,14 @@ class Program(abc.ABC):
     def _finish(self, graph: fx.GraphModule) -> Call:
         """A function of a list of inputs. Inductor's is called below its wrapper of guards."""
         graph.graph.eliminate_dead_code()
-        graph.recompile()
         from deq_compile.torch_parts import compile_fx_inner, inductor_config
 
         if self.spec.inner != "inductor" or compile_fx_inner is None or inductor_config is None:
+            graph.recompile()
             forward = graph.forward  # below the hooks of modules, whose users expect tensors that autograd made
             return lambda inputs: forward(*inputs)
         ahead.wait_for_look()
         rewritten.for_inductor(graph)
-        graph.recompile()
         fake = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
         with tracing(TracingContext(_fake_mode(graph))), inductor_config.patch({**dict(self.spec.inductor), **OWN_PATCHES}):
             compiled = compile_fx_inner(graph, fake)

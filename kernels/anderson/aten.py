@@ -39,6 +39,17 @@ class AndersonState(Progress):
     poll_every: int
 
 
+def check(memory: int, damping: float) -> None:
+    """
+    Raises:
+        ValueError: ``memory`` or ``damping`` out of range.
+    """
+    if memory < 1:
+        raise ValueError(f"expected memory >= 1, got {memory}")
+    if not 0 < damping <= 1:
+        raise ValueError(f"expected damping in (0, 1], got {damping}")
+
+
 def new_state(
     z0: Tensor, memory: int, damping: float = 1.0, *, tol: float = 0.0, relative: bool = True, floor: float = 0.0
 ) -> AndersonState:
@@ -53,10 +64,7 @@ def new_state(
     Raises:
         ValueError: ``memory`` or ``damping`` out of range.
     """
-    if memory < 1:
-        raise ValueError(f"expected memory >= 1, got {memory}")
-    if not 0 < damping <= 1:
-        raise ValueError(f"expected damping in (0, 1], got {damping}")
+    check(memory, damping)
     B, D = z0.shape
     return AndersonState(
         window=z0.new_zeros((B, 2, memory, D)),

@@ -3,10 +3,11 @@
 //
 // A sample's row of S, f, z is read once for the residual, its steps once for both sets of dot products, and once for the
 // update: 2n + 8 words a state element. Plain iteration is the same step with nothing stored: 6 words at most, no S and no C.
+// Anderson acceleration shares the residual and the stopping rule.
 
 #include <omp.h>
 
-enum Flag : i64 { LAST = 1, NO_OBSERVATION = 2, RESIDUAL_GIVEN = 4, PRECONDITIONED = 8, PLAIN = 16 };
+enum Flag : i64 { LAST = 1, NO_OBSERVATION = 2, RESIDUAL_GIVEN = 4, PRECONDITIONED = 8, PLAIN = 16, ANDERSON = 32 };
 
 template <class T>
 struct Broyden {
@@ -188,6 +189,122 @@ static void advance(const Broyden<T>& s, Scratch<T>& w, i64 b, T* z, T* g, bool 
   s.n[b] = int32_t(n + 1);
 }
 
+// gamma = argmin |g - sum_j gamma_j dg_j| from the Gram matrix G (m x m) of `held` differences and a[j] = dg_j . g, as in
+// anderson/aten.py: in double, with a ridge of ten eps of each diagonal element. Zeros where it cannot be solved. By L D L^T without
+// a square root, column by column: what follows a division can be worked on at a time.
+// H: how many, where the compiler is to know it and to unroll the loops; else 0.
+template <class T, int H>
+static void least_squares(const T* G, i64 m, i64 rows, const T* a, T* gamma) {
+  static thread_local std::vector<double> room;
+  const int held = H ? H : int(rows);
+  double fixed[H ? H * (H + 2) : 1];
+  if (!H && i64(room.size()) < held * (held + 2)) room.resize(held * (held + 2));
+  double *A = H ? fixed : room.data(), *b = A + held * held, *inverse = b + held;
+#pragma GCC unroll 8
+  for (int i = 0; i < held; i++) {
+#pragma GCC unroll 8
+    for (int j = 0; j < i; j++) A[i * held + j] = G[i * m + j];
+    double size = G[i * m + i];
+    A[i * held + i] = size > 0 ? size * (1 + 10.0 * std::numeric_limits<T>::epsilon()) : 1.0;
+    b[i] = a[i];
+  }
+  bool usable = true;
+#pragma GCC unroll 8
+  for (int k = 0; k < held; k++) {
+    usable = usable && A[k * held + k] > 0;
+    inverse[k] = 1 / A[k * held + k];
+#pragma GCC unroll 8
+    for (int i = k + 1; i < held; i++) {
+      double l = A[i * held + k] * inverse[k];
+#pragma GCC unroll 8
+      for (int j = k + 1; j <= i; j++) A[i * held + j] -= l * A[j * held + k];
+      b[i] -= l * b[k];
+    }
+  }
+#pragma GCC unroll 8
+  for (int k = held - 1; k >= 0; k--) {
+#pragma GCC unroll 8
+    for (int i = k + 1; i < held; i++) b[k] -= A[i * held + k] * b[i];
+    b[k] *= inverse[k];
+  }
+  for (int i = 0; i < held; i++) gamma[i] = T(b[i]), usable = usable && finite(gamma[i]);
+  if (!usable) std::fill(gamma, gamma + held, T(0));
+}
+
+// x = beta g + x and y = g - y, over a chunk.
+template <class T>
+static void complete(const T* g, T* x, T* y, T beta, i64 len) {
+  constexpr int N = Vec<T>::N;
+  i64 d = 0;
+  for (; d + N <= len; d += N) {
+    auto now = load(g + d);
+    store(x + d, beta * now + load(x + d));
+    store(y + d, now - load(y + d));
+  }
+  for (; d < len; d++) x[d] += beta * g[d], y[d] = g[d] - y[d];
+}
+
+// q = sum_j c[j] u[j]; kept = z where given; z += beta g + q; copy = g. q may be a row of u.
+template <class T, int V>
+static inline void mix_columns(const T* u, i64 D, i64 rows, const T* c, T beta, const T* g, T* z, T* kept, T* q, T* copy, i64 d) {
+  constexpr int N = Vec<T>::N;
+  typename Vec<T>::type A[V];
+#pragma GCC unroll 8
+  for (int v = 0; v < V; v++) A[v] = broadcast(T(0));
+  for (i64 j = 0; j < rows; j++) {
+    auto cj = broadcast(c[j]);
+#pragma GCC unroll 8
+    for (int v = 0; v < V; v++) A[v] += cj * load(u + j * D + d + v * N);
+  }
+#pragma GCC unroll 8
+  for (int v = 0; v < V; v++) {
+    i64 e = d + v * N;
+    auto old = load(z + e), now = load(g + e);
+    if (kept) store(kept + e, old);
+    store(z + e, old + (beta * now + A[v]));
+    store(q + e, A[v]);
+    store(copy + e, now);
+  }
+}
+
+// One step of Anderson's for sample b: z += beta g - sum_j gamma_j u_j with u_j = dz_j + beta dg_j, see anderson/aten.py. S holds m
+// rows dg and m rows u (M = 2 m - 1), C the Gram matrix of the dg, m x m; eta is beta. What the next evaluation completes lies in the
+// rows it will have, over the oldest: g, and the last step less beta g, which is - sum_j gamma_j u_j. So no iterate is stored.
+template <class T>
+static void mix(const Broyden<T>& s, Scratch<T>& w, i64 b, T* z, const T* g, bool keep, bool split) {
+  constexpr int N = Vec<T>::N;
+  i64 D = s.D, m = (s.M + 1) / 2, before = s.n[b], held = std::min(before, m), next = before % m;
+  T *dg = s.S + b * (s.M + 1) * D, *u = dg + m * D, *G = s.C + b * s.M * s.ld;
+  T *kept = keep ? s.z_best + b * D : nullptr, *gamma = w.y.data(), beta = T(s.eta);
+  if (before > 0) {
+    i64 slot = (before - 1) % m;
+    over_chunks(D, s.threads, split, [&](i64 lo, i64 hi, i64) {
+      complete<T>(g + lo, u + slot * D + lo, dg + slot * D + lo, beta, hi - lo);
+    });
+    row_dots<T, true>(w, dg, D, held, g, dg + slot * D, s.ld, s.threads, split);
+    for (i64 j = 0; j < held; j++) G[slot * m + j] = G[j * m + slot] = w.r[j];
+    static constexpr decltype(&least_squares<T, 0>) solvers[] = {
+        least_squares<T, 1>, least_squares<T, 2>, least_squares<T, 3>, least_squares<T, 4>, least_squares<T, 5>,
+        least_squares<T, 6>, least_squares<T, 7>, least_squares<T, 8>, least_squares<T, 0>};
+    solvers[std::min<i64>(held, 9) - 1](G, m, held, w.a.data(), gamma);
+    for (i64 j = 0; j < held; j++) gamma[j] = -gamma[j];
+  }
+  T *q = u + next * D, *copy = dg + next * D;
+  over_chunks(D, s.threads, split, [&](i64 lo, i64 hi, i64) {
+    i64 d = lo;
+    for (; d + 8 * N <= hi; d += 8 * N) mix_columns<T, 8>(u, D, held, gamma, beta, g, z, kept, q, copy, d);
+    for (; d + N <= hi; d += N) mix_columns<T, 1>(u, D, held, gamma, beta, g, z, kept, q, copy, d);
+    for (; d < hi; d++) {
+      T p = 0;
+      for (i64 j = 0; j < held; j++) p += gamma[j] * u[j * D + d];
+      if (kept) kept[d] = z[d];
+      z[d] += beta * g[d] + p;
+      q[d] = p, copy[d] = g[d];
+    }
+  });
+  s.n[b] = int32_t(before + 1);
+}
+
 // What iteration/aten.py's `observe` does, for one sample: whether it goes on. norm and ceiling: |g|, and what it is measured
 // against; f: body(z) where that is known.
 template <class T>
@@ -216,9 +333,9 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
   static thread_local Scratch<T> w;
   w.fit(s.ld, chunks_of(s.D));
   i64 D = s.D, n = s.n[b];
-  if (n > s.M && i64(w.row.size()) < D) w.row.resize(D);
-  bool plain = flags & PLAIN;
-  T* g = plain ? nullptr : n > s.M ? w.row.data() : s.S + (b * (s.M + 1) + n) * D;
+  bool plain = flags & PLAIN, mixing = flags & ANDERSON;
+  if ((n > s.M || mixing) && i64(w.row.size()) < D) w.row.resize(D);
+  T* g = plain ? nullptr : n > s.M || mixing ? w.row.data() : s.S + (b * (s.M + 1) + n) * D;
   T stop, scale = 1, norm = 0, ceiling = std::numeric_limits<T>::infinity();
   if (flags & RESIDUAL_GIVEN) {
     std::memcpy(g, f, sizeof(T) * D);
@@ -250,6 +367,10 @@ static bool sample(const Broyden<T>& s, i64 b, T* z, const T* f, const T* norms,
   if (plain) {
     if (improved) std::memcpy(s.z_best + b * D, z, sizeof(T) * D);
     std::memcpy(z, f, sizeof(T) * D);
+    return true;
+  }
+  if (mixing) {
+    mix<T>(s, w, b, z, g, improved, split);
     return true;
   }
   if (moved) std::memcpy(g, moved, sizeof(T) * D);

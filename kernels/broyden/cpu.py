@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import native, workspace
 from .state import BroydenState, Factors, coefficient_width, new_factors
 
-_LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN, _PRECONDITIONED, _PLAIN = 1, 2, 4, 8, 16
+_LAST, _NO_OBSERVATION, _RESIDUAL_GIVEN, _PRECONDITIONED, _PLAIN, _ANDERSON = 1, 2, 4, 8, 16, 32
 
 
 def describe(factors: Factors) -> native.Broyden:
@@ -162,3 +162,17 @@ class CpuPlain(CpuState):
     def step(self, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
         self.evaluations += 1
         self._call(z, f, stop_norm, _PLAIN | (_LAST if last else 0))
+
+
+class CpuAnderson(CpuState):
+    """Anderson acceleration by the same C++. `S` holds its window and `C` the window's Gram matrix; there are no factors."""
+
+    def __init__(
+        self, z0: Tensor, memory: int, damping: float, *, tol: float, relative: bool, floor: float, functions: native.Functions
+    ) -> None:
+        rows = 2 * memory - 1
+        super().__init__(z0, None, None, rows, rows, eta=damping, tol=tol, relative=relative, floor=floor, functions=functions)
+
+    def step(self, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
+        self.evaluations += 1
+        self._call(z, f, stop_norm, _ANDERSON | (_LAST if last else 0))

@@ -29,9 +29,7 @@ def test_broyden(settings: Settings) -> None:
 
 @pytest.mark.parametrize("name", ["picard", "anderson"])
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_solvers_of_aten(settings: Settings, name: str, implementation: str) -> None:
-    if implementation != "aten":
-        pytest.skip("has no C++")
+def test_other_solvers(settings: Settings, name: str) -> None:
     solver, z0 = SOLVERS[name], torch.zeros(len(TABLE), D, dtype=torch.float64)
     mode = "rel" if settings.relative else "abs"
     problem = Problem(tol=TOL, stop_mode=mode, max_iter=CAP, body_eps=settings.floor / 50)

@@ -1,4 +1,4 @@
-"""``solver="auto"``: the solver that is less work, by counting; the same answers; back to Broyden where bodies change."""
+"""``solver="auto"``: the solver that is less work, by counting; the same answers; another one where bodies change."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import deq_compile
 from deq_compile import fixed_point, record_solves
 from deq_compile.region import choice as choices
+from deq_compile.region.solvers import ANDERSON, BROYDEN, PLAIN, Solver
 from deq_compile.report import Report
 from deq_compile.testing import Backend
 
@@ -19,7 +20,8 @@ B, D = 64, 128  # large enough for a Broyden step to be felt beside its calls
 
 
 class Body(nn.Module):
-    """tanh(W z + x), W orthogonal times `gain` (easy: plain iteration takes as many evaluations), or eigenvalues near 1."""
+    """tanh(W z + x), W orthogonal times `gain` (easy: plain iteration takes as many evaluations), or symmetric with eigenvalues
+    near 1 (slow: Anderson's takes fewer than Broyden)."""
 
     def __init__(self, gain: float, slow: bool = False) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ def test_what_is_less_work_is_chosen_and_the_answers_are_right(slow: bool) -> No
             torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-4)
     with record_solves() as alone:
         for i in range(4):
-            solve(body, batch(i), solver="broyden" if slow else "picard")
+            solve(body, batch(i), solver="anderson" if slow else "picard")
     assert [s.evaluations for s in solves[2:]] == [s.evaluations for s in alone[2:]]
 
 
@@ -95,7 +97,7 @@ def test_the_report_says_which_and_why() -> None:
     assert f"solver      {region.location}: plain iteration" in str(backend.report)
 
 
-def test_a_body_that_becomes_hard_goes_back_to_broyden_and_is_right_in_that_very_call() -> None:
+def test_a_body_that_becomes_hard_gets_another_solver_and_is_right_in_that_very_call() -> None:
     body, x = Body(0.3), batch(0)
     for _ in range(4):
         solve(body, x).sum().backward()
@@ -109,9 +111,9 @@ def test_a_body_that_becomes_hard_goes_back_to_broyden_and_is_right_in_that_very
             right, theirs = reference(body, x, q)
             torch.testing.assert_close(z.detach(), right, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(gradient, theirs, rtol=1e-4, atol=1e-4)
-    with record_solves() as broyden:
-        solve(body, x, solver="broyden")
-    assert solves[-1].evaluations == broyden[0].evaluations
+    with record_solves() as anderson:
+        solve(body, x, solver="anderson")
+    assert solves[-1].evaluations == anderson[0].evaluations
 
 
 def test_a_miss_is_solved_by_broyden_and_stays_so_for_a_while() -> None:
@@ -171,11 +173,52 @@ def test_equal_runs_are_equal_bit_by_bit_and_so_are_repeated_backwards() -> None
         assert torch.equal(g, h)
 
 
-def test_plain_iteration_may_take_as_many_evaluations_as_cost_what_broyden_does() -> None:
+def test_what_solves_cost() -> None:
     small, large = torch.zeros(1, 8), torch.zeros(64, 4096)
-    assert 12 <= choices.allowed(12, 1e6, small) + 1 <= 13.1  # steps cost nothing beside calls
-    assert choices.allowed(12, 1e6, large) > 16  # and most of it beside a body that does little
-    assert choices.allowed(12, 1e12, large) < 12  # but next to nothing beside one that does much
+
+    def cost(solver: Solver, evaluations: int, body: float, z: Tensor) -> float:
+        return choices.cost_of(solver, evaluations, body, z, 6)
+
+    for solver in (PLAIN, ANDERSON):  # steps cost nothing beside calls
+        assert 0.99 <= cost(solver, 12, 1e6, small) / cost(BROYDEN, 12, 1e6, small) <= 1.01
+    assert cost(PLAIN, 16, 1e6, large) < cost(BROYDEN, 12, 1e6, large)  # and most of it beside a body that does little
+    assert cost(ANDERSON, 24, 1e6, large) < cost(BROYDEN, 20, 1e6, large)
+    assert cost(PLAIN, 13, 1e12, large) > cost(BROYDEN, 12, 1e12, large)  # but next to nothing beside one that does much
+
+
+def test_anderson_is_not_tried_where_it_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither on easy bodies nor where Broyden takes two windows; what was stopped at the first call is not tried at the second."""
+    asked = []
+    whole = choices._Trial.run
+
+    def run(trial: choices._Trial, solver: Solver) -> None:
+        asked.append(solver.name)
+        whole(trial, solver)
+
+    monkeypatch.setattr(choices._Trial, "run", run)
+    for body, options, names in (
+        (Body(0.3), {}, ["picard", "picard"]),
+        (Body(0.0, slow=True), {}, ["picard", "anderson", "anderson"]),
+        (Body(0.0, slow=True), {"anderson_memory": 20}, ["picard"]),
+    ):
+        asked.clear()
+        deq_compile.reset()
+        for i in range(22):
+            solve(body, batch(i), **options)  # type: ignore[arg-type]
+        assert asked == names
+
+
+def test_anderson_that_comes_to_another_fixed_point_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = Body(0.0, slow=True)
+    solve(body, batch(0))
+    monkeypatch.setattr(choices, "_apart", lambda a, b: True)
+    deq_compile.reset()
+    with record_solves() as solves:
+        for i in range(2):
+            solve(body, batch(i))
+    with record_solves() as broyden:
+        solve(body, batch(1), solver="broyden")
+    assert solves[1].evaluations == broyden[0].evaluations
 
 
 def test_where_the_two_solvers_come_to_different_fixed_points_calls_agree() -> None:
