@@ -63,11 +63,11 @@ class Options:
     ``stop_mode``              "rel"          "rel": as above; "abs": |f(z) − z|
     ``max_iter``               40             cap on evaluations of the body
     ``memory``                 = max_iter     stored steps; when full, the solver restarts
-    ``solver``                 "auto"         "broyden", "anderson", "picard"; "auto": Broyden or plain iteration, whichever has
-                                              been seen to be less work (on a CPU; elsewhere Broyden);
+    ``solver``                 "auto"         "broyden", "anderson", "picard"; "auto": of these whichever has been seen to be less
+                                              work (on a CPU; elsewhere Broyden);
                                               "reversible": two coupled iterations, and the exact gradient of their steps
                                               (arXiv 2509.12917)
-    ``anderson_memory``        6              differences that Anderson acceleration keeps
+    ``anderson_memory``        8              differences that Anderson acceleration keeps
     ``anderson_damping``       1.0            its mixing, 0 < β ≤ 1
     ``relaxation``             0.8            of "reversible", 0 < β < 1: z ← (1 − β) z + β f(y)
     ``backward``               "reuse"        "reuse"; "exact": "reuse" with ``backward_tol=1e-6``;

@@ -112,7 +112,7 @@ RULES: dict[str, Rule] = {
     "max_iter": Rule(40, _integer(1)),
     "memory": Rule(None, _integer(1)),
     "solver": Rule("auto", _named(SOLVERS)),
-    "anderson_memory": Rule(6, _integer(1)),
+    "anderson_memory": Rule(8, _integer(1)),
     "anderson_damping": Rule(1.0, _fraction),
     "relaxation": Rule(0.8, _between),
     "backward": Rule("reuse", _named(BACKWARDS, *ALIASES)),

@@ -98,8 +98,8 @@ class Choice:
         if self.several:
             return "plain iteration, since Broyden has come to another fixed point"
         others = " and ".join(SPOKEN[name] for name in self.counts if name != self.solver.name)
-        counted = [f"{count} by {SPOKEN[name]}" for name, count in self.counts.items()]
-        return f"{SPOKEN[self.solver.name]}, less work than {others}: evaluations " + ", ".join(counted)
+        counted = ", ".join(f"{count} by {SPOKEN[name]}" for name, count in self.counts.items())
+        return f"{SPOKEN[self.solver.name]}, less work than {others}: {counted.replace(' ', ' evaluations ', 1)}"
 
 
 def choice_for(config: Config) -> Choice | None:

@@ -20,7 +20,7 @@ DEFAULTS = {
     "max_iter": 40,
     "memory": 40,
     "solver": "auto",
-    "anderson_memory": 5,
+    "anderson_memory": 8,
     "anderson_damping": 1.0,
     "relaxation": 0.8,
     "backward": "reuse",

@@ -1,4 +1,4 @@
-"""Broyden or plain iteration, whichever is less work: chosen where a region is solved (:mod:`deq_compile.region.choice`)."""
+"""Broyden, Anderson acceleration or plain iteration, whichever is less work (:mod:`deq_compile.region.choice` chooses)."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class Problem:
     body_eps: float | None = None
     capacity: int | None = None
     watched: bool = True
-    anderson_memory: int = 6
+    anderson_memory: int = 8
     anderson_damping: float = 1.0
     relaxation: float = 0.8
     recorded: bool = False
