@@ -187,7 +187,7 @@ def test_what_solves_cost() -> None:
 
 
 def test_anderson_is_not_tried_where_it_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither on easy bodies nor where Broyden takes two windows; what was stopped at the first call is not tried at the second."""
+    """Neither on easy bodies nor where Broyden takes two windows; what was stopped at the first call is not tried again then."""
     asked = []
     whole = choices._Trial.run
 
