@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from deq_compile.kernels.gcr.gpu import TritonGcr as TritonGcr
     from deq_compile.kernels.gcr.gpu import extend_columns as extend_columns
     from deq_compile.kernels.gcr.gpu import project_columns as project_columns
+    from deq_compile.kernels.recycle import shared as recycle_shared
+    from deq_compile.kernels.recycle import sketch as recycle_sketch
     from deq_compile.kernels.reuse import apply_transpose as apply_transpose
     from deq_compile.kernels.reuse import multisecant as multisecant
     from deq_compile.kernels.reuse import triton_kernels as reuse_triton
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from deq_compile.kernels.tiles import tiles as tiles
     from deq_compile.kernels.triton_shared import set_conditional as set_conditional
     from deq_compile.region import op as op
+    from deq_compile.region import pool as recycle_pool
     from deq_compile.region.adjoint import VJP as VJP
     from deq_compile.region.adjoint import AdjointSolution as AdjointSolution
     from deq_compile.region.adjoint import VJPFull as VJPFull
@@ -145,6 +148,9 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "power_of_two": ("deq_compile.kernels.tiles", "power_of_two"),
     "project_columns": ("deq_compile.kernels.gcr.gpu", "project_columns"),
     "rehearsal": ("deq_compile.kernels.device", "rehearsal"),
+    "recycle_pool": ("deq_compile.region.pool", None),
+    "recycle_shared": ("deq_compile.kernels.recycle.shared", None),
+    "recycle_sketch": ("deq_compile.kernels.recycle.sketch", None),
     "reuse": ("deq_compile.kernels.reuse", None),
     "reuse_triton": ("deq_compile.kernels.reuse.triton_kernels", None),
     "runner_for": ("deq_compile.region.runners", "runner_for"),
@@ -219,6 +225,9 @@ __all__ = [
     "phantom",
     "power_of_two",
     "project_columns",
+    "recycle_pool",
+    "recycle_shared",
+    "recycle_sketch",
     "rehearsal",
     "reuse",
     "reuse_triton",

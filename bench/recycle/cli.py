@@ -2,8 +2,8 @@
 
 "training": the nine bodies of the gradient study are trained with recycle="auto"; in every step the same problem, with the same
 weights, batch and loss, is also solved by a region that recycles nothing. "steps": CPU time of whole training steps with and
-without, in turns, on problems of the tables, trained. "solver": the same of solver="auto" and Broyden. One thread. Finished rows
-are in --json after each, and those of an interrupted run with the same settings are kept by --resume.
+without, in turns, on problems of the tables, trained. "solver": the same of solver="auto" and Broyden. "study": what rank, ridge,
+rows and period of what is recycled are worth, on --bodies (left to itself: six), and bfloat16. One thread. Finished rows are in --json after each, and those of an interrupted run with the same settings are kept by --resume.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from bench import machine
 from bench.gradients.bodies import RECIPES
 from bench.tables.cli import commit
 
-from . import plot, steps, training
+from . import plot, steps, study, training
 
-PARTS = ("training", "steps", "solver")
+PARTS = ("training", "steps", "solver", "study")
 OPTIONS = {"steps": ("recycle", "never"), "solver": ("solver", "broyden")}  # the option of a part, and its value before
 TOLERANCES = (1e-4, 1e-2)
 PROBLEMS = ("mlp128", "mlp1024", "mlp1024-orthogonal", "conv", "transformer")
@@ -33,7 +33,9 @@ QUICK_STEPS = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of: %(default)s")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS[:3]), help=f"comma-separated, of: {','.join(PARTS)}; default: %(default)s"
+    )
     parser.add_argument("--bodies", default=",".join(RECIPES), help="comma-separated, of: %(default)s")
     parser.add_argument("--problems", default=",".join(PROBLEMS), help="of the tables, for the steps (default %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="trainings of each body (default %(default)s)")
@@ -90,6 +92,10 @@ def tasks(args: argparse.Namespace) -> list[Task]:
             values = {"option": option, "before": before, "after": args.recycle}
             key = {"problem": name, "trained": trained, "timed": timed, **values}
             found.append((part, key, lambda key=key: steps.measure(**key)))  # type: ignore[misc]
+    for name, value in study.changes() if "study" in wanted else ():
+        for body in study.BODIES if args.bodies == ",".join(RECIPES) else args.bodies.split(","):
+            key = {"body": body, "changed_to": f"{name}={value}" if name else ""}
+            found.append(("study", key, lambda key=key: study.row(**key, steps=count)))  # type: ignore[misc]
     return found
 
 
@@ -100,6 +106,7 @@ def present(done: dict[str, list[dict[str, Any]]]) -> None:
         mine = [row for row in done["training"] if (row["tol"], row["body"]) == (tol, body)]
         rows.append({"tol": tol, "body": body, "seeds": len(mine), **_row(mine, "evaluations"), **_row(mine, "products")})
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
+    print(tabulate(study.table(done["study"]), headers="keys"))
     for part in OPTIONS:
         print(tabulate(done[part], headers="keys", floatfmt=".3g"))
 

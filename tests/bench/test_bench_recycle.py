@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.recycle import cli, steps, training
+from bench.recycle import cli, steps, study, training
 
 
 def test_rows_are_counted_kept_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +35,21 @@ def test_whole_steps_are_timed_with_both_values_of_an_option(tmp_path: Path, mon
     assert row["ms broyden"] > 0 < row["ms auto"]
     assert row["uses"].startswith(("Broyden, less work", "plain iteration, less work"))
     assert max(row["gradient error broyden"], row["gradient error auto"]) < 0.1
+
+
+def test_the_study_changes_one_constant_at_a_time_and_puts_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "QUICK_STEPS", 3)
+    monkeypatch.setattr(study, "OTHERS", {"rank": (4,), "stored": ("bfloat16",)})
+    before, path = [getattr(*where) for where in study.WHERE.values()], tmp_path / "study.json"
+    assert main(["recycle", "--quick", "--parts", "study", "--bodies", "mlp", "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["study"]
+    assert [row["changed_to"] for row in rows] == ["", "rank=4", "stored=bfloat16"]
+    assert [getattr(*where) for where in study.WHERE.values()] == before
+    inside = []
+    for name, value in study.changes():
+        with study.changed(name, value):
+            inside.append(
+                [now is not usual for now, usual in zip((getattr(*w) for w in study.WHERE.values()), before, strict=True)]
+            )
+    assert [sum(was) for was in inside] == [0, 1, 1]
+    assert study.table(rows)[0]["changed"] == "nothing"
