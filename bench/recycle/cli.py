@@ -3,7 +3,8 @@
 "training": the nine bodies of the gradient study are trained with recycle="auto"; in every step the same problem, with the same
 weights, batch and loss, is also solved by a region that recycles nothing. "steps": CPU time of whole training steps with and
 without, in turns, on problems of the tables, trained. "solver": the same of solver="auto" and Broyden. "study": what rank, ridge,
-rows and period of what is recycled are worth, on --bodies (left to itself: six), and bfloat16. One thread. Finished rows are in --json after each, and those of an interrupted run with the same settings are kept by --resume.
+rows and period of what is recycled are worth, and bfloat16; six of the bodies where none are named. One thread. Finished rows are
+in --json after each, and those of an interrupted run with the same settings are kept by --resume.
 """
 
 from __future__ import annotations
