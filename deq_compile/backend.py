@@ -111,7 +111,8 @@ def _register_backend() -> None:
 
 
 _register_backend()
-ahead.begin()
-install()  # capture: whoever looks this backend up is about to trace for it
-install_exports()
-prepare()
+with seldom():  # much is imported
+    ahead.begin()
+    install()  # capture: whoever looks this backend up is about to trace for it
+    install_exports()
+    prepare()

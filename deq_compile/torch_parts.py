@@ -299,6 +299,7 @@ _LATE: dict[str, tuple[Any, ...]] = {
     "InvalidCxxCompiler": ("torch._inductor.exc", "InvalidCxxCompiler", COMPILER, RuntimeError),
     "CppCodeCache": ("torch._inductor.codecache", "CppCodeCache", KERNELS, None),
     "hash_of_inductor": ("torch._inductor.codecache", "torch_key", "", None),
+    "hash_of_triton": ("torch._inductor.codecache", "triton_key", "", None),
     "VecISA": ("torch._inductor.cpu_vec_isa", "VecISA", "", None),
     "flags_of_cpu": ("torch._inductor.cpu_vec_isa", "x86_isa_checker", "", list),
     "known_isas": ("torch._inductor.cpu_vec_isa", "supported_vec_isa_list", "", []),

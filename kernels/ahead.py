@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from . import remembered
+
 log = logging.getLogger("deq_compile.kernels")
 
 LONGEST = 60.0  # seconds that a fork and the end of the process wait
@@ -39,6 +41,7 @@ def begin() -> None:
     # All modules are imported here: two threads that import can get in each other's way.
     from deq_compile.torch_parts import CppCodeCache, SettingOfAThread, VecISA, valid_isas
 
+    remembered.recall()
     with contextlib.suppress(ImportError):
         importlib.import_module("torch.utils.cpp_extension")
     if SettingOfAThread is None or VecISA is None or valid_isas is None or not isinstance(CppCodeCache, type):
@@ -80,17 +83,7 @@ def _work() -> None:
     if not whole:
         _forget()
     _looked.set()
-    _hash()
     native.load_beside()
-
-
-def _hash() -> None:
-    """Keys of Inductor's cache hold a hash of its own files, which takes a tenth of a second, once."""
-    from deq_compile.torch_parts import hash_of_inductor
-
-    if hash_of_inductor is not None:
-        with contextlib.suppress(Exception):
-            hash_of_inductor()
 
 
 def _look() -> bool:
@@ -109,8 +102,8 @@ def _forget() -> None:
     kinds = [VecISA]
     for kind in kinds:
         kinds += kind.__subclasses__()
-    for remembered in (valid_isas, *(value for kind in kinds for value in vars(kind).values())):
-        getattr(remembered, "cache_clear", lambda: None)()
+    for cached in (valid_isas, *(value for kind in kinds for value in vars(kind).values())):
+        getattr(cached, "cache_clear", lambda: None)()
 
 
 def wait_for_look() -> None:

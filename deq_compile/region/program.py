@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.func import functionalize
 
 from deq_compile.collecting import seldom
-from deq_compile.kernels import ahead
+from deq_compile.kernels import ahead, remembered
 from deq_compile.torch_parts import (
     BODIES,
     FakeTensor,
@@ -193,6 +193,7 @@ class Program(abc.ABC):
         fake = [n.meta["val"] for n in graph.graph.nodes if n.op == "placeholder"]
         with tracing(TracingContext(_fake_mode(graph))), inductor_config.patch({**dict(self.spec.inductor), **OWN_PATCHES}):
             compiled = compile_fx_inner(graph, fake)
+        remembered.keep()
         return getattr(compiled, "current_callable", None) or compiled
 
 

@@ -29,7 +29,7 @@ LAYERS = (
 )  # fmt: skip
 # The same among the kernels: solvers know the factors of Broyden's, all know the iteration, nobody knows the solvers.
 KERNELS = (("gcr",), ("reuse",), ("anderson", "picard"), ("broyden",), ("iteration", "recycle"),
-           ("ahead", "native", "tiles", "tuned", "workspace", "folder", "device", "triton_shared"))  # fmt: skip
+           ("ahead", "native", "remembered", "tiles", "tuned", "workspace", "folder", "device", "triton_shared"))  # fmt: skip
 
 
 def sources() -> list[str]:
