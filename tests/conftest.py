@@ -8,6 +8,8 @@ number, and fails above the budget.
 from __future__ import annotations
 
 import functools
+import gc
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -64,10 +66,38 @@ def pytest_configure(config: pytest.Config) -> None:
     # comparison) must not depend on the machine. Tests of threading set their own number.
     torch.set_num_threads(1)
     COUNTER.install()
+    # Else pytest catches what it writes, as of every logger that does not propagate: all graphs of all traces, printed.
+    logging.getLogger("torch.__trace").propagate = True
     if os.environ.get("TRITON_INTERPRET") == "1":
         from bench.gpu.interpreter import quicken
 
         quicken()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What all tests have imported stays: the collector need not look through it again and again, nor after every few hundred
+    objects of a trace. Who asks it to collect still has all that a test has made collected."""
+    if "torch" in sys.modules:
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
+
+
+_run_test = pytest.Function.runtest
+
+
+def _roomy(self: pytest.Function) -> None:
+    """Run a test from a frame that leaves room for the frames above it.
+
+    CPython (3.11 and later) has frames in chunks of 16 KiB, and gives the last one back to the system as soon as the call that
+    began it returns: calls at such a border, frequent in Dynamo's depths, map and unmap memory each time, which took a tenth of
+    all CPU time. A chunk is as large as the frame that begins it needs, rounded up to a power of two; the rest of it is free.
+    """
+    _run_test(self)
+
+
+_roomy.__code__ = _roomy.__code__.replace(co_stacksize=140_000)  # of 8 bytes: a chunk of 2 MiB
+pytest.Function.runtest = _roomy  # type: ignore[method-assign]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

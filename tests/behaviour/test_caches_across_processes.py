@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from tests.fresh import python
+
 PROGRAM = """
-import json, sys, time, torch
-import torch._dynamo, torch._functorch.config
+import torch
+import json, time, warnings
+import torch._dynamo, torch._functorch.config, torch._inductor.config
 from torch._dynamo.utils import counters
+warnings.simplefilter("ignore")
 torch._functorch.config.enable_autograd_cache = True
+torch._inductor.config.compile_threads = 1
 torch.set_num_threads(1)
 from deq_compile import deq_compile
 
@@ -28,7 +30,7 @@ class Model(torch.nn.Module):
             z = torch.tanh(self.inner(z) + x)
         return z
 
-folder, which = sys.argv[1:]
+folder, which = ARGUMENTS
 torch.manual_seed(0)
 model, x = Model(), torch.randn(4, 8)
 with torch.no_grad():
@@ -55,14 +57,7 @@ print(json.dumps(found))
 
 
 def run(folder: Path, which: str) -> tuple[dict[str, Any], str]:
-    program = folder / "program.py"
-    program.write_text(PROGRAM)
-    ran = subprocess.run(
-        [sys.executable, "-W", "ignore", str(program), str(folder), which],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "DEQ_COMPILE_RAISE": "1", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-    )
+    ran = python(PROGRAM.replace("ARGUMENTS", repr((str(folder), which))), "dynamo", DEQ_COMPILE_RAISE="1")
     assert ran.returncode == 0, ran.stderr[-3000:]
     return json.loads(ran.stdout.splitlines()[-1]), ran.stderr
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deq_compile import deq_compile, fixed_point
+from tests.fresh import python
 
 BATCH = {"x": {0: torch.export.Dim("batch", min=2, max=64)}}
 X = torch.linspace(-1, 1, 40).reshape(5, 8)
@@ -191,7 +190,7 @@ def test_an_exported_count_is_an_input() -> None:
     torch.manual_seed(0)
     model = Open().eval()
     sizes = {"x": BATCH["x"], "n": torch.export.Dim.DYNAMIC}
-    program = torch.export.export(deq_compile(model), (X, 12), dynamic_shapes=sizes)
+    program = torch.export.export(decorated(model), (X, 12), dynamic_shapes=sizes)
     assert loops(program) == 1
     with torch.no_grad():
         for n in (5, 12, 33, 200):
@@ -222,19 +221,21 @@ def test_what_has_no_fixed_point_keeps_its_value(kind: type[nn.Module]) -> None:
 
 
 ELSEWHERE = """
-import json, sys, torch
+import torch
+import json, sys, warnings
+warnings.simplefilter("ignore")
 class Nobody:
     def find_spec(self, name, *_):
         if name.partition(".")[0] == "deq_compile":
             raise ImportError(name)
 sys.meta_path.insert(0, Nobody())
-folder, found = sys.argv[1], {}
+folder, found = FOLDER, {}
 x = torch.load(folder + "/x.pt")
 with torch.no_grad():
     for name in ("UntilClose", "Declared", "Counted"):
         program = torch.export.load(f"{folder}/{name}.pt2")
         found[name] = program.module()(x).tolist()
-    quick = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    quick = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
     packed = torch._inductor.aoti_compile_and_package(program, package_path=folder + "/packed.pt2", inductor_configs=quick)
     found["AOTInductor"] = torch._inductor.aoti_load_package(packed)(x).tolist()
 assert "deq_compile" not in sys.modules
@@ -254,7 +255,7 @@ def test_exported_programs_run_without_this_package(tmp_path: Path) -> None:
         with torch.no_grad():
             wanted[kind.__name__] = model(x)
     wanted["AOTInductor"] = wanted["Counted"]
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", ELSEWHERE, str(tmp_path)], capture_output=True, text=True)
+    run = python(ELSEWHERE.replace("FOLDER", repr(str(tmp_path))), "dynamo")
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert found.keys() == wanted.keys()

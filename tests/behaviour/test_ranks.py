@@ -5,11 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,9 +19,8 @@ from deq_compile.region.body import BodySpec
 from deq_compile.region.modes import Ambient
 from deq_compile.region.site import RegionSpec, Site
 from deq_compile.region.site import site as find_site
+from tests.fresh import python
 from tests.helpers import TIGHT, compiled
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class CountingStore(dist.HashStore):  # type: ignore[name-defined]
@@ -286,12 +281,8 @@ TRAININGS = 10  # steps of each
 
 def launched() -> dict[int, dict[str, list[dict[str, Any]]]]:
     """What each rank says of each case, by the number of ranks."""
-    done = subprocess.run(
-        [sys.executable, "tests/models/ranks_launch.py", json.dumps(CASES)],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-        # C++ may have to be compiled first, and that is not what is timed.
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DEQ_COMPILE_NATIVE": "0"},
-    )  # fmt: skip
+    program = f"import torch\nfrom tests.models.ranks_launch import print_cases\nprint_cases({CASES})"
+    done = python(program, "dynamo", DEQ_COMPILE_NATIVE="0")  # C++ may have to be compiled first, and that is not what is timed
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     said = {n: {case: [s for s in lines if (s["count"], s["case"]) == (n, case)] for case in cases} for n, cases in CASES.items()}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tests.fresh import python
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -28,12 +28,11 @@ def example(name: str) -> ModuleType:
 def two_ranks(script: str) -> list[dict[str, Any]]:
     """What each of two processes of an example says of ten steps, in order of ranks; what holds of any of them is checked."""
     options = {"tol": 1e-6, "backward_tol": 1e-5, "inner": "eager"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, f"examples/{script}.py", "--check", "--steps", "10", "--options", json.dumps(options)],
-        cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=100,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), "DEQ_COMPILE_NATIVE": "0"},
-    )  # fmt: skip
+    arguments = ["--check", "--steps", "10", "--options", json.dumps(options)]
+    # scikit-learn, which examples import, is imported once for both.
+    program = "import torch, sklearn.datasets\nfrom tests.models.ranks_launch import as_a_script, launched\n"
+    program += f"launched(2, as_a_script, 'examples/{script}.py', {arguments})"
+    done = python(program, "dynamo", DEQ_COMPILE_NATIVE="0")
     assert done.returncode == 0, done.stderr
     said = sorted((json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")), key=lambda s: s["rank"])
     assert [s["rank"] for s in said] == [0, 1]

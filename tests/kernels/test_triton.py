@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+
+from tests.fresh import python
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
@@ -16,7 +14,6 @@ PIPELINED = {"step_fused", "dots", "transpose_fused", "transpose_dots", "multise
 PIPELINED |= {"begin", "project", "extend"}
 DECIDING = {"step_fused", "dots", "combine", "project", "extend"}
 NARROW = {"summarise", "finish", "addresses"}  # read one number a sample, or none
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +34,8 @@ LANES = {  # two, for two workers: each takes ten seconds before its first test
 @pytest.mark.parametrize(("names", "least"), LANES.values(), ids=LANES)
 def test_interpreter_lane(names: list[str], least: int) -> None:
     files = [f"tests/{name}_interpreted.py" for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    program = f"import torch, pytest\nraise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', *{files}]))"
+    done = python(program, "torch", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None

@@ -78,6 +78,9 @@ def run(asked: dict[str, Any]) -> None:
     exec(compile(asked["code"], "<string>", "exec"), vars(main))
 
 
+run.__code__ = run.__code__.replace(co_stacksize=140_000)  # room for the frames above it, as for tests: see conftest.py
+
+
 if __name__ == "__main__":
     sys.path[0] = ""
     found = serve(os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w"), "torch")
