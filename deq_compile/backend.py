@@ -11,7 +11,7 @@ from torch import fx
 from .as_written import Written, turning
 from .caches import reset
 from .capture import dynamo, install, sites
-from .collecting import seldom
+from .compiling import seldom
 from .config import Options
 from .explicit import prepare
 from .exporting import install as install_exports
@@ -42,7 +42,6 @@ class Backend:
         self.options = Options.from_options(options)
         self.report, self.votes = report, votes
 
-    @seldom()
     def __call__(
         self,
         gm: fx.GraphModule,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.func import functionalize
 
-from deq_compile.collecting import seldom
+from deq_compile.compiling import in_room
 from deq_compile.kernels import ahead, remembered
 from deq_compile.torch_parts import (
     BODIES,
@@ -110,16 +110,16 @@ class Program(abc.ABC):
     def plain(self, z: Tensor, operands: Sequence[Tensor]) -> Call:
         """A call of [z, *operands, *numbers] -> (f,)."""
         if self._plain is None:
-            with self.lock, seldom():
-                self._plain = self._compile_plain(z, operands)
+            with self.lock:
+                self._plain = in_room(self._compile_plain, z, operands)
         return self._plain
 
     def joint(self, inputs: list[Any], needs: tuple[bool, ...]) -> Joint:
         """For a call's inputs, [z, *operands, *numbers]."""
         found = self._joint.get(needs)
         if found is None:
-            with self.lock, seldom():
-                found = self._joint[needs] = self._compile_joint(inputs, needs)
+            with self.lock:
+                found = self._joint[needs] = in_room(self._compile_joint, inputs, needs)
         return found
 
     def _compile_plain(self, z: Tensor, operands: Sequence[Tensor]) -> Call:

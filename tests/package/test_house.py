@@ -24,7 +24,7 @@ LAYERS = (
     ("deq_compile/regularise", "deq_compile/report", "deq_compile/report_html", "deq_compile/solve_info", "deq_compile/structure",
      "deq_compile/unexpected", "deq_compile/region"),
     ("deq_compile/config", "deq_compile/kernels"),
-    ("deq_compile/absent", "deq_compile/collecting", "deq_compile/fsdp_parts", "deq_compile/option_rules", "deq_compile/ready",
+    ("deq_compile/absent", "deq_compile/compiling", "deq_compile/fsdp_parts", "deq_compile/option_rules", "deq_compile/ready",
      "deq_compile/registry", "deq_compile/torch_parts"),
 )  # fmt: skip
 # The same among the kernels: solvers know the factors of Broyden's, all know the iteration, nobody knows the solvers.
