@@ -3,8 +3,9 @@
 Both make hundreds of thousands of objects, nearly all of which stay, and each full collection walks over all of them: a quarter
 of a second with Inductor loaded, several times in a first step.
 
-CPython (3.11 and later) has frames in chunks of 16 KiB, and gives the last one back as soon as the call that began it returns. Calls at such a border, frequent in Dynamo's depths, map and unmap memory each time: a seventh of a first step. A chunk is
-as large as the frame that begins it asks for, and the rest of it is free for the frames above.
+CPython (3.11 and later) has frames in chunks of 16 KiB, and gives the last one back as soon as the call that began it returns.
+Calls at such a border, frequent in Dynamo's depths, map and unmap memory each time: a seventh of a first step. A chunk is as large
+as the frame that begins it asks for, and the rest of it is free for the frames above.
 """
 
 from __future__ import annotations
