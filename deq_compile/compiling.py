@@ -4,7 +4,7 @@ Both make hundreds of thousands of objects, nearly all of which stay, and each f
 of a second with Inductor loaded, several times in a first step.
 
 CPython (3.11 and later) has frames in chunks of 16 KiB, and gives the last one back as soon as the call that began it returns.
-Calls at such a border, frequent in Dynamo's depths, map and unmap memory each time: a seventh of a first step. A chunk is as large
+Calls at such a border, frequent in Dynamo's depths, map and unmap memory each time, a seventh of a first step. A chunk is as big
 as the frame that begins it asks for, and the rest of it is free for the frames above.
 """
 
