@@ -114,8 +114,12 @@ class Call:
                 return solution
         if (pool := pool_of(self)) is not None:
             return solve_recycled(self, pool)
+        return self.usual()
+
+    def usual(self) -> Solution:
+        """The solve with nothing recycled, by the region's solver or the one that it has chosen."""
         choice = choice_of(self)
-        return self.solved(self.z0, site.tol) if choice is None else solve_chosen(self, choice)
+        return self.solved(self.z0, self.site.tol) if choice is None else solve_chosen(self, choice)
 
     def own(self, linearised: bool) -> OwnLoop:
         """The user's own loop. `linearised`: with the body linearised at each iterate, as the loop itself would save it."""

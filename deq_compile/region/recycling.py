@@ -52,7 +52,10 @@ def solve_recycled(call: Call, pool: Pool) -> Solution:
         found = _both(call, pool, shared)
     else:
         used = shared if pool.pays else None
-        found = call.solved(call.z0, site.tol, shared=used, sketch=sketch)
+        if used is None and sketch is None and not due and pool.way != "factors":
+            found = call.usual()
+        else:
+            found = call.solved(call.z0, site.tol, shared=used, sketch=sketch)
         pool.note(found.evaluations)
         if used is not None and missed(found):
             found, sketch = _where_it_missed(call, pool, found), None

@@ -140,6 +140,19 @@ def test_factors_that_pay_keep_broyden() -> None:
     assert all(s.reused for s in solves)
 
 
+def test_a_region_that_recycles_nothing_has_the_same_choice() -> None:
+    """Calls that feed the pool are Broyden's."""
+    body, options = Body(0.0, slow=True), {"reuse": "never", "recycle": "auto"}
+    with record_solves() as solves:
+        for i in range(5):
+            solve(body, batch(i), **options).sum().backward()
+    with record_solves() as alone:
+        solve(body, batch(4), solver="anderson")
+        solve(body, batch(0), solver="broyden")
+    assert solves[4].evaluations == alone[0].evaluations
+    assert solves[0].evaluations == alone[1].evaluations
+
+
 def test_deciding_costs_little() -> None:
     """Over 200 calls at most 2 % more evaluations than by the better solver alone, the deciding calls included."""
     body = Body(0.3, slow=True)
