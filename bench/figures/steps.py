@@ -224,6 +224,19 @@ def recycled(name: str) -> str:
     return markdown(headers, lines)
 
 
+def study(name: str) -> str:
+    """What changes of the constants of recycling make of evaluations and products: means over the bodies of the changes against
+    those without."""
+    rows, lines = read(name)["study"], []
+    for changed in dict.fromkeys(row["changed_to"] for row in rows):
+        mine, cells = [row for row in rows if row["changed_to"] == changed], [changed or "as built"]
+        for what in ("evaluations", "products"):
+            shares = [100 * (row[what] / row[f"{what} without"] - 1) for row in mine]
+            cells.append(f"{statistics.mean(shares):+.1f} % ({min(shares):+.0f} to {max(shares):+.0f})")
+        lines.append(cells)
+    return markdown(["", "evaluations (bodies)", "products (bodies)"], lines)
+
+
 def chosen(name: str) -> str:
     """Whole training steps by Broyden and by the solver that chooses itself."""
     lines = [

@@ -60,8 +60,8 @@ def inputs(batch: int = 3, d: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("iterations", [None, 4])
 def test_opcheck(call: Any, states: int, iterations: int | None) -> None:
     z, w, x = inputs()
-    # Compared with 4 iterations of the body, the loop is kept.
-    key = key_of(call, states, iterations, verify="never" if iterations is None else "first")
+    # Compared with 4 iterations of the body, the loop is kept. One solver: a choice between several is another at a later call.
+    key = key_of(call, states, iterations, verify="never" if iterations is None else "first", solver="broyden")
     start = [z.clone().requires_grad_() for _ in range(states)]
     args = (start, [w.requires_grad_(), x.requires_grad_()], [], key)  # type: ignore[var-annotated]
     torch.library.opcheck(solve_op, args)
