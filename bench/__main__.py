@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from bench import demo, kernels, overhead, sizes, start, step, watch
+from bench import against, demo, kernels, overhead, sizes, start, step, watch
 from bench.figures import cli as figures
 from bench.fuzz import cli as fuzz
 from bench.gpu import cli as gpu
@@ -21,6 +21,7 @@ from bench.tables import compile_time
 
 # A command is a module with `add_arguments(parser)`, `main(args) -> exit status`, and a docstring.
 COMMANDS = {
+    "against": against,
     "compile-time": compile_time,
     "demo": demo,
     "figures": figures,

@@ -15,48 +15,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench import problems
-from bench.gradients.bodies import CLASSES, TRAINING_SAMPLES, digits
+from bench.gradients.bodies import TRAINING_SAMPLES
+from bench.trained import LEARNING_RATE, Classifier, exact_gradient, make
 from deq_compile import Report, record_solves
 from deq_compile.testing import Backend
 
-LEARNING_RATE = 3e-4
-# A body of the tables whose matrix is drawn orthogonal: all of its eigenvalues are large, so that solves are long.
-ORTHOGONAL, GAIN = "-orthogonal", 0.9
 OPTIONS = {"semantics": "equilibrium"}  # a trained body may need more than the loop's thirty iterations
 GRADIENT_SAMPLES = 3  # batches on which the gradients are compared with those in float64
-
-
-class Classifier(nn.Module):
-    """A body of the benchmarks, and a linear layer on what its fixed point is on average over positions."""
-
-    def __init__(self, loop: nn.Module, features: int) -> None:
-        super().__init__()
-        self.loop, self.head = loop, nn.Linear(features, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.loop(x)
-        pooled = z.mean((2, 3)) if z.dim() == 4 else z.flatten(1)
-        return self.head(pooled)
-
-
-def make(name: str) -> tuple[Classifier, Tensor, Tensor, int]:
-    """The model of a problem, digits in the shape of its input, their labels, and the batch size."""
-    loop, x, _ = problems.make(name.removesuffix(ORTHOGONAL))
-    if name.endswith(ORTHOGONAL):
-        nn.init.orthogonal_(loop.W.weight, gain=GAIN)  # type: ignore[union-attr, arg-type]
-    shape = x.shape
-    images, labels = digits()
-    width = x[0].numel()
-    generator = torch.Generator().manual_seed(1)
-    lift = torch.randn(64, min(width, 1024), generator=generator) / 8.0
-    lifted = (images - images.mean()) @ lift
-    inputs = 3 * lifted.repeat(1, -(-width // lifted.shape[1]))[:, :width].reshape(-1, *shape[1:])
-    torch.manual_seed(2)
-    model = Classifier(loop, shape[1] if len(shape) == 4 else width)
-    return model, inputs, labels, shape[0]
 
 
 @dataclass
@@ -100,14 +67,6 @@ class Lane:
         parameters = list(self.model.parameters())
         grads = torch.autograd.grad(F.cross_entropy(self.compiled(x), y), parameters)
         return torch.cat([g.flatten() for g in grads]).double()
-
-
-def exact_gradient(model: Classifier, x: Tensor, y: Tensor) -> Tensor:
-    """Of a hundred iterations in float64, by autograd."""
-    wide = copy.deepcopy(model).double()
-    wide.loop.n_iter = 100  # type: ignore[assignment]
-    grads = torch.autograd.grad(F.cross_entropy(wide(x.double()), y), list(wide.parameters()))
-    return torch.cat([g.flatten() for g in grads])
 
 
 def measure(problem: str, trained: int, timed: int, option: str, before: str, after: str) -> dict[str, Any]:
