@@ -12,27 +12,39 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-RARER = 10  # times
+RARER, MOST = 10, 2**31 - 1  # times; what CPython takes for a threshold
 ROOM = 140_000  # of 8 bytes: a chunk of 2 MiB, of which the system gives the pages that are used
+
+_lock = threading.Lock()
+_inside = 0  # how many are, in all threads
+_usual, _rarer = (0, 0, 0), (0, 0, 0)
 
 
 @contextlib.contextmanager
 def seldom() -> Iterator[None]:
-    """Ten times fewer full collections meanwhile; younger generations as ever. What somebody sets meanwhile stays."""
-    usual = gc.get_threshold()
-    rarer = (*usual[:2], usual[2] * RARER)
-    gc.set_threshold(*rarer)
+    """Ten times fewer full collections meanwhile; younger generations as ever. What somebody sets meanwhile stays. Blocks may lie
+    in each other, and overlap in several threads: the first begins it, the last one ends it."""
+    global _inside, _usual, _rarer
+    with _lock:
+        if not _inside:
+            _usual = gc.get_threshold()
+            _rarer = (*_usual[:2], max(_usual[2], min(_usual[2] * RARER, MOST)))
+            gc.set_threshold(*_rarer)
+        _inside += 1
     try:
         yield
     finally:
-        if gc.get_threshold() == rarer:
-            gc.set_threshold(*usual)
+        with _lock:
+            _inside -= 1
+            if not _inside and gc.get_threshold() == _rarer:
+                gc.set_threshold(*_usual)
 
 
 def in_room(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -298,7 +298,6 @@ _LATE: dict[str, tuple[Any, ...]] = {
     "get_cpp_compiler": ("torch._inductor.cpp_builder", "get_cpp_compiler", COMPILER, lambda: ""),
     "InvalidCxxCompiler": ("torch._inductor.exc", "InvalidCxxCompiler", COMPILER, RuntimeError),
     "CppCodeCache": ("torch._inductor.codecache", "CppCodeCache", KERNELS, None),
-    "hash_of_inductor": ("torch._inductor.codecache", "torch_key", "", None),
     "hash_of_triton": ("torch._inductor.codecache", "triton_key", "", None),
     "VecISA": ("torch._inductor.cpu_vec_isa", "VecISA", "", None),
     "flags_of_cpu": ("torch._inductor.cpu_vec_isa", "x86_isa_checker", "", list),

@@ -37,6 +37,7 @@ SAVING = 0.98  # what another may cost at most of the best so far: the counts of
 EASY = 1.25  # a body for which plain iteration takes at most so many times Broyden's evaluations is nothing for Anderson's
 LONG = 2  # windows that Broyden's solve has to be longer than: Anderson's takes as many evaluations before
 APART = 0.1  # relative distance from which on two solutions are two fixed points
+APART_TOLERANCES = 100  # and how many times an absolute tolerance that is at least
 AFTER_MISS = 40  # calls from a miss to the next decision, and twice as many after each further one
 STOPPED = "more than "
 SPOKEN = {BROYDEN.name: "Broyden", PLAIN.name: "plain iteration", ANDERSON.name: "Anderson acceleration"}
@@ -71,7 +72,7 @@ class Choice:
     def tries(self, solver: Solver) -> bool:
         """Whether a call that decides asks this one again: soon after it has been stopped it is not."""
         soon = self.calls - 1 == DECIDED_AT[1]  # this call is counted
-        return not soon or not self.counts.get(solver.name, STOPPED).startswith(STOPPED)
+        return not soon or not self.counts.get(solver.name, "").startswith(STOPPED)
 
     def decide(self, solver: Solver, counts: dict[str, str], worth: float, count: int) -> None:
         """Note a decision. `worth`: evaluations by that solver that cost as much as Broyden's whole solve; `count`: its own."""
@@ -87,7 +88,7 @@ class Choice:
 
     def miss(self) -> None:
         """The other solver has missed the tolerance: on with Broyden, for now."""
-        self.solver = BROYDEN
+        self.solver, self.several = BROYDEN, False
         self.again = self.calls + min(AFTER_MISS << self.missed, DECIDE_EVERY)
         self.missed += 1
 
@@ -98,8 +99,10 @@ class Choice:
         if self.several:
             return "plain iteration, since Broyden has come to another fixed point"
         others = " and ".join(SPOKEN[name] for name in self.counts if name != self.solver.name)
-        counted = ", ".join(f"{count} by {SPOKEN[name]}" for name, count in self.counts.items())
-        return f"{SPOKEN[self.solver.name]}, less work than {others}: {counted.replace(' ', ' evaluations ', 1)}"
+        counted = ", ".join(f"{count} by {SPOKEN[name]}" for name, count in self.counts.items()).replace(
+            " by", " evaluations by", 1
+        )
+        return f"{SPOKEN[self.solver.name]}" + (f", less work than {others}: {counted}" if others else ", and no other was tried")
 
 
 def choice_for(config: Config) -> Choice | None:
@@ -140,12 +143,13 @@ class _Trial:
     """Broyden's solve of a call, and those of others that may turn out to be less work.
 
     found, solver  the best so far
-    last           the solve whose last evaluation of the body was the last of all
+    last           the solve whose last evaluation of the body was the last of all; None where that is of no use
     """
 
     def __init__(self, call: Call) -> None:
         self.call, self.window = call, call.site.spec.config.anderson_memory
-        self.broyden = self.found = self.last = call.solved(call.z0, call.site.tol)
+        self.broyden = self.found = call.solved(call.z0, call.site.tol)
+        self.last: Solution | None = self.broyden
         self.body, self.solver, self.several = work(call.body, self.broyden.z), BROYDEN, False
         self.counts = {BROYDEN.name: f"{self.broyden.evaluations}"}
         self.whole = self.least = self.cost(BROYDEN, self.broyden.evaluations)
@@ -166,12 +170,19 @@ class _Trial:
         call, cap = self.call, math.floor(SAVING * self.least / self.cost(solver))
         if cap < 1:
             return
-        last = self.last = call.solved(call.z0, call.site.tol, solver=solver, max_iter=min(cap, call.site.spec.config.max_iter))
+        self.last, config = None, call.site.spec.config
+        try:
+            last = call.solved(call.z0, call.site.tol, solver=solver, max_iter=min(cap, config.max_iter))
+        except Exception as error:  # of the body, where Broyden has not been
+            log.info("region %s at %s: %s: %r", call.site.key, call.site.spec.where, SPOKEN[solver.name], error)
+            self.counts[solver.name] = f"{STOPPED}0"
+            return
+        self.last = last
         if missed(last):
             self.counts[solver.name] = f"{STOPPED}{last.evaluations}"
             return
         self.counts[solver.name] = f"{last.evaluations}"
-        apart = _apart(self.broyden.z, last.z)
+        apart = _apart(self.broyden.z, last.z, call.site.tol if config.stop_mode == "abs" else 0.0)
         self.several = apart and solver is PLAIN
         if self.several or not apart:
             self.found, self.solver, self.least = last, solver, self.cost(solver, last.evaluations)
@@ -193,10 +204,11 @@ def _tried(call: Call, choice: Choice, needs_factors: bool) -> Solution:
     return found
 
 
-def _apart(a: Tensor, b: Tensor) -> bool:
-    """Whether two solutions (B, D) are different fixed points for any sample, and not one to within a tolerance."""
+def _apart(a: Tensor, b: Tensor, tol: float) -> bool:
+    """Whether two solutions (B, D) are different fixed points for any sample, and not one to within a tolerance. tol: of the
+    residual's norm, where it is absolute."""
     distance, size = torch.linalg.vector_norm(a - b, dim=1), torch.linalg.vector_norm(b, dim=1)
-    return bool((distance > APART * size).any())
+    return bool((distance > torch.clamp(APART * size, min=APART_TOLERANCES * tol)).any())
 
 
 def cost_of(solver: Solver, evaluations: int, body: float, z: Tensor, window: int) -> float:

@@ -30,11 +30,31 @@ def test_the_users_thresholds_come_back() -> None:
     with seldom():
         assert gc.get_threshold() == (500, 7, 9 * RARER)
         with seldom():
-            assert gc.get_threshold() == (500, 7, 9 * RARER * RARER)
+            assert gc.get_threshold() == (500, 7, 9 * RARER)
+        assert gc.get_threshold() == (500, 7, 9 * RARER)
     assert gc.get_threshold() == (500, 7, 9)
     with pytest.raises(ZeroDivisionError), seldom():
         1 / 0  # noqa: B018
     assert gc.get_threshold() == (500, 7, 9)
+
+
+def test_blocks_of_two_threads_that_overlap() -> None:
+    gc.set_threshold(500, 7, 9)
+    one, other = seldom(), seldom()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert gc.get_threshold() == (500, 7, 9 * RARER)
+    other.__exit__(None, None, None)
+    assert gc.get_threshold() == (500, 7, 9)
+
+
+@pytest.mark.parametrize("third", [0, 10**9, 2**31 - 1])
+def test_any_threshold(third: int) -> None:
+    gc.set_threshold(500, 7, third)
+    with seldom():
+        assert gc.get_threshold()[2] >= third
+    assert gc.get_threshold() == (500, 7, third)
 
 
 def test_what_somebody_sets_meanwhile_stays() -> None:

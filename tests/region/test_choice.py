@@ -224,7 +224,7 @@ def test_anderson_is_not_tried_where_it_cannot_pay(monkeypatch: pytest.MonkeyPat
 def test_anderson_that_comes_to_another_fixed_point_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     body = Body(0.0, slow=True)
     solve(body, batch(0))
-    monkeypatch.setattr(choices, "_apart", lambda a, b: True)
+    monkeypatch.setattr(choices, "_apart", lambda a, b, tol: True)
     deq_compile.reset()
     with record_solves() as solves:
         for i in range(2):
@@ -256,3 +256,53 @@ def test_where_the_two_solvers_come_to_different_fixed_points_calls_agree() -> N
     assert float((other - right).abs().max()) > 1, "Broyden comes to another"
     for z in found:
         torch.testing.assert_close(z, right, rtol=5e-3, atol=5e-3)
+
+
+def test_an_error_that_only_a_trial_meets_is_not_the_users() -> None:
+    """Broyden's answer is there already, and what its last evaluation saves as well."""
+    body, x, calls = Body(0.3), batch(0), 0
+
+    def f(z: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == broken:
+            raise ValueError("left the domain")
+        return body(z, x)
+
+    broken = 0
+    fixed_point(lambda z: f(z), torch.zeros_like(x), solver="broyden", tol=1e-7, batch="rows")
+    broken, calls = calls + 3, 0
+    deq_compile.reset()
+    z = fixed_point(lambda z: f(z), torch.zeros_like(x), solver="auto", tol=1e-7, batch="rows", backward="exact")
+    assert calls > broken
+    right, theirs = reference(body, x, torch.ones_like(x))
+    torch.testing.assert_close(z.detach(), right, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.autograd.grad(z.sum(), body.W)[0], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_one_fixed_point_to_within_an_absolute_tolerance() -> None:
+    a, b = torch.full((2, 4), 1e-6), torch.full((2, 4), -1e-6)
+    assert choices._apart(a, b, 0.0)
+    assert not choices._apart(a, b, 1e-6)
+
+
+def test_what_is_said_where_nothing_else_was_tried_and_after_a_miss() -> None:
+    choice = choices.Choice()
+    choice.decide(BROYDEN, {"broyden": "8"}, 8.0, 8)
+    assert str(choice) == "Broyden, and no other was tried"
+    choice.decide(PLAIN, {"broyden": "20", "picard": "21"}, 22.0, 21)
+    assert str(choice) == "plain iteration, less work than Broyden: 20 evaluations by Broyden, 21 by plain iteration"
+    choice.decide(BROYDEN, {"broyden": "20", "picard": "more than 22"}, 20.0, 20)
+    assert str(choice) == "Broyden, less work than plain iteration: 20 evaluations by Broyden, more than 22 by plain iteration"
+    choice.several = True
+    choice.miss()
+    assert choice.solver is BROYDEN
+    assert not choice.several
+
+
+def test_what_was_never_tried_is_tried_at_the_second_decision() -> None:
+    choice = choices.Choice()
+    choice.decide(BROYDEN, {"broyden": "40", "picard": "more than 50"}, 40.0, 40)
+    choice.calls = choices.DECIDED_AT[1] + 1
+    assert choice.tries(ANDERSON)
+    assert not choice.tries(PLAIN)
