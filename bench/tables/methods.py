@@ -175,6 +175,7 @@ def all_methods() -> dict[str, Method]:
         Method("deq-raw", "deq, raw reuse", "ours", deq(backward_tol=inf)),
         Method("deq", "deq, default", "ours", deq(), everywhere, memory=True),
         Method("deq-peer-tol", "deq, adjoint 1e-4", "ours", deq(backward_tol=1e-4), everywhere),
+        Method("deq-at-tol", "deq, solved to tol and no further", "ours", deq(semantics="equilibrium")),
         Method("deq-exact", "deq, exact", "ours", deq(backward="exact")),
         Method("deq-equilibrium", "deq, semantics='equilibrium'", "ours", deq(semantics="equilibrium"), after="kept"),
         Method("bound", "bound: the bodies of deq alone", "bound", Bound, ("before", "inside"), body=True),
