@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import fx
 
+from .compiling import alone
 from .inner import CompiledFn
 from .lower import MOST_NODES
 from .markers import is_marker
@@ -80,7 +81,8 @@ def turning(
     def as_written(args: Sequence[Any]) -> CompiledFn | None:
         with lock:
             if not found:
-                found.append(_compiled(written, args, compile_graph))
+                with alone:
+                    found.append(_compiled(written, args, compile_graph))
         return found[0]
 
     def call(*args: Any) -> Any:

@@ -372,3 +372,8 @@ def _setting(path: str) -> Any:
     for name in path.split("."):
         part = getattr(part, name, None)
     return part
+
+
+def compile_lock() -> Any:
+    """The lock that Dynamo compiles under; None where there is no Dynamo yet, which is not imported for it."""
+    return getattr(sys.modules.get("torch._dynamo.convert_frame"), "compile_lock", None)

@@ -18,6 +18,7 @@ from torch import fx
 
 from .as_written import Written, fixed_sizes
 from .capture import sparse
+from .compiling import alone
 from .inner import CompiledFn
 from .region.site import Site
 from .region.worth import WEIGHED_AFTER
@@ -110,7 +111,7 @@ class _Later:
     def compile(self) -> None:
         if not (self.floats and self.retrace):  # whether Dynamo has to take floats for constants the inner backend has to tell it
             try:
-                with tracing(self.context):
+                with alone, tracing(self.context):
                     self.found = self.compile_graph(self.gm, self.inputs)
             except Exception as error:
                 if not self.retrace:

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deq_compile.compiling import alone
+
 from .body import BodySpec, EagerRunner, Runner
 from .layout import Layout
-from .shapes import Family, Shapes, lock
+from .shapes import Family, Shapes
 from .sizes import Sizes
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def runner_for(spec: BodySpec, layout: Layout, operands: Sequence[Tensor], sizes
     found = shapes.runners.get(key)
     if found is not None:
         return found
-    with lock:
+    with alone:
         found = shapes.runners.get(key)
         if found is None:
             found = shapes.runners[key] = _new_runner(spec, shapes, layout, operands, sizes)
@@ -58,7 +60,7 @@ def _new_runner(spec: BodySpec, shapes: Shapes, layout: Layout, operands: Sequen
 
     def another() -> Program:
         """For a runner in use whose program does not serve it."""
-        with lock:
+        with alone:
             return _known(family, here) or _made(spec, shapes, family, (layout, here, free))
 
     found = _known(family, here)
@@ -84,6 +86,6 @@ def _made(spec: BodySpec, shapes: Shapes, family: Family, call: tuple[Layout, Si
     layout, sizes, free = call
     shapes.compiled += 1
     if family.off or not free or not AVAILABLE:
-        return FixedProgram(spec, layout, sizes, lock)
-    family.general.append(SymbolicProgram(spec, layout, sizes, free, lock))
+        return FixedProgram(spec, layout, sizes, alone)
+    family.general.append(SymbolicProgram(spec, layout, sizes, free, alone))
     return family.general[-1]

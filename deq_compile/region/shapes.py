@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
+
+from deq_compile.compiling import alone
 
 if TYPE_CHECKING:
     from .body import Runner
     from .program import Program
     from .sizes import Sizes
-
-lock = threading.RLock()
 
 
 class Family:
@@ -62,7 +61,7 @@ _bodies: weakref.WeakValueDictionary[tuple[Any, ...], Shapes] = weakref.WeakValu
 
 
 def shapes_of(key: tuple[Any, ...]) -> Shapes:
-    with lock:
+    with alone:
         found = _bodies.get(key)
         if found is None:
             found = _bodies[key] = Shapes()
@@ -71,6 +70,6 @@ def shapes_of(key: tuple[Any, ...]) -> Shapes:
 
 def clear() -> None:
     """Forget all compiled bodies."""
-    with lock:
+    with alone:
         for shapes in list(_bodies.values()):
             shapes.clear()

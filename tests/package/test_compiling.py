@@ -1,4 +1,4 @@
-"""Tracing and compiling: full collections are rare, frames have room, and what the user has set is as it was afterwards."""
+"""Tracing and compiling: one at a time, full collections are rare, frames have room, and what the user set is as it was."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import concurrent.futures
 import gc
 import resource
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+import deq_compile
 from deq_compile import backend as backends
-from deq_compile.compiling import RARER, in_room, seldom
+from deq_compile import compiling
+from deq_compile.compiling import RARER, alone, in_room, seldom
 from deq_compile.testing import Backend
+from deq_compile.torch_parts import compile_lock
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +124,44 @@ def test_a_trace_and_its_compilation_have_both_and_then_no_more(monkeypatch: pyt
     torch.compile(model, backend=Backend({"inner": "eager"}))(torch.randn(4, 8, requires_grad=True)).sum().backward()
     assert seen == [((800, 11, 12 * RARER), True)]
     assert gc.get_threshold() == (800, 11, 12)
+
+
+def test_bodies_are_compiled_under_dynamos_lock_too() -> None:
+    dynamos = compile_lock()
+    assert dynamos is not None
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(30):
+            z = torch.cos(z) / 2 + x
+        return z
+
+    compiled, x = torch.compile(model, backend=Backend({"inner": "eager"})), torch.ones(2, 3)
+    expected = compiled(x)
+    deq_compile.reset()  # the model stays, its body is made anew
+
+    with concurrent.futures.ThreadPoolExecutor(1) as other:
+        with dynamos:
+            waiting = other.submit(compiled, x)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                waiting.result(0.3)
+        assert torch.allclose(waiting.result(60), expected)
+        with alone, alone:
+            assert not other.submit(dynamos.acquire, False).result(60)
+        assert other.submit(dynamos.acquire, False).result(60)
+        other.submit(dynamos.release).result(60)
+
+
+def test_the_lock_is_given_back_as_it_was_taken_though_dynamo_comes_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    dynamos = threading.Lock()
+    there: list[bool] = []
+    monkeypatch.setattr(compiling, "compile_lock", lambda: dynamos if there else None)
+    with alone:
+        there.append(True)
+        with alone:
+            assert dynamos.locked()
+        assert not dynamos.locked()
+    with pytest.raises(ZeroDivisionError), alone:
+        1 / 0  # noqa: B018
+    assert not dynamos.locked()
+    assert not alone.taken
