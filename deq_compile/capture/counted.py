@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from deq_compile import markers
-from deq_compile.compiling import in_room
 from deq_compile.report import Reason, Skipped
 
 from . import decisions, dynamo, effects, observations, own_counts, sites
@@ -83,7 +82,7 @@ def _run_handler(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def run(self: Any) -> Any:
         try:
-            return in_room(original, self) if self.parent is None and sites.ours(self) else original(self)
+            return original(self)
         except dynamo.RestartAnalysis:
             raise
         except Exception:

@@ -29,6 +29,7 @@ from . import (
     hooks,
     loop_exit,
     proven,
+    roomy,
     said,
     self_tests,
     sharded,
@@ -146,6 +147,7 @@ _SPARSE = (
 )  # fmt: skip
 
 _FEATURES = [
+    _Feature("room for the frames of a trace", roomy.install, lambda: None, ("InstructionTranslator",)),
     _Feature("loops whose exit depends on data", loop_exit.install, self_tests.test_loop_exit, _LOOPS),
     _Feature(
         "loops whose count is an input",
