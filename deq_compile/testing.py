@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from deq_compile.kernels.gcr.gpu import project_columns as project_columns
     from deq_compile.kernels.recycle import shared as recycle_shared
     from deq_compile.kernels.recycle import sketch as recycle_sketch
+    from deq_compile.kernels.reuse import apply_multisecant as apply_multisecant
     from deq_compile.kernels.reuse import apply_transpose as apply_transpose
     from deq_compile.kernels.reuse import multisecant as multisecant
     from deq_compile.kernels.reuse import triton_kernels as reuse_triton
@@ -117,6 +118,7 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "Work": ("deq_compile.region.graphs.device", "Work"),
     "rewrite": ("deq_compile.rewrite", None),
     "addresses": ("deq_compile.region.graphs.operands", "addresses"),
+    "apply_multisecant": ("deq_compile.kernels.reuse", "apply_multisecant"),
     "apply_transpose": ("deq_compile.kernels.reuse", "apply_transpose"),
     "apply_transpose_reference": ("deq_compile.kernels.reuse.reference", "apply_transpose_reference"),
     "broyden": ("deq_compile.kernels.broyden", None),

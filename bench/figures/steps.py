@@ -6,6 +6,7 @@ import functools
 import statistics
 
 from bench.demo import format_table
+from bench.recycle import ways as recycle_ways
 from bench.scaling import outputs as scaling_outputs
 from bench.tables.methods import all_methods
 from bench.tables.report import MISSING, UNCONVERGED, derive, number, step_ms
@@ -235,6 +236,12 @@ def study(name: str) -> str:
             cells.append(f"{statistics.mean(shares):+.1f} % ({min(shares):+.0f} to {max(shares):+.0f})")
         lines.append(cells)
     return markdown(["", "evaluations (bodies)", "products (bodies)"], lines)
+
+
+def ways(name: str) -> str:
+    """Products of adjoints by what preconditions them, means over seeds; in brackets with what the way itself costs, in those."""
+    table = recycle_ways.table(read(name)["ways"])
+    return markdown(list(table[0]), [list(line.values()) for line in table])
 
 
 def chosen(name: str) -> str:

@@ -3,8 +3,9 @@
 "training": the nine bodies of the gradient study are trained with recycle="auto"; in every step the same problem, with the same
 weights, batch and loss, is also solved by a region that recycles nothing. "steps": CPU time of whole training steps with and
 without, in turns, on problems of the tables, trained. "solver": the same of solver="auto" and Broyden. "study": what rank, ridge,
-rows and period of what is recycled are worth, and bfloat16; six of the bodies where none are named. One thread. Finished rows are
-in --json after each, and those of an interrupted run with the same settings are kept by --resume.
+rows and period of what is recycled are worth, and bfloat16; six of the bodies where none are named. "ways": what else an adjoint
+may be preconditioned with. One thread. Finished rows are in --json after each, and those of an interrupted run with the same
+settings are kept by --resume.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from bench import machine
 from bench.gradients.bodies import RECIPES
 from bench.tables.cli import commit
 
-from . import plot, steps, study, training
+from . import plot, steps, study, training, ways
 
-PARTS = ("training", "steps", "solver", "study")
+PARTS = ("training", "steps", "solver", "study", "ways")
 OPTIONS = {"steps": ("recycle", "never"), "solver": ("solver", "broyden")}  # the option of a part, and its value before
 TOLERANCES = (1e-4, 1e-2)
 PROBLEMS = ("mlp128", "mlp1024", "mlp1024-orthogonal", "conv", "transformer")
@@ -93,6 +94,10 @@ def tasks(args: argparse.Namespace) -> list[Task]:
             values = {"option": option, "before": before, "after": args.recycle}
             key = {"problem": name, "trained": trained, "timed": timed, **values}
             found.append((part, key, lambda key=key: steps.measure(**key)))  # type: ignore[misc]
+    for seed in range(args.seeds if "ways" in wanted else 0):
+        for body in args.bodies.split(","):
+            key = {"body": body, "seed": seed}
+            found.append(("ways", key, lambda key=key: ways.row(**key, steps=count)))  # type: ignore[misc]
     for name, value in study.changes() if "study" in wanted else ():
         for body in study.BODIES if args.bodies == ",".join(RECIPES) else args.bodies.split(","):
             key = {"body": body, "changed_to": f"{name}={value}" if name else ""}
@@ -108,6 +113,7 @@ def present(done: dict[str, list[dict[str, Any]]]) -> None:
         rows.append({"tol": tol, "body": body, "seeds": len(mine), **_row(mine, "evaluations"), **_row(mine, "products")})
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
     print(tabulate(study.table(done["study"]), headers="keys"))
+    print(tabulate(ways.table(done["ways"]), headers="keys"))
     for part in OPTIONS:
         print(tabulate(done[part], headers="keys", floatfmt=".3g"))
 

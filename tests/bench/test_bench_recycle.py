@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.__main__ import main
-from bench.recycle import cli, steps, study, training
+from bench.recycle import cli, steps, study, training, ways
 
 
 def test_rows_are_counted_kept_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +54,27 @@ def test_the_study_changes_one_constant_at_a_time_and_puts_it_back(tmp_path: Pat
             )
     assert [sum(was) for was in inside] == [0, 1, 1]
     assert study.table(rows)[0]["changed"] == "nothing"
+
+
+def test_ways_are_compared_on_the_same_cotangents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "QUICK_STEPS", 3)
+    monkeypatch.setattr(ways, "EVERY", 1)
+    monkeypatch.setattr(ways, "FIRST", 1)
+    path = tmp_path / "ways.json"
+    assert main(["recycle", "--quick", "--parts", "ways", "--bodies", "mlp", "--seeds", "1", "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["ways"]
+    assert row["measured"] == 2
+    assert set(row["products"]) == set(ways.WAYS)
+    assert row["products"]["none"] == row["net"]["none"]
+    assert all(row["products"][way] < row["net"][way] for way in ways.WAYS[1:])  # what a way costs is counted
+    assert row["products"]["adjoints"] < row["products"]["none"] > row["products"]["M"]
+
+
+def test_products_of_a_way_reach_the_tolerance() -> None:
+    torch.manual_seed(0)
+    J, q = 0.9 * torch.linalg.qr(torch.randn(24, 24))[0], torch.randn(3, 24)
+    exact = torch.linalg.inv(torch.eye(24) - J)  # rows: w = q (I - J)^-1 solves w = q + w J
+    assert ways.residuals(lambda w: w @ J, q, lambda r: r @ exact)[0] == 1
+    plain, basis = ways.residuals(lambda w: w @ J, q, lambda r: r)
+    assert 1 < plain < ways.MOST_PRODUCTS
+    assert all(torch.allclose(p - p @ J, image, atol=1e-4) for p, image in basis)
