@@ -12,7 +12,7 @@ from deq_compile.kernels.recycle import Shared, Sketch
 
 from . import graphs, records
 from .agree import look
-from .backward import BACKWARDS
+from .backward import BACKWARDS, of_steps
 from .body import EagerRunner, Runner
 from .choice import choice_of, solve_chosen
 from .forward import Solution, solve
@@ -48,7 +48,7 @@ class Call:
     """One call of a region: its flat state, how to evaluate the body on it, and how to solve from it.
 
     inside  whether somebody captures the caller's stream: nothing may be asked of the device
-    z0      (B, D) where the iteration begins
+    z0      (B, D) where the iteration begins; own_z0: as the user gave it
     recycled  what earlier batches have left for the backward
     """
 
@@ -68,7 +68,7 @@ class Call:
         prepared = prepared or prepare(site, state0, operands, sizes)
         self.rows, self.layout, self.runner = prepared.rows, prepared.layout, prepared.runner
         z0 = self.layout.matrix(state0)
-        self.z0 = z0.detach() if z0.requires_grad else z0
+        self.z0 = self.own_z0 = z0.detach() if z0.requires_grad else z0
         self.solver = PLAIN if site.follows else SOLVERS[spec.config.solver]
         self.evaluations = self.runner.evaluations(operands, _saved_for(site, self.solver, z0))
         self.body: Callable[[Tensor], Tensor] = self.evaluations
@@ -90,10 +90,18 @@ class Call:
             problem = dataclasses.replace(problem, shared=shared, sketch=sketch)
         if max_iter is not None:
             problem = dataclasses.replace(problem, max_iter=max_iter)
-        found = self._solve(self.body, start, problem, solver=solver or SOLVERS[site.spec.config.solver])
+        found = self._solve(
+            self.body, start, problem, solver=solver or SOLVERS[site.spec.config.solver], raising=self._raising(start)
+        )
         if found.state is not None:
             site.note_length(found.evaluations)
         return found
+
+    def _raising(self, start: Tensor) -> int | None:
+        """Evaluations of a solve whose errors are the user's: of the state that he begins with, or of steps that he asked for."""
+        if self.inside or of_steps(self.site.spec.config):
+            return None
+        return 1 if start is self.own_z0 else 0
 
     def first(self, due: bool) -> Solution:
         """The solve that stands in for the loop, or the loop's own iterates to where they converge. `due`: it is compared."""

@@ -170,14 +170,9 @@ class _Trial:
         call, cap = self.call, math.floor(SAVING * self.least / self.cost(solver))
         if cap < 1:
             return
-        self.last, config = None, call.site.spec.config
-        try:
-            last = call.solved(call.z0, call.site.tol, solver=solver, max_iter=min(cap, config.max_iter))
-        except Exception as error:  # of the body, where Broyden has not been
-            log.info("region %s at %s: %s: %r", call.site.key, call.site.spec.where, SPOKEN[solver.name], error)
-            self.counts[solver.name] = f"{STOPPED}0"
-            return
-        self.last = last
+        config = call.site.spec.config
+        last = call.solved(call.z0, call.site.tol, solver=solver, max_iter=min(cap, config.max_iter))
+        self.last = None if last.raised else last
         if missed(last):
             self.counts[solver.name] = f"{STOPPED}{last.evaluations}"
             return

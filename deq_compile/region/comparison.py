@@ -55,7 +55,7 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
         return None
     site.blank = 0
     # A sample that the loop itself loses is its own; the others decide.
-    several = False
+    several, raised = False, solution.raised
     good, distance, solution = _agrees(site, solution, own, finite, solved)
     if good and not site.follows:
         several = _ends_apart(site, solution, _second_start(solution.z, rows), finite, solved)
@@ -67,7 +67,7 @@ def compare(site: Site, solution: Solution, own: OwnLoop, z0: Tensor, rows: bool
     mine, why = "follow" if several or site.follows else "solve", why_kept.ELSEWHERE
     if not good:
         reached = bool(converged(solution.status[finite]).all())
-        mine, why = "kept", why_kept.apart(distance, site.allowed_distance, reached)
+        mine, why = "kept", why_kept.apart(distance, site.allowed_distance, reached, raised)
     elif mine == "follow" and (site.spec.start_decides or of_steps(site.spec.config)):
         mine, why = "kept", why_kept.START if site.spec.start_decides else why_kept.STEPS
     site.misses = 0

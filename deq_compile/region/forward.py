@@ -13,6 +13,7 @@ from torch import Tensor
 from deq_compile.kernels.broyden import Factors
 from deq_compile.kernels.iteration import CONVERGED, FALL, NORM_EPS, RESOLUTION, Progress, solve_info_of
 
+from .domain import evaluated
 from .modes import without_grad
 from .solvers import BROYDEN, SOLVERS, Problem, Solver
 from .status import converged
@@ -51,6 +52,7 @@ class Solution:
         evaluations: body evaluations of the whole batch; 0 where only the device knows.
         progress: the iteration that ended so; `status`, `iterations` and `residual` may be read off it when somebody asks.
         outcome: of a captured solve, which may still be running; None where nothing is pending.
+        raised: what the body has raised at an iterate of the solver's, which ended the solve; "" where it has not.
     """
 
     z: Tensor
@@ -60,14 +62,19 @@ class Solution:
     residual: Tensor
     evaluations: int
     outcome: Outcome | None = None
+    raised: str = ""
     progress: Any = field(default=None, init=False)
 
     @staticmethod
-    def of(progress: Any, state: Factors | None, z: Tensor | None = None, outcome: Outcome | None = None) -> Solution:
+    def of(
+        progress: Any, state: Factors | None, z: Tensor | None = None, outcome: Outcome | None = None, raised: str = ""
+    ) -> Solution:
         """What an iteration came to: a :class:`Progress`, or what stands for that after a captured solve."""
         found = object.__new__(Solution)
         z = progress.z_best if z is None else z
         found.__dict__.update(z=z, state=state, evaluations=progress.evaluations, outcome=outcome, progress=progress)
+        if raised:
+            found.__dict__["raised"] = raised
         return found
 
     def without_tensors(self) -> Solution:
@@ -97,8 +104,9 @@ class Solution:
 
 @without_grad
 def solve(
-    f: Callable[[Tensor], Tensor], z0: Tensor, problem: Problem | None = None, *, solver: Solver | str = BROYDEN, **settings: Any
-) -> Solution:
+    f: Callable[[Tensor], Tensor], z0: Tensor, problem: Problem | None = None, *, solver: Solver | str = BROYDEN,
+    raising: int | None = None, **settings: Any,
+) -> Solution:  # fmt: skip
     """Solve z = f(z) for each sample of a batch, without recording gradients.
 
     A sample stops when its residual is at most ``tol``, stagnates at the floor of the body's precision, or is not
@@ -109,6 +117,8 @@ def solve(
         z0: (B, D) initial iterates, float32 or float64; left as it is. Nothing is evaluated where B = 0.
         problem: tolerance, caps and sizes; None: `settings`, which are the fields of a :class:`~.solvers.Problem`.
         solver: one of :data:`~.solvers.SOLVERS`, or its name.
+        raising: evaluations, the first ones, whose errors are raised; what f raises in a later one ends the solve as values do
+            that are not finite. None: all of them.
 
     Raises:
         ValueError: an argument that is not as above, or a body whose result has another shape than its argument.
@@ -119,34 +129,41 @@ def solve(
     if problem.shared is not None or problem.sketch is not None:
         solver = solver.recycling or solver
     progress, z = solver.start(z0, problem)
-    _iterate(f, z, progress, problem.max_iter, solver.step, problem.stop)
-    return Solution.of(progress, solver.factors(progress))
+    raised = _iterate(f, z, progress, problem, solver.step, raising)
+    return Solution.of(progress, solver.factors(progress), raised=raised)
 
 
 def _iterate(
     f: Callable[[Tensor], Tensor],
     z: Tensor,
     progress: Progress,
-    max_iter: int,
+    problem: Problem,
     move: Callable[..., None],
-    stop: Callable[[Tensor, Tensor], bool] | None,
-) -> None:
-    start = None
+    raising: int | None,
+) -> str:
+    start, stop = None, problem.stop
     while progress.running:
-        fz = f(z)
+        if raising is None or progress.evaluations < raising:
+            fz = f(z)
+        else:
+            fz, raised = evaluated(f, z)
+            if raised:
+                move(progress, z, fz, last=True)
+                return raised
         if fz.shape != z.shape:
             raise ValueError(f"expected a body that maps {tuple(z.shape)} to itself, got {tuple(fz.shape)}")
-        last = progress.evaluations + 1 == max_iter
+        last = progress.evaluations + 1 == problem.max_iter
         if stop is not None:
             here = torch.linalg.vector_norm(fz - z, dim=1), torch.linalg.vector_norm(fz, dim=1)
             start = start or here
             if stop(z, fz):
                 if ends_well(start, here):
                     accept(progress, z, fz)
-                    return
+                    return ""
                 # A test that holds for NaN holds for ever after; one that holds because |f| has grown may hold again.
                 last = last or not bool(torch.isfinite(here[0]).all())
         move(progress, z, fz, last=last)
+    return ""
 
 
 @without_grad

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .domain import or_nan
+
 
 def rows_are_independent(body: Callable[[Tensor], Tensor], z: Tensor, eps: float) -> bool | None:
     """Whether no row of body(z) depends on another row of z, (B, D) with B >= 2. None where values that are not finite hide it.
@@ -14,7 +16,8 @@ def rows_are_independent(body: Callable[[Tensor], Tensor], z: Tensor, eps: float
     For every bit of the row number, the rows with that bit set are disturbed, then those without: every ordered pair of
     rows is tried at least once, in 2 ceil(log2 B) + 1 evaluations. Batched matrix products may round a row differently
     when others change, hence a threshold of a thousand units of the body's round-off `eps`. A coupling weaker than that
-    is not seen. Where the noise leaves the body's domain (a logarithm's, say), z is disturbed by a part of itself.
+    is not seen. Where the noise leaves the body's domain (a logarithm's, say; it may raise there), z is disturbed by a part of
+    itself.
     """
     if not z.numel():
         return True
@@ -25,7 +28,8 @@ def rows_are_independent(body: Callable[[Tensor], Tensor], z: Tensor, eps: float
         return torch.randn(z.shape, generator=generator, dtype=torch.float64).to(z.device, z.dtype)
 
     base, size = z + noise(), torch.ones_like(z)
-    before = body(base).clone()
+    elsewhere = or_nan(body)
+    before = elsewhere(base).clone()
     if not bool(torch.isfinite(before).all()):
         base, size = z, 0.1 * z
         before = body(base).clone()
@@ -39,7 +43,7 @@ def rows_are_independent(body: Callable[[Tensor], Tensor], z: Tensor, eps: float
             if bool(disturbed.all()) or not bool(disturbed.any()):
                 continue
             moved = torch.where(disturbed[:, None], base + size * noise(), base)
-            change = (body(moved) - before)[~disturbed].abs()
+            change = (elsewhere(moved) - before)[~disturbed].abs()
             if not bool(torch.isfinite(change).all()) or bool(change.amax() > 1e3 * eps * scale):
                 return False
     return True

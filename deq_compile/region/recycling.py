@@ -100,6 +100,8 @@ def _both(call: Call, pool: Pool, shared: Shared) -> Solution:
     pool.note_cost(2 * compressing(z0.shape[1], ROWS), 3 * without)
     if missed(plain) and missed(recycled):
         pool.undecided()
+    elif recycled.raised:
+        drop(site, pool, "forward")
     else:
         pool.decide_forward(without, with_it, SAVING)
     pool.watch_forward.decided(plain.evaluations, recycled.evaluations)

@@ -78,13 +78,14 @@ def count_misses(site: Site, solution: Solution) -> bool:
         return False
     own = site.spec.own_loop_cap is not None and solution.outcome is None  # a captured solve has gone out already
     capped = bool((status == Status.MAX_ITER).any())
-    site.misses += capped
+    site.misses += capped or bool(solution.raised)
     if not site.warned:
         site.warned = True
         share = float(converged(status).double().mean())
         goal = "the loop's own test" if site.spec.stop else f"tol={site.tol:g}"
         which = "last" if of_steps(site.spec.config) else "best"
         why = f"within max_iter={site.spec.config.max_iter}" if capped else "since the body's values are not finite"
+        why = f"since the body raised {solution.raised}" if solution.raised else why
         warnings.warn(
             f"fixed-point region at {site.spec.where}: {1 - share:.0%} of the samples missed {goal} {why}; "
             + ("the loop's own iterations are run instead " if own else f"their {which} iterate is used ")

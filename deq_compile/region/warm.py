@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .adjoint import AdjointProblem, AdjointSolution, certified_at, solve_adjoint
 from .backward import BACKWARDS
+from .domain import or_nan
 from .status import AdjointStatus
 
 if TYPE_CHECKING:
@@ -104,16 +105,16 @@ def begins_from(start: Start | None, q: Tensor) -> bool:
 
 def _better(call: Call, warm: Warm, seen: Tensor) -> Tensor:
     """(B, D) for each sample the start whose residual is lower: the call's own, or what was seen last."""
-    own, other = (_residuals(call, z) for z in (call.z0, seen))
+    own, other = _residuals(call, call.z0), _residuals(call, seen, or_nan(call.body))
     take = other < own
     warm.better = bool(take.any())
     return torch.where(take[:, None], seen, call.z0) if warm.better else call.z0
 
 
-def _residuals(call: Call, z: Tensor) -> Tensor:
+def _residuals(call: Call, z: Tensor, body: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """(B,) |f(z) - z|; NaN where that is not finite, which no comparison prefers."""
     with torch.no_grad():
-        norms = torch.linalg.vector_norm(call.body(z).to(z.dtype) - z, dim=1)
+        norms = torch.linalg.vector_norm((body or call.body)(z).to(z.dtype) - z, dim=1)
     return torch.where(torch.isfinite(norms), norms, math.nan)
 
 

@@ -15,8 +15,10 @@ def misses(count: int, what: str) -> str:
     return f"{count} {what} in a row missed the tolerance"
 
 
-def apart(distance: float, allowed: float, converged: bool) -> str:
-    """The loop's result is not the fixed point, or none was found to judge it by."""
+def apart(distance: float, allowed: float, converged: bool, raised: str = "") -> str:
+    """The loop's result is not the fixed point, or none was found to judge it by; maybe for what the body has `raised`."""
+    if raised:
+        return f"the body raised {raised} at an iterate of the solver's, where the loop itself does not come"
     if not converged:
         return "the solver reached no fixed point by which its result could be judged; raise max_iter, or make the body contract"
     return (
