@@ -1,8 +1,8 @@
 """``python -m bench against COMMIT``: whole training steps of this package and of an earlier commit's, in turns.
 
 Each has a process of its own, on one thread, in process CPU time. The earlier one trains; this one has its weights before each
-step, and the same batch: two that train by themselves drift apart. Gradients behind the last step are compared with those of a
-hundred iterations in float64.
+step, buffers included, and the same batch: two that train by themselves drift apart. Gradients behind the last step are compared
+with those of a hundred iterations in float64.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ import torch
 from tabulate import tabulate
 
 from bench.gradients.bodies import TRAINING_SAMPLES
-from bench.trained import exact_gradient, make
+from bench.trained import DEMO, exact_gradient, make
 
 from .tables.cli import header
 from .tables.runs import ROOT
 
-PROBLEMS = ("mlp128", "mlp1024", "conv", "transformer")
+PROBLEMS = ("mlp128", "mlp128sym", "mlp1024", "mlp1024sym", "conv", "transformer", DEMO)  # the tables', and the demo
 PARTS = ("deq_compile", "kernels", "passes")  # of a commit
 GRADIENT_BATCHES = 3
 
@@ -50,11 +50,11 @@ for line in sys.stdin:
     what, *rest = json.loads(line)
     if what == "load":
         with torch.no_grad():
-            for mine, its in zip(parameters, torch.load(file)):
+            for mine, its in zip(model.state_dict().values(), torch.load(file)):
                 mine.copy_(its)
         answer = None
     elif what == "save":
-        answer = torch.save([p.detach() for p in parameters], file)
+        answer = torch.save(list(model.state_dict().values()), file)
     else:
         x, y = inputs[rest[0]], labels[rest[0]]
         if what == "gradient":
@@ -148,7 +148,7 @@ def measure(problem: str, roots: dict[str, Path], folder: str, args: argparse.Na
         before.ask("save")
         after.ask("load")
         with torch.no_grad():
-            for mine, its in zip(model.parameters(), torch.load(file), strict=True):
+            for mine, its in zip(model.state_dict().values(), torch.load(file), strict=True):
                 mine.copy_(its)
         errors: dict[str, list[float]] = {which: [] for which in lanes}
         for i in range(GRADIENT_BATCHES):

@@ -1,4 +1,4 @@
-"""A body of the benchmarks that is trained on the handwritten digits: what whole training steps are timed on.
+"""Bodies of the benchmarks, and the demo's model, trained on the handwritten digits: what whole training steps are timed on.
 
 Nothing of deq_compile is imported here: `bench against` trains it with an earlier one.
 """
@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import problems
+from bench.demo_model import WeightTiedClassifier
 from bench.gradients.bodies import CLASSES, digits
 
 LEARNING_RATE = 3e-4
 # A body of the tables whose matrix is drawn orthogonal: all of its eigenvalues are large, so that solves are long.
 ORTHOGONAL, GAIN = "-orthogonal", 0.9
+DEMO, DEMO_BATCH = "digits-demo", 64  # the model of `bench demo`
 
 
 class Classifier(nn.Module):
@@ -32,8 +34,11 @@ class Classifier(nn.Module):
         return self.head(pooled)
 
 
-def make(name: str) -> tuple[Classifier, Tensor, Tensor, int]:
-    """The model of a problem, digits in the shape of its input, their labels, and the batch size."""
+def make(name: str) -> tuple[nn.Module, Tensor, Tensor, int]:
+    """The model of a problem, or the demo's, digits in the shape of its input, their labels, and the batch size."""
+    if name == DEMO:
+        torch.manual_seed(0)
+        return WeightTiedClassifier(), *digits(), DEMO_BATCH
     loop, x, _ = problems.make(name.removesuffix(ORTHOGONAL))
     if name.endswith(ORTHOGONAL):
         nn.init.orthogonal_(loop.W.weight, gain=GAIN)  # type: ignore[union-attr, arg-type]
@@ -49,9 +54,9 @@ def make(name: str) -> tuple[Classifier, Tensor, Tensor, int]:
     return model, inputs, labels, shape[0]
 
 
-def exact_gradient(model: Classifier, x: Tensor, y: Tensor) -> Tensor:
+def exact_gradient(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Of a hundred iterations in float64, by autograd."""
     wide = copy.deepcopy(model).double()
-    wide.loop.n_iter = 100  # type: ignore[assignment]
+    getattr(wide, "loop", wide).n_iter = 100
     grads = torch.autograd.grad(F.cross_entropy(wide(x.double()), y), list(wide.parameters()))
     return torch.cat([g.flatten() for g in grads])

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.gradients.bodies import TRAINING_SAMPLES
-from bench.trained import LEARNING_RATE, Classifier, exact_gradient, make
+from bench.trained import LEARNING_RATE, exact_gradient, make
 from deq_compile import Report, record_solves
 from deq_compile.testing import Backend
 
@@ -30,7 +30,7 @@ GRADIENT_SAMPLES = 3  # batches on which the gradients are compared with those i
 class Lane:
     """One model in training. `seconds`, `evaluations` and `products` of its steps."""
 
-    model: Classifier
+    model: nn.Module
     compiled: Any
     optimizer: torch.optim.Optimizer
     report: Report
@@ -39,7 +39,7 @@ class Lane:
     products: list[int]
 
     @staticmethod
-    def of(model: Classifier, options: dict[str, Any]) -> Lane:
+    def of(model: nn.Module, options: dict[str, Any]) -> Lane:
         model, report = copy.deepcopy(model), Report()
         compiled = torch.compile(model, backend=Backend(options, report))
         return Lane(model, compiled, torch.optim.Adam(model.parameters(), lr=LEARNING_RATE), report, [], [], [])
