@@ -373,7 +373,8 @@ class _Backward:
         stop = any_of(spec.stop, self.layout, (*operands, *self.inputs.sizes))
         problem = problem_of(self.site, watched=not self.inside, stop=stop)
         f = self.runner.evaluations(operands, None)
-        return solve(f, self._start(), problem, solver=SOLVERS[spec.config.solver])
+        raising = None if self.inside or of_steps(spec.config) else 1  # as the forward
+        return solve(f, self._start(), problem, solver=SOLVERS[spec.config.solver], raising=raising)
 
 
 def adjoint(

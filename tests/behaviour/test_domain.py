@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -92,6 +93,16 @@ def test_where_those_miss_too_it_is_said_why() -> None:
     x = inputs()
     with pytest.warns(RegionWarning, match="since the body raised .*LinAlgError"):
         fixed_point(lambda z: body(z, x), torch.zeros_like(x), max_iter=5, tol=1e-10, solver="broyden")
+
+
+def test_factors_that_are_made_again_are_those_of_a_solve_that_ended_there() -> None:
+    x = inputs()
+    options = {"inner": "eager", "solver": "broyden", "backward_tol": math.inf, "semantics": "equilibrium"}
+    solved = torch.compile(model, backend=Backend(options))
+    _, expected = gradient(solved, x)
+    with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):  # what a forward leaves hangs on tensors
+        _, grad = gradient(solved, x)
+    assert torch.allclose(grad, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("eager", [True, False])
