@@ -15,9 +15,11 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from bench import machine
+
+from .tables.cli import header
 
 SIZES = ((1, 8), (8, 8), (8, 64))
 TOLERANCES = (0.3, 1e-2, 1e-4, 1e-6)
@@ -156,6 +160,7 @@ def line(counts: list[float], seconds: list[float]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=300, help="timed calls of each kind (default 300)")
+    parser.add_argument("--json", type=Path, help="write everything there, in seconds, after each size")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -164,6 +169,7 @@ def main(args: argparse.Namespace) -> int:
     time_leaves()
     gc.disable()
     load = machine.OtherLoad()
+    args.threads, done = 1, list[dict[str, Any]]()
     for batch, width in SIZES:
         rows = [measure(batch, width, tol, args.repeats) for tol in TOLERANCES]
         fixed = ("B x D", "tol", "evaluations", "products")
@@ -171,5 +177,10 @@ def main(args: argparse.Namespace) -> int:
         for part, count, over in (("forward", "evaluations", "over"), ("backward", "products", "back over")):
             print(f"  {part}: {line([row[count] for row in rows], [row[over] for row in rows])}")
         print(flush=True)
+        done += rows
+        if args.json:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            found = {**header(args), "busy cores": load.mean_cores(), "rows": done}
+            args.json.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{machine.one_line(machine.describe())}; other programs kept {load.mean_cores():.1f} cores busy")
     return 0
