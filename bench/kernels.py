@@ -53,12 +53,14 @@ class Row:
 def kernels() -> dict[str, Any]:
     from deq_compile.testing import broyden_triton as broyden
     from deq_compile.testing import gcr_triton as gcr
+    from deq_compile.testing import recycle_triton as recycle
     from deq_compile.testing import reuse_triton as reuse
 
     names = {
         broyden: ("start", "summarise", "finish", "step_fused", "dots", "combine"),
         reuse: ("transpose_fused", "transpose_dots", "transpose_combine", "gram", "weights", "addresses"),
         gcr: ("begin", "project", "extend", "advance"),
+        recycle: ("thin_weights", "thin_apply"),
     }
     found = {name: getattr(module, name) for module, some in names.items() for name in some}
     # The same kernels as the type-II operator M.
@@ -101,7 +103,21 @@ def constants(name: str, steps: int, graph: bool) -> dict[str, Any]:
         return {**values, "BD": 1024, "warps": 4, "stages": cut.stages}
     if name == "addresses":
         return {**values, "warps": 1, "stages": 1}
+    if name.startswith("thin"):
+        return {**values, **thin_constants(name, steps)}
     return {**values, "warps": cut.warps, "stages": cut.stages}
+
+
+def thin_constants(name: str, rank: int) -> dict[str, Any]:
+    """Of the products with a shared inverse: of few samples, and from a rank above the largest on of many."""
+    from deq_compile.testing import power_of_two, recycle_gpu
+
+    cut = recycle_gpu.Cut.of(32 if rank <= recycle_gpu.MOST_RANK else 4096, 65536, min(rank, recycle_gpu.MOST_RANK), 4)
+    return {
+        "BB": cut.samples, "BR": cut.rows, "BD": cut.columns[name == "thin_apply"], "BP": power_of_two(cut.slabs),
+        "SQUARES": True, "RESIDUAL": True, "warps": recycle_gpu.WARPS, "stages": recycle_gpu.STAGES,
+        "STAGES": recycle_gpu.STAGES,
+    }  # fmt: skip
 
 
 def compiled(name: str, kernel: Any, arch: int, dtype: str, steps: int, graph: bool) -> Any:
@@ -118,7 +134,8 @@ def compiled(name: str, kernel: Any, arch: int, dtype: str, steps: int, graph: b
             signature[a] = "constexpr"
         elif a.endswith("_ptr"):
             special = {**dict.fromkeys(_INTS, "*i32"), **dict.fromkeys(_LONGS, "*i64"), **dict.fromkeys(_DOUBLES, "*fp64")}
-            signature[a] = f"*{dtype}" if a == "S_ptr" else special.get(a, "*fp32")
+            narrow = a == "S_ptr" or (a == "f_ptr" and name.startswith("thin"))  # what may be in a lower precision
+            signature[a] = f"*{dtype}" if narrow else special.get(a, "*fp32")
         elif a.endswith("_address"):
             signature[a] = "i64"
         else:

@@ -39,9 +39,11 @@ if TYPE_CHECKING:
     from deq_compile.kernels.gcr.gpu import TritonGcr as TritonGcr
     from deq_compile.kernels.gcr.gpu import extend_columns as extend_columns
     from deq_compile.kernels.gcr.gpu import project_columns as project_columns
+    from deq_compile.kernels.recycle import gpu as recycle_gpu
     from deq_compile.kernels.recycle import shared as recycle_shared
     from deq_compile.kernels.recycle import sketch as recycle_sketch
     from deq_compile.kernels.reuse import apply_multisecant as apply_multisecant
+    from deq_compile.kernels.recycle import triton_kernels as recycle_triton
     from deq_compile.kernels.reuse import apply_transpose as apply_transpose
     from deq_compile.kernels.reuse import multisecant as multisecant
     from deq_compile.kernels.reuse import triton_kernels as reuse_triton
@@ -150,9 +152,11 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "power_of_two": ("deq_compile.kernels.tiles", "power_of_two"),
     "project_columns": ("deq_compile.kernels.gcr.gpu", "project_columns"),
     "rehearsal": ("deq_compile.kernels.device", "rehearsal"),
+    "recycle_gpu": ("deq_compile.kernels.recycle.gpu", None),
     "recycle_pool": ("deq_compile.region.pool", None),
     "recycle_shared": ("deq_compile.kernels.recycle.shared", None),
     "recycle_sketch": ("deq_compile.kernels.recycle.sketch", None),
+    "recycle_triton": ("deq_compile.kernels.recycle.triton_kernels", None),
     "reuse": ("deq_compile.kernels.reuse", None),
     "reuse_triton": ("deq_compile.kernels.reuse.triton_kernels", None),
     "runner_for": ("deq_compile.region.runners", "runner_for"),
@@ -227,9 +231,11 @@ __all__ = [
     "phantom",
     "power_of_two",
     "project_columns",
+    "recycle_gpu",
     "recycle_pool",
     "recycle_shared",
     "recycle_sketch",
+    "recycle_triton",
     "rehearsal",
     "reuse",
     "reuse_triton",
