@@ -3,7 +3,7 @@
 The one place where an implementation is chosen: callers use the names below and never an implementation's module.
 """
 
-from .dispatch import advance, new_state, step, step_preconditioned, step_residual
+from .dispatch import advance, new_state, step, step_preconditioned, step_residual, step_shared
 from .padded import Steps
 from .padded import advance as advance_padded
 from .state import BroydenState, Factors, coefficient_width, factors_of, row_width
@@ -21,4 +21,5 @@ __all__ = [
     "step",
     "step_preconditioned",
     "step_residual",
+    "step_shared",
 ]

@@ -84,15 +84,37 @@ def step_residual(state: BroydenState, z: Tensor, g: Tensor, stop_norm: Tensor, 
         aten.step_residual(state, z, g, stop_norm, last=last)
 
 
-def step_preconditioned(state: BroydenState, z: Tensor, f: Tensor, moved: Tensor, *, last: bool = False) -> None:
+def step_preconditioned(
+    state: BroydenState, z: Tensor, f: Tensor, moved: Tensor, *, squares: Tensor | None = None, last: bool = False
+) -> None:
     """:func:`step` of an inverse that begins with H_0 = -P: f - z is judged, ``moved`` = P (f - z), (B, D), is what is moved by.
-    What is stored are the factors of the preconditioned problem. On a CPU, or in ATen."""
+    What is stored are the factors of the preconditioned problem.
+
+    Args:
+        squares: what the Triton products found on their way, see :meth:`~..recycle.Products.residual`; for the Triton step alone.
+    """
     if isinstance(state, CpuState):
         state.step_preconditioned(z, f, moved, last=last)
     elif isinstance(state, TritonState):
-        raise NotImplementedError("expected a state that ATen or C++ works on: the Triton step takes no preconditioned residual")
+        state.step_preconditioned(z, f, moved, squares=squares, last=last)
     else:
         aten.step_preconditioned(state, z, f, moved, last=last)
+
+
+def step_shared(state: BroydenState, z: Tensor, f: Tensor, g: Tensor | None = None, *, last: bool = False) -> None:
+    """:func:`step_preconditioned` by the shared inverse that the state begins with; see :meth:`BroydenState.begin_with`.
+
+    Args:
+        f: (B, D) body(z); any floating dtype.
+        g: (B, D) f - z where that is known, compute dtype; changed in place.
+    """
+    assert state.shared is not None
+    if isinstance(state, TritonState) and state.step_shared(z, f, last=last):
+        return
+    f = f.to(z.dtype)
+    if g is None:
+        g = torch.sub(f, z, out=state.spare)
+    step_preconditioned(state, z, f, state.shared.apply_(g), last=last)
 
 
 def advance(state: BroydenState, z: Tensor, g: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from ..device import triton_kernels
 from ..iteration import RUNNING
+from ..precision import without_autocast
+from ..recycle import products
 from ..tiles import Tiles, offsets_fit, padded, power_of_two, tiles
 from .state import BroydenState, Factors, coefficient_width, new_factors, row_width
 
@@ -92,6 +95,16 @@ class Outputs:
     def addresses(self) -> tuple[int, ...]:
         """In the order of the table."""
         return tuple(t.data_ptr() for t in (self.S, self.C, self.z_best, self.ints, self.residual, self.solve_info))
+
+
+@without_autocast
+def judged(z: Tensor, f: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """What a preconditioned step is judged by, (2, padded(B)), and what it takes as `moved`; all (B, D) in the compute dtype."""
+    B = z.shape[0]
+    squares = z.new_zeros((2, padded(B)))
+    for row, v in zip(squares, (f - z, f), strict=True):
+        row[:B] = v.square().sum(1)
+    return squares, torch.where(torch.isfinite(squares[0, :B])[:, None], moved, f)
 
 
 class Launches:
@@ -237,7 +250,8 @@ class TritonState(BroydenState, Launches):
             found = self.scratch[name] = torch.empty(size, dtype=dtype, device=self.done.device)
         return found
 
-    def _launch(self, z: Tensor, f: Tensor, norm: Tensor | None, given: bool, observe: bool, last: bool) -> None:
+    def _launch(self, z: Tensor, f: Tensor, norm: Tensor | None, given: int, observe: bool, last: bool) -> None:
+        """`given` is the kernels' GIVEN."""
         import triton.language as tl
 
         B, D = z.shape
@@ -303,13 +317,36 @@ class TritonState(BroydenState, Launches):
 
     def step(self, z: Tensor, f: Tensor, *, stop_norm: Tensor | None = None, last: bool = False) -> None:
         self.evaluations += 1
-        self._launch(z, f, stop_norm, given=False, observe=True, last=last)
+        self._launch(z, f, stop_norm, given=0, observe=True, last=last)
         self._after(last)
 
     def step_residual(self, z: Tensor, g: Tensor, stop_norm: Tensor, *, last: bool = False) -> None:
         self.evaluations += 1
-        self._launch(z, g.to(z.dtype), stop_norm, given=True, observe=True, last=last)
+        self._launch(z, g.to(z.dtype), stop_norm, given=1, observe=True, last=last)
         self._after(last)
 
+    def step_preconditioned(
+        self, z: Tensor, f: Tensor, moved: Tensor, *, squares: Tensor | None = None, last: bool = False
+    ) -> None:
+        """`squares` (2, padded(B)): |f - z|^2 and |f|^2, where whoever made `moved` has them; `moved` then has f in rows where that is
+        not finite. None: they are made here."""
+        if squares is None:
+            squares, moved = judged(z, f.to(z.dtype), moved)
+        self.evaluations += 1
+        self._launch(z, moved, squares, given=2, observe=True, last=last)
+        self._after(last)
+
+    def step_shared(self, z: Tensor, f: Tensor, *, last: bool = False) -> bool:
+        """:meth:`step_preconditioned` by `shared`; False, and nothing done, where no kernel takes it."""
+        assert self.shared is not None
+        assert self.spare is not None
+        if self.products is None:
+            self.products = products(self.shared, z)
+            if self.products is None:
+                return False
+        squares = self.products.residual(f, z, self.done, self.spare, functools.partial(launch, self))
+        self.step_preconditioned(z, f, self.spare, squares=squares, last=last)
+        return True
+
     def advance(self, z: Tensor, g: Tensor) -> None:
-        self._launch(z, g.to(z.dtype), None, given=True, observe=False, last=False)
+        self._launch(z, g.to(z.dtype), None, given=1, observe=False, last=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import workspace
 from ..device import on_gpu
 from ..iteration import Progress, progress_fields
-from ..recycle import Shared, Sketch
+from ..recycle import Products, Shared, Sketch
 
 COMPUTE_DTYPES = (torch.float32, torch.float64)
 FACTOR_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -65,6 +65,7 @@ class BroydenState(Progress, Factors):
         guarded: whether samples were frozen before a restart, so that slots below ``slots_written`` may be in use.
         sketch: where the iteration takes down what it passes.
         spare: (B, D) for the residual where `shared` or `sketch` asks for it: a new tensor an iteration would be faulted in.
+        products: with `shared`, in Triton; None before the first, and where ATen takes them.
     """
 
     eta: float
@@ -72,12 +73,18 @@ class BroydenState(Progress, Factors):
     guarded: bool = False
     sketch: Sketch | None = None
     spare: Tensor | None = None
+    products: Products | None = None
 
     def unwatched(self) -> None:
         """Do not ask a device how far it is: the iteration goes on to its cap, as somebody else's capture needs."""
 
     def alone(self) -> Factors:
         return Factors(S=self.S, C=self.C, n=self.n, slots_written=self.slots_written, shared=self.shared)
+
+    def begin_with(self, z0: Tensor, shared: Shared | None, sketch: Sketch | None) -> None:
+        """Begin at z0 with H_0 = -P of a shared inverse, and tell a sketch what the iteration passes. Before the first step."""
+        self.shared, self.sketch = shared, sketch
+        self.spare = _dense(tuple(z0.shape), z0.dtype, z0.device)
 
     def iterate(self, z0: Tensor) -> Tensor:
         """The iterate to begin with: (B, D), contiguous, equal to the ``z0`` of this state and no other's."""
@@ -133,15 +140,17 @@ def check_given(z0: Tensor, memory: int, factor_dtype: torch.dtype, S: Tensor | 
             )
 
 
+def _dense(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised; on a CPU from the workspace, where memory that was used before has no pages to be faulted in."""
+    return workspace.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
+
+
 def new_factors(z0: Tensor, memory: int, factor_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """S and C for a batch like ``z0`` (B, D), uninitialised."""
     (B, D), device = z0.shape, z0.device
     row = row_width(D, device)
     shapes = ((B, memory + 1, row), factor_dtype), ((B, memory, coefficient_width(memory)), z0.dtype)
-    S, C = (
-        workspace.empty(shape, dtype) if device.type == "cpu" else torch.empty(shape, dtype=dtype, device=device)
-        for shape, dtype in shapes
-    )
+    S, C = (_dense(shape, dtype, device) for shape, dtype in shapes)
     return S if row == D else S[:, :, :D], C
 
 

@@ -12,6 +12,9 @@ of an iteration decides about the next one: in the fused form the samples vote (
 ends the loop and `combine` keeps it going while a sample runs.
 
 `mark_ptr` is a matrix (2, padded(B)): the marks, and behind them the ceilings.
+
+GIVEN says what `f_ptr` is: 0, the body at z; 1, the residual g itself, of which `norm_ptr` (B,) has the relative norm to stop on;
+2, what is moved by in the place of g, the squares of |g| and |f| to judge by being in `norm_ptr` (2, padded(B)).
 """
 
 from __future__ import annotations
@@ -133,11 +136,14 @@ def step_fused(
     r = tl.load(y_ptr + BM + i, mask=i < n, other=0.0)
     gg = tl.load(y_ptr + 2 * BM)
     ff = tl.load(y_ptr + 2 * BM + 1)
+    if GIVEN == 2:
+        gg = tl.load(norm_ptr + b)
+        ff = tl.load(norm_ptr + padded(tl.num_programs(0)) + b)
     code = RUNNING
     improved = 0 * n
     if OBSERVE:
         count = tl.load(count_ptr + b) + 1
-        norm = tl.load(norm_ptr + b) if GIVEN else gg
+        norm = tl.load(norm_ptr + b) if GIVEN == 1 else gg
         ceiling_ptr = mark_ptr + padded(tl.num_programs(0))
         code, best, mark, ceiling, stall, improved, lost = judge(
             gg, ff, norm, tl.load(best_ptr + b), tl.load(mark_ptr + b), tl.load(ceiling_ptr + b), tl.load(stall_ptr + b), count,
@@ -236,6 +242,9 @@ def combine(
     Q = part_ptr + b * PARTS * (2 * BM + 2) + q * (2 * BM + 2) + 2 * BM
     gg = tl.sum(tl.load(Q, mask=q < PARTS, other=0.0), axis=0)
     ff = tl.sum(tl.load(Q + 1, mask=q < PARTS, other=0.0), axis=0)
+    if GIVEN == 2:
+        gg = tl.load(norm_ptr + b)
+        ff = tl.load(norm_ptr + padded(tl.num_programs(0)) + b)
     lo = slab * SLAB
     hi = tl.minimum(lo + SLAB, D)
     z_ptr += b * D
@@ -248,7 +257,7 @@ def combine(
     improved = 0 * n
     if OBSERVE:
         count = tl.load(ints_ptr + b * 4 + 2) + 1
-        norm = tl.load(norm_ptr + b) if GIVEN else gg
+        norm = tl.load(norm_ptr + b) if GIVEN == 1 else gg
         code, best, mark, ceiling, stall, improved, lost = judge(
             gg, ff, norm, tl.load(floats_ptr + b * 3), tl.load(floats_ptr + b * 3 + 1), tl.load(floats_ptr + b * 3 + 2),
             tl.load(ints_ptr + b * 4 + 1), count, tol, floor, max_iter, RELATIVE, GIVEN,

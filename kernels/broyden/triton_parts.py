@@ -22,7 +22,7 @@ def judge(
     threshold = floor + 0.0 * gg
     fallen = 1
     fallen_at_floor = 1
-    if GIVEN:
+    if GIVEN == 1:
         stop = norm
     else:
         scale = tl.sqrt(ff) + 1e-9
@@ -166,7 +166,7 @@ def freeze(z_ptr, f_ptr, best_z_ptr, failed, lost, improved, lo, hi, GIVEN: tl.c
         kept = tl.load(best_z_ptr + o, mask=m & failed, other=0.0)
         tl.store(best_z_ptr + o, z, mask=m & (improved != 0))
         tl.store(z_ptr + o, kept, mask=m & failed)
-        if not GIVEN:
+        if GIVEN != 1:
             f = tl.load(f_ptr + o, mask=m & (lost != 0), other=0.0).to(z.dtype)
             tl.store(best_z_ptr + o, f, mask=m & (lost != 0))
 

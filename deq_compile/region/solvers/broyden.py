@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from deq_compile.kernels import broyden, workspace
+from deq_compile.kernels import broyden
 from deq_compile.kernels.broyden import BroydenState, Factors
 from deq_compile.kernels.iteration import Progress
 
@@ -43,20 +43,19 @@ class Recycling(Broyden):
     def start(self, z0: Tensor, problem: Problem) -> tuple[Progress, Tensor]:
         state, z = super().start(z0, problem)
         assert isinstance(state, BroydenState)
-        state.shared, state.sketch, state.spare = problem.shared, problem.sketch, workspace.empty(z0.shape, z0.dtype)
+        state.begin_with(z0, problem.shared, problem.sketch)
         return state, z
 
     def step(self, progress: Progress, z: Tensor, f: Tensor, *, last: bool) -> None:  # type: ignore[override]
         assert isinstance(progress, BroydenState)
-        assert progress.spare is not None
-        f = f.to(z.dtype)
-        g = torch.sub(f, z, out=progress.spare)
+        g = None
         if progress.sketch is not None:
+            g = torch.sub(f.to(z.dtype), z, out=progress.spare)
             progress.sketch.note(z, g)
         if progress.shared is None:
             broyden.step(progress, z, f, last=last)
         else:
-            broyden.step_preconditioned(progress, z, f, progress.shared.apply_(g), last=last)
+            broyden.step_shared(progress, z, f, g, last=last)
 
 
 BROYDEN = SOLVERS.register(Broyden())
