@@ -328,8 +328,8 @@ class TritonState(BroydenState, Launches):
     def step_preconditioned(
         self, z: Tensor, f: Tensor, moved: Tensor, *, squares: Tensor | None = None, last: bool = False
     ) -> None:
-        """`squares` (2, padded(B)): |f - z|^2 and |f|^2, where whoever made `moved` has them; `moved` then has f in rows where that is
-        not finite. None: they are made here."""
+        """`squares` (2, padded(B)): |f - z|^2 and |f|^2, where whoever made `moved` has them; in rows where that is not finite
+        `moved` then has f. None: they are made here."""
         if squares is None:
             squares, moved = judged(z, f.to(z.dtype), moved)
         self.evaluations += 1

@@ -32,7 +32,7 @@ def new_state(
         tol: relative residual at which a sample, or the batch as a whole, stops.
         floor: relative residual below which stagnation counts as having converged.
         capacity: VJPs to make room for at first, where C++ runs the iteration; None: not known.
-        shared: what is put before M, about (I - J^T)^-1 as well; not in Triton.
+        shared: what is put before M, about (I - J^T)^-1 as well.
 
     Raises:
         ValueError: an argument that is not as above.
@@ -41,21 +41,21 @@ def new_state(
         raise ValueError(f"expected q of shape (B, D) in float32 or float64, got {tuple(q.shape)} in {q.dtype}")
     if memory < 1:
         raise ValueError(f"expected memory >= 1, got {memory}")
-    state = _new_state(q.contiguous(), operator, memory, tol, floor, capacity, triton=shared is None)
+    state = _new_state(q.contiguous(), operator, memory, tol, floor, capacity)
     if shared is not None:
         state.shared = shared
+        if isinstance(state, TritonGcr) and state.begin_with(shared):
+            return state
         state.spare = workspace.empty(q.shape, q.dtype) if q.device.type == "cpu" else torch.empty_like(q)
         shared.apply_(state.w)
     return state
 
 
-def _new_state(
-    q: Tensor, operator: Multisecant | None, memory: int, tol: float, floor: float, capacity: int | None, *, triton: bool
-) -> GcrState:
+def _new_state(q: Tensor, operator: Multisecant | None, memory: int, tol: float, floor: float, capacity: int | None) -> GcrState:
     fits = offsets_fit(2 * memory, row_width(q.shape[1], q.device))
     if operator is not None:
         fits = fits and offsets_fit(operator.S.shape[1], operator.S.stride(1))
-    if triton and on_gpu(q.device) and fits and (kernels := triton_kernels("gcr")) is not None:
+    if on_gpu(q.device) and fits and (kernels := triton_kernels("gcr")) is not None:
         return TritonGcr.create(q, operator, memory, tol, floor, kernels)
     functions = native.functions(q) if operator is None else native.functions(q, operator.S, operator.V)
     if functions is not None:
@@ -84,15 +84,16 @@ def move(state: GcrState, jw: Tensor, *, last: bool = False, look: bool = False)
         state.move(jw, last, look)
     else:
         aten.move(state, jw, last)
-    if state.shared is not None and state.active and not state.converged:
-        _precede(state, state.shared)
+    if state.spare is not None and state.active and not state.converged:
+        _precede(state, state.spare)
 
 
 @without_autocast
-def _precede(state: GcrState, shared: Shared) -> None:
+def _precede(state: GcrState, spare: Tensor) -> None:
     """The trial w = x + M r becomes x + P M r, for the samples that go on."""
-    assert state.spare is not None
-    weights = shared.weights(torch.sub(state.w, state.x, out=state.spare))
-    if state.frozen:
+    shared = state.shared
+    assert shared is not None
+    weights = shared.weights(torch.sub(state.w, state.x, out=spare))
+    if state.frozen or isinstance(state, TritonGcr):  # whose host may be behind
         weights.masked_fill_((state.done != RUNNING)[:, None], 0.0)
     state.w.addmm_(weights, shared.A, alpha=-1)

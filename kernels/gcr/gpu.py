@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..broyden.gpu import NEVER, Launches, launch, rows_of, summarise
 from ..broyden.state import row_width
 from ..iteration import RUNNING
+from ..recycle import Products, Shared, products
 from ..reuse.multisecant import Multisecant
 from ..tiles import Tiles, offsets_fit, power_of_two, tiles
 from .state import DEPENDENT_EPS, GcrState
@@ -38,6 +40,7 @@ class TritonGcr(GcrState, Launches):
     outcome     (2,) residual of the batch at the last VJP, and 1 where that ended the iteration; compute dtype
     poll_every  VJPs between two looks at the device; 0: never
     limit, table, handle   as in :class:`~..broyden.gpu.TritonState`; the table holds the address of S
+    products    with `shared`; None: without, or in ATen
     """
 
     kernels: Any
@@ -52,6 +55,7 @@ class TritonGcr(GcrState, Launches):
     handle: Tensor | None = None
     scratch: dict[str, Tensor] = field(default_factory=dict)
     slots: tuple[int, int] = (1, 16)
+    products: Products | None = None
 
     @staticmethod
     def create(
@@ -81,6 +85,18 @@ class TritonGcr(GcrState, Launches):
         if begin:
             found.restart()
         return found
+
+    def begin_with(self, shared: Shared) -> bool:
+        """Put P before M in every trial, the first one included, which is there already; False where no kernel takes it."""
+        self.products = products(shared, self.q)
+        if self.products is None:
+            return False
+        self._precede()
+        return True
+
+    def _precede(self) -> None:
+        if self.products is not None:
+            self.products.onto(self.x, self.w, self.done, functools.partial(launch, self))
 
     def forget_steps(self) -> None:
         """With a table: keep no steps alive, only their dtype and strides."""
@@ -155,6 +171,7 @@ class TritonGcr(GcrState, Launches):
             s_row, operator.V.shape[2], slab, DEPENDENT_EPS * torch.finfo(self.q.dtype).eps,
             M=M, BP=BP, BD=steps.BD2, FIRST=jw is None, **constants,
         )  # fmt: skip
+        self._precede()
 
     def unwatched(self) -> None:
         self.poll_every = 0

@@ -43,7 +43,7 @@ class GcrState(Progress):
         count: pairs in the basis of every sample that still runs (the lockstep implementation's own).
         converged: whether the batch's residual reached `tol`.
         shared: P, which comes before M in every trial: w = x + P M r.
-        spare: (B, D) for the step that it is applied to.
+        spare: (B, D) for the step that it is applied to, in ATen; None where the launches apply it themselves.
     """
 
     q: Tensor

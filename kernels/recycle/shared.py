@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..device import on_gpu
 from ..precision import without_autocast
 
 # Rank 32 saves hardly more evaluations than 16, at twice the price, and beyond a quarter of the dimension more rank is noise. The
@@ -35,8 +36,8 @@ class Shared:
     """P = I - A^T Y, about (I - J)^-1 for all samples of a batch; nothing in it changes.
 
     A      (r, D) compute dtype
-    Yt     (D, r) the transpose of Y, contiguous: a thin product takes it at twice the speed
-    sigma  (r,) float64: how much of the pairs lay in each direction, for those that are added later
+    Yt     (D, r) the transpose of Y. On a CPU contiguous: a thin product takes it at twice the speed; on a GPU Y is
+    sigma  (r,) float64, on the CPU: how much of the pairs lay in each direction, for those that are added later
     """
 
     A: Tensor
@@ -50,7 +51,7 @@ class Shared:
     @property
     def T(self) -> Shared:
         """P^T."""
-        return Shared(self.Yt.T.contiguous(), self.A.T.contiguous(), self.sigma)
+        return Shared(self.Yt.T.contiguous(), _laid(self.A.T), self.sigma)
 
     def fits(self, z: Tensor) -> bool:
         """Whether it is made for states like z (B, D)."""
@@ -69,7 +70,11 @@ class Shared:
     def pairs(self) -> tuple[Tensor, Tensor]:
         """S and Y (r, D), as they were when it was made; the rows of S are orthonormal."""
         Y = self.Yt.T
-        return (_ridged(Y).to(Y.dtype) @ self.A).sub_(Y), Y
+        return (_ridged(Y).to(Y) @ self.A).sub_(Y), Y
+
+
+def _laid(Yt: Tensor) -> Tensor:
+    return Yt if on_gpu(Yt.device) else Yt.contiguous()
 
 
 def rank_for(D: int) -> int:
@@ -86,7 +91,7 @@ def compress(S: Tensor, Y: Tensor, rank: int, old: Shared | None = None) -> Shar
 
 
 def _compress(S: Tensor, Y: Tensor, rank: int, old: Shared | None) -> Shared | None:
-    gram = (S @ S.T).double()
+    gram = (S @ S.T).double().cpu()  # small: a GPU's eigensolver takes longer than the way to the CPU and back
     size = gram.diagonal().sum().sqrt()
     if not bool(size > 0) or not bool(torch.isfinite(size)) or not bool(torch.isfinite(Y).all()):
         return None
@@ -94,8 +99,8 @@ def _compress(S: Tensor, Y: Tensor, rank: int, old: Shared | None) -> Shared | N
     before: tuple[Tensor, Tensor] | None = None
     if old is not None:
         before, weights = old.pairs(), old.sigma / torch.linalg.vector_norm(old.sigma)
-        mixed = (S @ before[0].T).double() * weights / size
-        own = (before[0] @ before[0].T).double() * weights[:, None] * weights
+        mixed = (S @ before[0].T).double().cpu() * weights / size
+        own = (before[0] @ before[0].T).double().cpu() * weights[:, None] * weights
         gram = torch.cat([torch.cat([gram, mixed], 1), torch.cat([mixed.T, own], 1)])
     values, vectors = torch.linalg.eigh(gram)
     kept = min(rank, int((values > LEAST_SHARE**2 * values[-1]).sum()))
@@ -103,20 +108,20 @@ def _compress(S: Tensor, Y: Tensor, rank: int, old: Shared | None) -> Shared | N
         return None
     sigma = values[-kept:].sqrt()
     turn = (vectors[:, -kept:] / sigma).T
-    fresh = (turn[:, : len(S)] / size).to(S.dtype)
+    fresh = (turn[:, : len(S)] / size).to(S)
     S, Y = fresh @ S, fresh @ Y
     if before is not None:
-        older = (turn[:, -len(weights) :] * weights).to(S.dtype)
+        older = (turn[:, -len(weights) :] * weights).to(S)
         S.addmm_(older, before[0])
         Y.addmm_(older, before[1])
     inverse, info = torch.linalg.inv_ex(_ridged(Y))
-    A = inverse.to(S.dtype) @ S.add_(Y)
+    A = inverse.to(S) @ S.add_(Y)
     bound = torch.linalg.vector_norm(A) * torch.linalg.vector_norm(Y) / kept
-    return Shared(A, Y.T.contiguous(), sigma) if int(info) == 0 and bool(bound <= RUNAWAY) else None  # NaN is not
+    return Shared(A, _laid(Y.T), sigma) if int(info) == 0 and bool(bound <= RUNAWAY) else None  # NaN is not
 
 
 def _ridged(Y: Tensor) -> Tensor:
-    """(r, r) float64: Y Y^T with the ridge."""
-    K = (Y @ Y.T).double()
+    """(r, r) float64 on the CPU: Y Y^T with the ridge."""
+    K = (Y @ Y.T).double().cpu()
     K.diagonal().add_(RIDGE * K.diagonal().mean() + torch.finfo(torch.float64).tiny)
     return K

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import workspace
+from ..device import on_gpu
 from ..precision import without_autocast
 
 # Rows of a sketch: what the Gram matrix is made of.
@@ -69,7 +70,7 @@ class Sketch:
         which each sample holds the first `count` (B,)."""
         for j in range(int(count.max()) if count.numel() else 0):
             p, image, there = basis[:, 1, j], basis[:, 0, j], count > j
-            if not bool(there.all()):  # what is not held may be anything
+            if on_gpu(p.device) or not bool(there.all()):  # what is not held may be anything
                 p, image = p.masked_fill(~there[:, None], 0.0), image.masked_fill(~there[:, None], 0.0)
             self.add(p, image, negative=True)
 
@@ -84,7 +85,7 @@ class Sketch:
         good = (lengths > (floor if least is None else torch.maximum(least, floor))) & (changes <= RUNAWAY * lengths)
         good &= torch.isfinite(lengths)
         weights = 1 / lengths if far is None else 1 / (lengths * (1 + FAR * far))
-        if not bool(good.all()):
+        if on_gpu(S.device) or not bool(good.all()):  # a device is asked nothing
             S, Y = S.masked_fill(~good[:, None], 0.0), Y.masked_fill(~good[:, None], 0.0)
             weights = weights.masked_fill(~good, 0.0)
         signs = torch.randint(0, 2, (self.sums, S.shape[0]), generator=self.generator).to(S.dtype).mul_(2).sub_(1)

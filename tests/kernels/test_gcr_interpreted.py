@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 import deq_compile.kernels.gcr.gpu as gpu
-from deq_compile.kernels import device, native
+from deq_compile.kernels import device, gcr, native
 from deq_compile.kernels.broyden import Factors, new_state, step
 from deq_compile.kernels.broyden.state import coefficient_width
 from deq_compile.kernels.gcr import GcrState, move
 from deq_compile.kernels.gcr.aten import new_aten_state
 from deq_compile.kernels.gcr.gpu import TritonGcr
+from deq_compile.kernels.recycle import Shared, Sketch
 from deq_compile.kernels.reuse.multisecant import Multisecant, multisecant_aten
 from deq_compile.kernels.tiles import Tiles, tiles
 
@@ -180,3 +181,48 @@ def test_no_samples_and_no_compiler() -> None:
     move(state, torch.zeros(0, 5), look=True)
     assert state.converged
     assert native.functions(torch.zeros(1)) is None  # the fixture hides the C++ kernels
+
+
+@pytest.mark.usefixtures("_form")
+@pytest.mark.parametrize("rank", [5, 17])
+@pytest.mark.parametrize("factored", [True, False])
+def test_trials_that_a_shared_inverse_precedes(factored: bool, rank: int) -> None:
+    """w = x + P M r, by the kernels and, with a rank that those do not take, by ATen's products."""
+    J, q, factors = problem(3, 33)
+    g = torch.Generator().manual_seed(rank)
+    A, Y = (0.3 / rank**0.5 * torch.randn(rank, 33, generator=g, dtype=torch.float64) for _ in range(2))
+    shared = Shared(A, Y.T.contiguous(), torch.ones(rank))
+    operator = aten_operator(factors) if factored else None
+    expected = gcr.new_state(q, operator, 20, tol=TOL, shared=shared)
+    alone = run(gcr.new_state(q, operator, 20, tol=TOL), J)
+    theirs = run(expected, J)
+    with device.rehearsal():
+        ours = gcr.new_state(q, operator, 20, tol=TOL, shared=shared)
+        assert isinstance(ours, TritonGcr)
+        assert (ours.products is not None) == (rank <= 16)
+        mine = run(ours, J)
+    assert not torch.equal(alone[1], theirs[1])
+    assert len(mine) == len(theirs)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    assert ours.converged == expected.converged is True
+    exact = torch.linalg.solve(torch.eye(33, dtype=torch.float64) - J.transpose(1, 2), q)
+    torch.testing.assert_close(ours.w, exact, rtol=1e-2, atol=1e-2 * float(q.abs().max()))
+
+
+def test_a_sketch_takes_the_pairs_that_the_kernels_leave() -> None:
+    """Images are kept unnormalised there; a pair is an image and its direction all the same."""
+    J, q, _ = problem(3, 33)
+    with device.rehearsal():
+        state = gcr.new_state(q, None, 20, tol=TOL)
+        run(state, J)
+        sketch = Sketch(4, 20, 0)
+        sketch.take(state.basis[..., :33], state.n)
+    rows = sketch.rows()
+    assert rows is not None
+    S, Y = rows
+    assert S.shape == (4 * int(state.n.max()), 33)
+    assert bool(torch.isfinite(S).all() and torch.isfinite(Y).all())
+    A = torch.eye(33, dtype=torch.float64) - J.transpose(1, 2)
+    p, image = state.basis[:, 1, 0, :33], state.basis[:, 0, 0, :33]
+    torch.testing.assert_close(image, torch.einsum("bij,bj->bi", A, p), rtol=1e-9, atol=1e-12)
