@@ -49,6 +49,7 @@ class AdjointSolution:
         status: how it ended.
         reused: whether the forward's factors had a part in it.
         recycled: whether the shared inverse of earlier batches had.
+        captured: whether a captured graph gave it.
         error: estimate of |w - w*| / |w| over the batch, where it was asked for; see :func:`estimated_error`.
     """
 
@@ -61,6 +62,7 @@ class AdjointSolution:
     status: AdjointStatus
     reused: bool = False
     recycled: bool = False
+    captured: bool = False
     error: float | None = None
 
     def after(self, vjps: int) -> AdjointSolution:
@@ -145,11 +147,16 @@ def begin(q: Tensor, factors: Factors | None, problem: AdjointProblem, capacity:
     """The iteration before its first VJP. Factors of a solve that began with a shared inverse stand for M P^-T: to make M of them
     takes P^T, and no other shared inverse."""
     operator = multisecant(factors, problem.skip) if factors is not None else None
-    shared = problem.shared
-    if factors is not None:
-        shared = None if factors.shared is None else factors.shared.T
+    shared = preceding(factors, problem.shared)
     memory = min(problem.max_iter, MEMORY)
     return new_state(q, operator, memory, tol=problem.tol, floor=problem.floor(q.dtype), capacity=capacity, shared=shared)
+
+
+def preceding(factors: Factors | None, shared: Shared | None) -> Shared | None:
+    """What comes before M: P^T of the forward that left the factors; without factors, `shared`."""
+    if factors is None:
+        return shared
+    return None if factors.shared is None else factors.shared.T
 
 
 def _raw(factors: Factors | None, q: Tensor) -> Tensor:

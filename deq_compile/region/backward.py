@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import Tensor
 
 from deq_compile.kernels.broyden import Factors
-from deq_compile.region.pool import Recycled
+from deq_compile.region.pool import Recycled, Way
 from deq_compile.registry import BACKWARDS
 
 __all__ = ["BACKWARDS", "AdjointCall", "Backward", "Settled", "of_steps"]
@@ -94,14 +94,14 @@ class AdjointCall:
     recycled  what earlier batches have left, as the forward found it; None where nothing is recycled
     warm      the last adjoint, as the forward found it; None where nothing begins from it
     settled   by the first backward through the same forward
-    captured  the same adjoint as a captured graph would give it; None where none serves
+    captured  the same adjoint, preconditioned in that way, as a captured graph would give it; None where none serves
     """
 
     site: Site
     factors: Factors | None = None
     inside: bool = False
     again: Callable[[], Factors | None] = lambda: None
-    captured: Callable[[Factors | None], AdjointSolution | None] = lambda factors: None
+    captured: Callable[[Way], AdjointSolution | None] = lambda way: None
     recycled: Recycled | None = None
     warm: Start | None = None
     settled: Settled = field(default_factory=Settled)

@@ -115,17 +115,18 @@ class Call:
             if site.spec.own_loop_cap is not None or not followed.missed():
                 return followed
             return self.solved(followed.z, site.tol)  # the user's solver would be faster than plain iterations, too
-        captured = None if self.inside else self._captured()
-        if captured is not None:
-            solution = captured.solve(self.z0, self.operands, leaves=site.spec.stores_steps)
-            if solution is not None:
-                return solution
-        if (pool := pool_of(self)) is not None:
-            return solve_recycled(self, pool)
-        return self.usual()
+        pool = pool_of(self)
+        return self.usual() if pool is None else solve_recycled(self, pool)
+
+    def captured(self, shared: Shared | None = None) -> Solution | None:
+        """The solve by a captured graph, from H_0 = -I or a shared inverse; None where none serves (yet)."""
+        found = None if self.inside else self._captured(shared)
+        return None if found is None else found.solve(self.z0, self.operands, leaves=self.site.spec.stores_steps, shared=shared)
 
     def usual(self) -> Solution:
-        """The solve with nothing recycled, by the region's solver or the one that it has chosen."""
+        """The solve with nothing recycled: by a captured graph, by the region's solver, or by the one that it has chosen."""
+        if (found := self.captured()) is not None:
+            return found
         choice = choice_of(self)
         return self.solved(self.z0, self.site.tol) if choice is None else solve_chosen(self, choice)
 
@@ -141,18 +142,22 @@ class Call:
         self.evaluations.count += len(found.linears)
         return found
 
-    def _captured(self) -> graphs.CapturedForward | graphs.Declined | None:
+    def host_driven(self) -> bool:
+        """Whether no graph is to serve such calls. A test of the user's own is a question to the host in every iteration."""
+        spec = self.site.spec
+        return not self.solver.captures or spec.config.engine == "loop" or bool(spec.stop) or not on_gpu(self.z0.device)
+
+    def _captured(self, shared: Shared | None) -> graphs.CapturedForward | graphs.Declined | None:
         """The captured solve of this region for these shapes, on a GPU and from the second call on."""
         site, spec, config = self.site, self.site.spec, self.site.spec.config
-        # A test of the user's own is a question to the host in every iteration.
-        if not self.solver.captures or config.engine == "loop" or spec.stop or not on_gpu(self.z0.device):
+        if self.host_driven():
             return None
         settings = graphs.ForwardSettings(
             site.tol, config.stop_mode, config.max_iter, config.memory, spec.factor_dtype, spec.body_eps
         )
         graphs.end_with(site)
         key = (site.key, *self.sizes)
-        found = graphs.captured_forward(key, self.runner, self.z0, self.operands, settings, config.engine)
+        found = graphs.captured_forward(key, self.runner, self.z0, self.operands, settings, config.engine, shared)
         if found is not None:
             site.note_engine(found.name, found.reason)
         return found

@@ -21,6 +21,8 @@ from deq_compile.torch_parts import TorchDispatchMode
 ELEMENT, CALL, OPERATOR = 100.0, 4e6, 4e5
 # Taking an element through a shared inverse of rank r: 4 r operations of thin products, and what is read and written twice more.
 THIN_COST, THIN_ELEMENT, THIN_CALLS = 1.5, 60.0, 1.2e6
+# Launches of kernels: of a body's at least, of a step (those of a move are more), of the two thin products.
+LEAST_LAUNCHES, STEP_LAUNCHES, THIN_LAUNCHES = 2, 2, 2
 
 
 class Counter(TorchDispatchMode):
@@ -105,3 +107,10 @@ def work(function: Callable[[Tensor], Any], z: Tensor, calls: int = 1) -> float:
 def thin(rank: int, z: Tensor) -> float:
     """Operations of taking states like z (B, D) through a shared inverse of that rank; 0 for rank 0."""
     return (4.0 * THIN_COST * rank + THIN_ELEMENT) * z.numel() + THIN_CALLS if rank else 0.0
+
+
+def dearer(function: Callable[[Tensor], Any], z: Tensor) -> float:
+    """On a GPU: how many times as much an evaluation of function(z) costs that a shared inverse takes part in, where launches
+    are what counts: those of the function, as far as its operators say, of a step, and two of thin products."""
+    launches = max(counted(function, z)[1], LEAST_LAUNCHES) + STEP_LAUNCHES
+    return (launches + THIN_LAUNCHES) / launches

@@ -100,6 +100,7 @@ class Pool:
     usual     what it would be without the pool
     dropped   how often a solve with it missed
     period    calls between two that feed it
+    by_graph  whether it is off, since calls like the last one are a CUDA graph's
     """
 
     def __init__(self, always: bool) -> None:
@@ -111,6 +112,7 @@ class Pool:
         self.way: str | None = None
         self.usual = "plain"
         self.period = FEED_EVERY
+        self.by_graph = False
         self.tally = 0.0, 0.0  # ratios of operations with and without, and their weights, over the decisions so far
         self.misses = 0  # of solves with the pool, since one was seen to be its fault
         self.spent = self.evaluations = 0  # by decisions; by all calls
@@ -214,6 +216,8 @@ class Pool:
 
     def __str__(self) -> str:
         """What is used, in words."""
+        if self.by_graph:
+            return "nothing, since a CUDA graph serves and recycle is 'auto'"
         if self.pays is None and self.way is None:
             return "not decided yet"
         parts = ["the forward"] if self.pays else []

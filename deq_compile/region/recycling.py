@@ -14,7 +14,7 @@ from deq_compile.kernels.device import on_gpu
 from deq_compile.kernels.recycle import Shared
 from deq_compile.kernels.recycle.sketch import ROWS
 
-from .counting import thin, work
+from .counting import dearer, thin, work
 from .pool import Pool, Recycled, compressing
 
 if TYPE_CHECKING:
@@ -31,12 +31,20 @@ SAVING = 0.97
 
 
 def pool_of(call: Call) -> Pool | None:
-    """The pool of a call that may use it: one that records gradients, on a CPU, by a solver that takes it."""
+    """The pool of a call that may use it: one that records gradients, by a solver that takes it. On a GPU "auto" is off where a
+    graph is to serve: calls that feed the pool are driven by the host, and what that costs no count says."""
     site = call.site
     pool = site.pool
     if pool is None or not site.spec.grad or site.follows or call.inside or call.solver.recycling is None:
         return None
-    return pool if call.z0.numel() and not on_gpu(call.z0.device) else None
+    if not call.z0.numel():
+        return None
+    refused = site.engine == "loop" and bool(site.engine_reason)
+    by_graph = not (pool.always or not on_gpu(call.z0.device) or call.host_driven() or refused)
+    if by_graph != pool.by_graph:
+        pool.by_graph = by_graph
+        site.stand()
+    return None if by_graph else pool
 
 
 def solve_recycled(call: Call, pool: Pool) -> Solution:
@@ -53,17 +61,26 @@ def solve_recycled(call: Call, pool: Pool) -> Solution:
     else:
         used = shared if pool.pays else None
         if used is None and sketch is None and not due and pool.way != "factors":
-            found = call.usual()
+            found, count = call.usual(), 0
         else:
-            found = call.solved(call.z0, site.tol, shared=used, sketch=sketch)
-        pool.note(found.evaluations)
+            served = call.captured(used) if sketch is None and not due else None
+            found = call.solved(call.z0, site.tol, shared=used, sketch=sketch) if served is None else served
+            count = evaluations(found)
+        pool.note(count or found.evaluations)
         if used is not None and missed(found):
             found, sketch = _where_it_missed(call, pool, found), None
-        elif used is not None and pool.watch_forward.doubts(found.evaluations):
+        elif used is not None and pool.watch_forward.doubts(count):
             pool.reconsider()
     if sketch is not None:
         pool.feed_forward(sketch)
     return found
+
+
+def evaluations(found: Solution) -> int:
+    """Of a solve. A captured one is waited for; where the host looks at a device now and then, it has made some more."""
+    if found.outcome is not None:
+        return found.outcome.outcome()[1]
+    return int(found.iterations.max()) if on_gpu(found.z.device) else found.evaluations
 
 
 def missed(found: Solution) -> bool:
@@ -91,11 +108,14 @@ def _both(call: Call, pool: Pool, shared: Shared) -> Solution:
     """The solve with the pool and without; decides between them."""
     site, z0 = call.site, call.z0
     plain = call.solved(z0, site.tol)
-    pool.note(plain.evaluations)
     body = work(call.body, plain.z)  # after a solve: the body may be compiled there
     recycled = call.solved(z0, site.tol, shared=shared)
-    pool.note(recycled.evaluations, recycled.evaluations)
+    counts = evaluations(plain), evaluations(recycled)
+    pool.note(counts[0])
+    pool.note(counts[1], counts[1])
     without, with_it = (_all(call, found, body, rank) for found, rank in ((plain, 0), (recycled, shared.rank)))
+    if on_gpu(z0.device):
+        with_it = max(with_it, without * length(recycled) / length(plain) * dearer(call.body, plain.z))
     # a step is a forward and about as many products, each of which is two evaluations
     pool.note_cost(2 * compressing(z0.shape[1], ROWS), 3 * without)
     if missed(plain) and missed(recycled):
@@ -104,11 +124,11 @@ def _both(call: Call, pool: Pool, shared: Shared) -> Solution:
         drop(site, pool, "forward")
     else:
         pool.decide_forward(without, with_it, SAVING)
-    pool.watch_forward.decided(plain.evaluations, recycled.evaluations)
+    pool.watch_forward.decided(*counts)
     pays = bool(pool.pays)
     log.info(
         "region %s at %s: %d evaluations, %d with recycled factors: the forward goes on %s them",
-        site.key, site.spec.where, plain.evaluations, recycled.evaluations, "with" if pays else "without",
+        site.key, site.spec.where, *counts, "with" if pays else "without",
     )  # fmt: skip
     site.stand()
     if pays:

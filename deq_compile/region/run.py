@@ -15,7 +15,7 @@ from deq_compile.kernels.device import on_gpu
 from deq_compile.kernels.iteration import CONVERGED, MAX_ITER
 
 from . import backwards, graphs, records
-from .adjoint import AdjointSolution
+from .adjoint import AdjointSolution, preceding
 from .backward import BACKWARDS, AdjointCall, Backward, Settled, of_steps
 from .backwards.reuse import skipped_pairs
 from .body import Deferred, Linearised, Runner
@@ -23,7 +23,7 @@ from .call import Call, problem_of, runner_of
 from .comparison import compare, compare_call
 from .forward import Solution, or_plain, solve
 from .kept import OwnLoop, Trajectory, loop_gradient, own_loop
-from .pool import Recycled
+from .pool import Recycled, Way
 from .reversal import Trail, reversed_gradient
 from .site import Site
 from .solvers import SOLVERS
@@ -349,18 +349,19 @@ class _Backward:
             records.complete(serial, cotangent=self.q, w=self.q, vjps=found.products, adjoint_message=found.message)
         return self.layout.unflatten(found.start), found.operands
 
-    def _captured(self, factors: Factors | None) -> AdjointSolution | None:
+    def _captured(self, way: Way) -> AdjointSolution | None:
         """The captured adjoint for these shapes, on a GPU and from the second call on."""
+        way = dataclasses.replace(way, shared=preceding(way.factors, way.shared))
         site, config = self.site, self.site.spec.config
         tol = self.inputs.saved.settled.tolerance(site)
         settings = graphs.AdjointSettings(tol, max(1, config.backward_max_iter), site.spec.body_eps, skipped_pairs(site))
         graphs.end_with(site)
         key = (site.key, *self.inputs.sizes)
-        captured = graphs.captured_adjoint(key, self.runner, self.z, self.operands, self.needs, factors, settings, config.engine)
-        if captured is None or (solved := captured.solve(self.z, self.q, self.operands, factors)) is None:
+        captured = graphs.captured_adjoint(key, self.runner, self.z, self.operands, self.needs, way, settings, config.engine)
+        if captured is None or (solved := captured.solve(self.z, self.q, self.operands, way)) is None:
             return None
         found, self.deferred.found = solved
-        return found
+        return dataclasses.replace(found, captured=True, reused=way.factors is not None, recycled=way.shared is not None)
 
     def _factors_again(self) -> Factors | None:
         """The factors of a forward whose own did not arrive."""

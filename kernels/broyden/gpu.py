@@ -195,7 +195,8 @@ class TritonState(BroydenState, Launches):
         return state
 
     def alone(self) -> Factors:
-        return Factors(S=self.S, C=self.C, n=self.n, slots_written=self.S.shape[1])  # the kernels look at each sample's own n
+        # The kernels look at each sample's own n.
+        return Factors(S=self.S, C=self.C, n=self.n, slots_written=self.S.shape[1], shared=self.shared)
 
     @property
     def memory(self) -> int:
@@ -338,10 +339,9 @@ class TritonState(BroydenState, Launches):
 
     def step_shared(self, z: Tensor, f: Tensor, *, last: bool = False) -> bool:
         """:meth:`step_preconditioned` by `shared`; False, and nothing done, where no kernel takes it."""
-        assert self.shared is not None
         assert self.spare is not None
         if self.products is None:
-            self.products = products(self.shared, z)
+            self.products = None if self.shared is None else products(self.shared, z)
             if self.products is None:
                 return False
         squares = self.products.residual(f, z, self.done, self.spare, functools.partial(launch, self))

@@ -14,4 +14,4 @@ def products(shared: Shared, like: Tensor) -> Products | None:
     if not on_gpu(like.device) or not serves(shared, like):
         return None
     kernels = triton_kernels("recycle")
-    return None if kernels is None else Products(shared, like, kernels)
+    return None if kernels is None else Products.of(shared, like, kernels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -53,18 +53,45 @@ class Cut:
         columns = SUMS // (samples * rows * scale), APPLY // (samples * scale)
         return Cut(samples, rows, (min(columns[0], 1024, longest), min(columns[1], 1024, longest)), -(-D // slab), slab)
 
+    def programs(self, B: int) -> int:
+        """That take B samples."""
+        return -(-B // self.samples)
 
+
+@dataclass(eq=False)
 class Products:
-    """P = I - A^T Y for states like one (B, D), and the buffers that its launches work in."""
+    """P = I - A^T Y for states like one (B, D), and the buffers that its launches work in.
 
-    def __init__(self, shared: Shared, like: Tensor, kernels: Any, cut: Cut | None = None) -> None:
-        (B, D), self.rank = like.shape, shared.rank
-        self.kernels, self.cut = kernels, cut or Cut.of(B, D, self.rank, like.element_size())
-        self.A, self.Y = shared.A.contiguous(), shared.Yt.T.contiguous()
-        self.programs = -(-B // self.cut.samples)
-        self.part = like.new_empty(B * self.cut.slabs * (self.cut.rows + 2))
-        self.c = like.new_empty(self.programs * self.cut.slabs * self.cut.samples * self.cut.rows)
-        self.squares = like.new_empty((2, padded(B)))
+    A, Y     (r, D) contiguous, compute dtype
+    part, c  what the launches hand on
+    squares  (2, padded(B)) of |f - z| and |f|
+    """
+
+    kernels: Any
+    cut: Cut
+    A: Tensor
+    Y: Tensor
+    part: Tensor
+    c: Tensor
+    squares: Tensor
+
+    @staticmethod
+    def of(shared: Shared, like: Tensor, kernels: Any, cut: Cut | None = None) -> Products:
+        B, D = like.shape
+        cut = cut or Cut.of(B, D, shared.rank, like.element_size())
+        return Products(
+            kernels, cut, shared.A.contiguous(), shared.Yt.T.contiguous(), like.new_empty(B * cut.slabs * (cut.rows + 2)),
+            like.new_empty(cut.programs(B) * cut.slabs * cut.samples * cut.rows), like.new_empty((2, padded(B))),
+        )  # fmt: skip
+
+    def own(self) -> Products:
+        """The same on copies of A and Y, which `load` fills: for a captured graph."""
+        return replace(self, A=self.A.clone(), Y=self.Y.clone())
+
+    def load(self, shared: Shared) -> None:
+        """Go on with another shared inverse, of the same rank: 2 r D elements are copied."""
+        self.A.copy_(shared.A)
+        self.Y.copy_(shared.Yt.T)
 
     def residual(self, f: Tensor, z: Tensor, done: Tensor, out: Tensor, run: Run = launched) -> Tensor:
         """Write P (f - z) to `out`; the squares of |f - z| and |f|, (2, padded(B)), of this object and written by its next call.
@@ -89,14 +116,14 @@ class Products:
             return
         if not (z.is_contiguous() and out.is_contiguous()):
             raise ValueError(f"expected z and out contiguous, got strides {z.stride()} and {out.stride()}")
-        cut, grid = self.cut, (self.programs, self.cut.slabs)
+        cut, grid = self.cut, (self.cut.programs(B), self.cut.slabs)
         acc = tl.float64 if z.dtype == torch.float64 else tl.float32
         run(
-            self.kernels.thin_weights, grid, f, z, self.Y, done, self.part, B, self.rank, D, cut.slab,
+            self.kernels.thin_weights, grid, f, z, self.Y, done, self.part, B, len(self.Y), D, cut.slab,
             BB=cut.samples, BR=cut.rows, BD=cut.columns[0], STAGES=STAGES, SQUARES=residual, ACC=acc, num_warps=WARPS,
         )  # fmt: skip
         run(
-            self.kernels.thin_apply, grid, f, z, self.A, done, self.part, self.c, self.squares, out, B, self.rank, D, cut.slab,
+            self.kernels.thin_apply, grid, f, z, self.A, done, self.part, self.c, self.squares, out, B, len(self.Y), D, cut.slab,
             cut.slabs, BB=cut.samples, BR=cut.rows, BP=power_of_two(cut.slabs), BD=cut.columns[1], RESIDUAL=residual, ACC=acc,
             num_warps=WARPS,
         )  # fmt: skip

@@ -45,7 +45,7 @@ def shared_of(D: int, rank: int, dtype: torch.dtype) -> Shared:
 def made(shared: Shared, like: Tensor, cut: Cut | None = None) -> Products:
     from deq_compile.kernels.recycle import triton_kernels
 
-    return Products(shared, like, triton_kernels, cut)
+    return Products.of(shared, like, triton_kernels, cut)
 
 
 def right(shared: Shared, g: Tensor) -> Tensor:

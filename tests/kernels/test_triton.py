@@ -28,8 +28,14 @@ LANES = {  # two, for two workers: each takes ten seconds before its first test
         150,
     ),
     "engines": (
-        ["region/test_graphs", "region/test_graphs_host", "region/test_graphs_failures", "region/test_graphs_robust"],
-        40,
+        [
+            "region/test_graphs",
+            "region/test_graphs_host",
+            "region/test_graphs_failures",
+            "region/test_graphs_robust",
+            "region/test_recycling",
+        ],
+        45,
     ),
 }
 

@@ -9,11 +9,12 @@ import math
 import torch
 from torch import Tensor
 
+from deq_compile.kernels.device import on_gpu
 from deq_compile.region.adjoint import VJP, AdjointProblem, AdjointSolution, solve_adjoint
 from deq_compile.region.backward import AdjointCall
 from deq_compile.region.backwards.policy import OPERATOR_COST, operator_flops, products
 from deq_compile.region.body import Linearised
-from deq_compile.region.counting import thin, work
+from deq_compile.region.counting import dearer, thin, work
 from deq_compile.region.pool import Pool, Recycled, Way
 from deq_compile.region.recycling import SAVING, drop
 from deq_compile.region.status import AdjointStatus
@@ -25,9 +26,10 @@ PRODUCT_CALLS = 2  # of a product and of the move behind it
 
 
 def solve_recycled(
-    linear: Linearised, q: Tensor, call: AdjointCall, recycled: Recycled, problem: AdjointProblem
+    linear: Linearised, q: Tensor, call: AdjointCall, recycled: Recycled, problem: AdjointProblem, *, captures: bool = False
 ) -> tuple[AdjointSolution, Way]:
-    """The adjoint for cotangents q (B, D), and the way it went. Where the call is due, the ways are tried, and one is chosen."""
+    """The adjoint for cotangents q (B, D), and the way it went. Where the call is due, the ways are tried, and one is chosen.
+    `captures`: a captured graph may give it, where it neither feeds the pool nor is due."""
     site, pool = call.site, call.site.pool
     assert pool is not None
     ways, first = ways_of(call, recycled, pool), not call.settled.done
@@ -36,9 +38,12 @@ def solve_recycled(
     if first and recycled.seed is not None:
         sketch = pool.sketch(call.expected or USUAL_PRODUCTS, recycled.seed)
 
+    by_graph = captures and sketch is None and not (first and recycled.due)
+
     def solve(way: Way, **changes: object) -> AdjointSolution:
         asked = dataclasses.replace(problem, shared=way.shared, **changes)  # type: ignore[arg-type]
-        return solve_adjoint(linear.vjp, linear.vjp_full, q, way.factors, asked)
+        served = call.captured(way) if by_graph else None
+        return served or solve_adjoint(linear.vjp, linear.vjp_full, q, way.factors, asked)
 
     found = solve(way, sketch=sketch)
     if way.recycles and found.status not in (AdjointStatus.CONVERGED, AdjointStatus.FLOOR):
@@ -46,9 +51,7 @@ def solve_recycled(
             drop(site, pool, "forward" if way.shared is None else "adjoint")
         way = ways["plain"]
         found, sketch = solve(way), None
-    elif first and (recycled.due or not site.backwards) and len(ways) > 1:
-        thorough = recycled.thorough or not site.backwards
-        tried = {name: w for name, w in ways.items() if thorough or name in (way.name, "shared", pool.usual)}
+    elif first and (tried := _tried(call, recycled, ways, way, on_gpu(q.device))):
         known = {way.name: found.needed if found.status == AdjointStatus.CONVERGED else None}
         best = choose(pool, linear.vjp, q, tried, known, problem)
         site.reuse(best == "factors")
@@ -61,6 +64,18 @@ def solve_recycled(
     if sketch is not None:
         pool.feed_adjoint(sketch)
     return found, way
+
+
+def _tried(call: AdjointCall, recycled: Recycled, ways: dict[str, Way], way: Way, gpu: bool) -> dict[str, Way]:
+    """The ways among which a call decides; none where it does not. On a GPU the forward's factors are not in question."""
+    site, pool = call.site, call.site.pool
+    assert pool is not None
+    thorough = recycled.thorough or not site.backwards
+    if gpu:
+        thorough, pool.usual = False, "factors" if "factors" in ways else "plain"
+    if len(ways) == 1 or not (recycled.due or not (site.backwards or gpu)):
+        return {}
+    return {name: w for name, w in ways.items() if thorough or name in (way.name, "shared", pool.usual)}
 
 
 def ways_of(call: AdjointCall, recycled: Recycled, pool: Pool) -> dict[str, Way]:
@@ -104,7 +119,7 @@ def choose(pool: Pool, vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[st
             asked = dataclasses.replace(problem, shared=way.shared, max_iter=most)
             needed[name] = products(vjp, q, way.factors, asked, contest=most < problem.max_iter)
     log.info("adjoint: products %s", needed)
-    if {"plain", "factors"} <= {*ways}:
+    if {"plain", "factors"} <= {*ways} and not on_gpu(q.device):
         pool.usual = _usual(ways["factors"], q, needed["plain"], needed["factors"], product)
 
     def cost(name: str) -> float:
@@ -112,6 +127,8 @@ def choose(pool: Pool, vjp: VJP, q: Tensor, ways: dict[str, Way], known: dict[st
         return math.inf if count is None else count * product + own_cost(ways[name], q, count)
 
     fewer = (needed.get("shared") or math.inf) <= (needed.get(pool.usual) or math.inf)
+    if on_gpu(q.device) and fewer and "shared" in ways:  # there launches may be what counts
+        fewer = (needed["shared"] or math.inf) * dearer(vjp, q) <= SAVING * (needed.get(pool.usual) or math.inf)
     best = "shared" if fewer and cost("shared") < SAVING * cost(pool.usual) else pool.usual
     pool.decide_adjoint(best)
     pool.watch_adjoint.decided(needed.get(pool.usual) or math.inf, needed.get("shared") or math.inf)

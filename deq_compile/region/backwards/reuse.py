@@ -38,10 +38,11 @@ class Reuse(Backward):
         measures = asked and not settled.done and q.numel() > 0 and site.gradient_due()
         tol, expected = call.tol, call.expected
         may = on_gpu(q.device) and asked and not measures and (settled.captured or not settled.done)
-        if may and (found := call.captured(factors)) is not None:
+        recycles = asked and call.recycled is not None
+        if may and not recycles and (found := call.captured(_usual(factors))) is not None:
             site.expected_vjps = found.needed
             settled.settle(tol, expected, _usual(factors).name, captured=True)
-            return dataclasses.replace(found, reused=factors is not None)
+            return found
         # Asked on a CPU only: elsewhere the matrix products run ahead of the host, and the factors' cost is another.
         asks = asked and not on_gpu(q.device)
         warm = asked and call.recycled is None and begins_from(call.warm, q)
@@ -50,7 +51,7 @@ class Reuse(Backward):
             site.backwards += not settled.done
             found = adjoint_from(cast("Start", call.warm), linear, q, way.factors, _problem(call, q))
         else:
-            found, way = self._solve(linear, q, call, factors, asks)
+            found, way = self._recycled(linear, q, call, may) if recycles else self._solve(linear, q, call, factors, asks)
         if measures:
 
             def attempt(tol: float) -> AdjointSolution:
@@ -63,19 +64,24 @@ class Reuse(Backward):
             found = measure_gradient(site, found, attempt)
             if site.backward_tol != tol:
                 tol, expected = site.backward_tol, None
-        settled.settle(tol, expected, way.name)
+        settled.settle(tol, expected, way.name, captured=found.captured)
         return _noted(site, found)
+
+    def _recycled(self, linear: Linearised, q: Tensor, call: AdjointCall, may: bool) -> tuple[AdjointSolution, Way]:
+        """The adjoint by what earlier batches have left, or not; `may`: a captured graph may give it."""
+        assert call.recycled is not None
+        if not q.numel() or call.site.spec.config.backward_max_iter <= 0:
+            return self._solve(linear, q, call, call.factors, not on_gpu(q.device))
+        try:
+            return solve_recycled(linear, q, call, call.recycled, _problem(call, q), captures=may)
+        finally:
+            call.site.backwards += not call.settled.done
 
     def _solve(
         self, linear: Linearised, q: Tensor, call: AdjointCall, factors: Factors | None, asks: bool
     ) -> tuple[AdjointSolution, Way]:
         """The adjoint, and the way it was preconditioned; `asks`: it may be asked which way pays."""
         site, problem = call.site, _problem(call, q)
-        if asks and call.recycled is not None and q.numel() and site.spec.config.backward_max_iter > 0:
-            try:
-                return solve_recycled(linear, q, call, call.recycled, problem)
-            finally:
-                site.backwards += not call.settled.done
         due = asks and factors is not None and not call.settled.done and site.reuse_due()
         if asks and not (due or call.reuses):
             factors = None

@@ -14,12 +14,14 @@ from deq_compile.kernels.broyden.gpu import Held
 from deq_compile.kernels.broyden.state import row_width
 from deq_compile.kernels.device import triton_kernels
 from deq_compile.kernels.gcr.gpu import TritonGcr
+from deq_compile.kernels.recycle import products, serves
 from deq_compile.kernels.reuse import gpu as reuse_gpu
 from deq_compile.kernels.reuse import multisecant
 from deq_compile.kernels.reuse.multisecant import Multisecant, empty_weights
 from deq_compile.kernels.tiles import offsets_fit
 from deq_compile.region.adjoint import MEMORY, AdjointSolution, certified_at, choose
 from deq_compile.region.body import Linearised, Runner
+from deq_compile.region.pool import Way
 from deq_compile.region.solvers import FLOOR_EPS
 from deq_compile.region.status import AdjointStatus
 from deq_compile.torch_parts import foreach_copy_
@@ -44,9 +46,10 @@ class CapturedAdjoint(Captured):
     """The adjoint iteration on one linearised body."""
 
     def __init__(
-        self, device: Device, runner: Runner, z: Tensor, operands: Operands, needs: tuple[bool, ...], factors: Factors | None,
+        self, device: Device, runner: Runner, z: Tensor, operands: Operands, needs: tuple[bool, ...], way: Way,
         settings: AdjointSettings, wanted: str,
     ) -> None:  # fmt: skip
+        factors = way.factors
         super().__init__(device, operands)
         self.runner, self.needs, self.settings = runner, needs, settings
         self.z = z.detach().clone(memory_format=torch.contiguous_format)
@@ -65,6 +68,8 @@ class CapturedAdjoint(Captured):
         self.state.q = torch.ones_like(self.z)  # any cotangents; random ones would move the user's generator
         self.state.poll_every, self.state.limit = 0, settings.max_iter
         self.state.table = torch.zeros(3, dtype=torch.int64, device=z.device)
+        if way.shared is not None and (made := products(way.shared, self.z)) is not None:
+            self.state.products = made.own()
         self.points = Held()
         self.report, self.reported = device.pinned(8).view(torch.float64), device.event()
         if runner.records:
@@ -106,9 +111,7 @@ class CapturedAdjoint(Captured):
             own.V.copy_(made.V)
             own.n.copy_(made.n)
 
-    def solve(
-        self, z: Tensor, q: Tensor, operands: Sequence[Tensor], factors: Factors | None
-    ) -> tuple[AdjointSolution, Linearised] | None:
+    def solve(self, z: Tensor, q: Tensor, operands: Sequence[Tensor], way: Way) -> tuple[AdjointSolution, Linearised] | None:
         """As `region.adjoint.solve_adjoint` at z (B, D) for cotangents q (B, D); None where it cannot serve now.
 
         The gradients at the last estimate are enqueued before the host knows whether the iteration has converged; then one wait
@@ -118,7 +121,9 @@ class CapturedAdjoint(Captured):
         assert self.engine is not None
         try:
             foreach_copy_([self.z, self.state.q], [z, q])
-            self._load_operator(factors)
+            self._load_operator(way.factors)
+            if way.shared is not None and self.state.products is not None:
+                self.state.products.load(way.shared)
             if not self.launch():
                 return None
             state, w = self.state, self.state.w.clone()
@@ -146,14 +151,22 @@ class CapturedAdjoint(Captured):
 
 def captured_adjoint(
     key: tuple[object, ...], runner: Runner, z: Tensor, operands: Sequence[Tensor], needs: tuple[bool, ...],
-    factors: Factors | None, settings: AdjointSettings, wanted: str,
+    way: Way, settings: AdjointSettings, wanted: str,
 ) -> CapturedAdjoint | Declined | None:  # fmt: skip
-    """The captured adjoint for these shapes and settings; None where the loop serves (yet). `key` names the region and sizes."""
+    """The captured adjoint for these shapes and settings; None where the loop serves (yet).
+
+    Args:
+        key: names the region and sizes.
+        way: factors of the forward that M is made of, and what comes before M; no graph has built in more than their sizes.
+    """
+    factors, shared = way.factors, way.shared
+    if shared is not None and not serves(shared, z):
+        return None
     rows = 2 * min(settings.max_iter, MEMORY)
     if not offsets_fit(rows, row_width(z.shape[1], z.device)):
         return None
     steps = None if factors is None else (factors.S.shape, factors.S.stride(), factors.S.dtype)
     return find(
-        (*key, "adjoint", settings, needs, steps), z, operands, wanted,
-        lambda device, own: CapturedAdjoint(device, runner, z, own, needs, factors, settings, wanted),
+        (*key, "adjoint", settings, needs, steps, 0 if shared is None else shared.rank), z, operands, wanted,
+        lambda device, own: CapturedAdjoint(device, runner, z, own, needs, way, settings, wanted),
     )  # fmt: skip
