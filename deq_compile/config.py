@@ -85,7 +85,8 @@ class Options:
                                               "auto": on a CPU where that has been seen to save more than it costs
     ``recycle``                "never"        whether training calls begin with what earlier batches have learnt of
                                               the inverse Jacobian, forward and adjoint: "always", "never"; "auto":
-                                              where that has been seen to save more than it costs. On a CPU
+                                              where that has been seen to save more than it costs; on a GPU only where
+                                              the host drives the iteration (see ``engine``)
     ``warm_start``             "never"        "previous": a solve begins from the last fixed point of the same shapes, and its
                                               adjoint from the last w, where those are nearer. Where the fixed point is
                                               meant (`fixed_point`, ``semantics="equilibrium"``); of several, the last is
