@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from deq_compile.kernels import gcr as gcr
     from deq_compile.kernels import iteration as iteration
     from deq_compile.kernels import native as native
+    from deq_compile.kernels import recycle as recycle
     from deq_compile.kernels import reuse as reuse
     from deq_compile.kernels import tuned as tuned
     from deq_compile.kernels import workspace as workspace
@@ -152,6 +153,7 @@ _WHERE: dict[str, tuple[str, str | None]] = {
     "power_of_two": ("deq_compile.kernels.tiles", "power_of_two"),
     "project_columns": ("deq_compile.kernels.gcr.gpu", "project_columns"),
     "rehearsal": ("deq_compile.kernels.device", "rehearsal"),
+    "recycle": ("deq_compile.kernels.recycle", None),
     "recycle_gpu": ("deq_compile.kernels.recycle.gpu", None),
     "recycle_pool": ("deq_compile.region.pool", None),
     "recycle_shared": ("deq_compile.kernels.recycle.shared", None),
@@ -231,6 +233,7 @@ __all__ = [
     "phantom",
     "power_of_two",
     "project_columns",
+    "recycle",
     "recycle_gpu",
     "recycle_pool",
     "recycle_shared",

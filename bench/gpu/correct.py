@@ -8,7 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq_compile.testing import Factors, TritonState, apply_transpose, apply_transpose_reference, new_state, solve_adjoint, step
+from deq_compile.testing import (
+    Factors,
+    TritonState,
+    apply_transpose,
+    apply_transpose_reference,
+    new_state,
+    recycle,
+    solve_adjoint,
+    step,
+)
 
 from . import models
 from .common import Setting, relative_error
@@ -68,11 +77,26 @@ def kernel_case(setting: Setting, B: int, D: int, name: str) -> None:
     S, C = (t.cpu().double().nan_to_num(0.0) for t in (state.S[:, :n], state.C))
     expected = apply_transpose_reference(S, C, state.n.cpu(), x.cpu())
     transposed = relative_error(apply_transpose(Factors(S=state.S, C=state.C, n=state.n, slots_written=n), x), expected)
-    good = residual <= 1.01 * TOL and transposed <= (1e-11 if name == "fp64" else 1e-4)
+    thin, same = thin_error(start, x)
+    most = 1e-11 if name == "fp64" else 1e-4
+    good = residual <= 1.01 * TOL and transposed <= most and thin <= most and same
     setting.row(
         "kernels", B=B, D=D, dtype=name, ok=good and bool((state.done == 1).all()), residual=residual, n=n,
-        value_error=relative_error(state.z_best, reference), transpose_error=transposed,
+        value_error=relative_error(state.z_best, reference), transpose_error=transposed, thin_error=thin, thin_repeats=same,
     )  # fmt: skip
+
+
+def thin_error(z: Tensor, f: Tensor) -> tuple[float, bool]:
+    """P (f - z) by a random shared inverse against float64; and whether a second run has the same bits. z, f (B, D)."""
+    rank = min(16, max(1, z.shape[1] // 4))
+    A, Y = torch.randn(2, rank, z.shape[1], generator=torch.Generator().manual_seed(2)).to(z) / z.shape[1] ** 0.5
+    made = recycle.products(recycle.Shared(A, Y.T, torch.ones(rank)), z)
+    assert made is not None
+    outs = [torch.empty_like(z) for _ in range(2)]
+    for out in outs:
+        made.residual(f, z, torch.zeros(len(z), dtype=torch.int32, device=z.device), out)
+    g, A, Y = ((t.cpu().double()) for t in (f - z, A, Y))
+    return relative_error(outs[0], g - g @ Y.T @ A), torch.equal(*outs)
 
 
 def restarts_and_failures(setting: Setting) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deq_compile.testing import Factors, TritonGcr, TritonState, apply_transpose, move, multisecant, new_adjoint, tiles
+from deq_compile.testing import Factors, TritonGcr, TritonState, apply_transpose, move, multisecant, new_adjoint, recycle, tiles
 
 from .clocks import Timing
 from .common import Setting
@@ -69,6 +69,11 @@ def transpose_bytes(B: int, D: int, n: int, element: int) -> int:
 def adjoint_bytes(B: int, D: int, k: int, n: int, element: int) -> int:
     """Images read twice and directions once, steps read twice; 22 words of vectors in the three launches."""
     return B * D * (3 * k * 4 + 2 * n * element + 22 * 4)
+
+
+def thin_bytes(B: int, D: int, rank: int) -> int:
+    """f and z read twice, the result written; what the samples share once."""
+    return (5 * B + 2 * rank) * D * 4
 
 
 class Case(NamedTuple):
@@ -134,6 +139,8 @@ def one_shape(setting: Setting, bandwidth: float, case: Case) -> None:
     pairs = min(n, 10)
     timing = adjoint_move(setting, factors, x, pairs)
     report("adjoint move", timing, adjoint_bytes(B, D, pairs, n, dtype.itemsize), 3, pairs=pairs)
+    rank = min(16, D // 4)
+    report("thin products", thin_products(setting, z, f, state.done, rank), thin_bytes(B, D, rank), 2, rank=rank)
     report("multisecant", setting.timed(lambda: _discard(multisecant(factors).V)), B * D * n * dtype.itemsize, None)
 
 
@@ -157,6 +164,15 @@ def adjoint_move(setting: Setting, factors: Factors, x: Tensor, pairs: int) -> T
     if bool(adjoint.done.any()):
         raise RuntimeError(f"expected every sample to run on, got status {adjoint.done.tolist()}: no move was timed")
     return timing
+
+
+def thin_products(setting: Setting, z: Tensor, f: Tensor, done: Tensor, rank: int) -> Timing:
+    """P (f - z) by a random shared inverse of that rank; z, f (B, D)."""
+    A, Y = (torch.randn(rank, z.shape[1], device=z.device) / z.shape[1] ** 0.5 for _ in range(2))
+    made = recycle.products(recycle.Shared(A, Y.T, torch.ones(rank)), z)
+    assert made is not None
+    out = torch.empty_like(z)
+    return setting.timed(lambda: _discard(made.residual(f, z, done, out)))
 
 
 def _discard(result: Tensor) -> None:
