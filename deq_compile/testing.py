@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from deq_compile.kernels.recycle import gpu as recycle_gpu
     from deq_compile.kernels.recycle import shared as recycle_shared
     from deq_compile.kernels.recycle import sketch as recycle_sketch
-    from deq_compile.kernels.reuse import apply_multisecant as apply_multisecant
     from deq_compile.kernels.recycle import triton_kernels as recycle_triton
+    from deq_compile.kernels.reuse import apply_multisecant as apply_multisecant
     from deq_compile.kernels.reuse import apply_transpose as apply_transpose
     from deq_compile.kernels.reuse import multisecant as multisecant
     from deq_compile.kernels.reuse import triton_kernels as reuse_triton
