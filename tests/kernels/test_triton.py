@@ -41,9 +41,10 @@ LANES = {  # two, for two workers: each takes ten seconds before its first test
 
 
 @pytest.mark.parametrize(("names", "least"), LANES.values(), ids=LANES)
-def test_interpreter_lane(names: list[str], least: int) -> None:
+def test_interpreter_lane(names: list[str], least: int, request: pytest.FixtureRequest) -> None:
     files = [f"tests/{name}_interpreted.py" for name in names]
-    program = f"import torch, pytest\nraise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', *{files}]))"
+    which = request.config.option.markexpr
+    program = f"import torch, pytest\nraise SystemExit(pytest.main(['-q', '-p', 'no:cacheprovider', '-m', {which!r}, *{files}]))"
     done = python(program, "torch", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-4000:]
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -125,6 +125,7 @@ def test_graphs_read_the_pool(device: type[RehearsalDevice], monkeypatch: pytest
     assert device.log.count("warm") == 2
 
 
+@pytest.mark.thorough
 def test_graphs_put_what_the_forward_began_with_before_its_factors(device: type[RehearsalDevice]) -> None:
     """M of such factors stands for M P^-T: alone it needs half as many products more. A graph's certificate is one of its own."""
     by_host, expected = train(4, engine="loop", recycle="always", reuse="always")
@@ -144,6 +145,7 @@ def test_auto_is_off_where_a_graph_serves(device: type[RehearsalDevice]) -> None
     assert [h.name for h in graphs.held(graphs.CapturedForward)] == ["while"]
 
 
+@pytest.mark.thorough
 def test_auto_is_on_where_no_graph_can_serve(device: type[RehearsalDevice]) -> None:
     """Which is known from the second call on."""
     device.refuse["capture"] = RuntimeError("operation not permitted when stream is capturing")
