@@ -240,11 +240,12 @@ def combine(
     a = tl.sum(tl.load(P + i[None, :], mask=some, other=0.0), axis=0)
     r = tl.sum(tl.load(P + BM + i[None, :], mask=some, other=0.0), axis=0)
     Q = part_ptr + b * PARTS * (2 * BM + 2) + q * (2 * BM + 2) + 2 * BM
-    gg = tl.sum(tl.load(Q, mask=q < PARTS, other=0.0), axis=0)
-    ff = tl.sum(tl.load(Q + 1, mask=q < PARTS, other=0.0), axis=0)
-    if GIVEN == 2:
-        gg = tl.load(norm_ptr + b)
-        ff = tl.load(norm_ptr + padded(tl.num_programs(0)) + b)
+    if GIVEN == 2:  # as sums like those below: with scalar loads ptxas of Triton 3.6 takes 40 registers and spills
+        gg = tl.sum(tl.load(norm_ptr + b + 0 * q, mask=q < 1, other=0.0), axis=0)
+        ff = tl.sum(tl.load(norm_ptr + padded(tl.num_programs(0)) + b + 0 * q, mask=q < 1, other=0.0), axis=0)
+    else:
+        gg = tl.sum(tl.load(Q, mask=q < PARTS, other=0.0), axis=0)
+        ff = tl.sum(tl.load(Q + 1, mask=q < PARTS, other=0.0), axis=0)
     lo = slab * SLAB
     hi = tl.minimum(lo + SLAB, D)
     z_ptr += b * D
