@@ -18,6 +18,7 @@ class Reason(enum.Enum):
 
     RANDOM = "the body draws random numbers (dropout in training, noise), so it is not one fixed map"
     BATCH_NORM = "batch-norm in training updates its statistics in every iteration"
+    ASSERTION = "the body asserts something of its values, and a solve does not pass the loop's own iterates"
     MUTATION = "the body writes to a tensor that lives on after it (a buffer, an input, a view)"
     ESCAPES = "an iterate before the last one is used outside the loop (a trajectory, a list of residuals)"
     DRIFT = "the state changes its shape or dtype between iterations"

@@ -2,7 +2,7 @@
 
 A chain of equal segments is one map applied again and again only if the map is a function of what it reads. This pass
 runs one segment on fake tensors, watches every ATen call, and refuses random numbers, batch statistics that are updated,
-writes to what outlives the body, and states that are not real floating-point tensors. Every refusal names the line.
+assertions, writes to what outlives the body, and states that are not real floating-point tensors. Every refusal names the line.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .reversals import kept_for_backward
 
 Refusal = tuple[Reason, fx.Node, str]
 
+_ASSERTIONS = ("aten::_assert_async", "aten::_functional_assert_async")  # what `assert` of a tensor becomes
 _LEAST_TELLING = (Reason.MUTATION, Reason.GRAD_MODE)
 _TELLING: list[Reason] = [*(r for r in Reason if r not in _LEAST_TELLING), *_LEAST_TELLING]
 
@@ -137,6 +138,8 @@ class _Watch(TorchDispatchMode):
         named |= {a.name: v for a, v in zip(arguments, args, strict=False)} | kwargs
         if torch.Tag.nondeterministic_seeded in func.tags and not _no_randomness(named):
             self.refusal = Reason.RANDOM
+        if func.name().startswith(_ASSERTIONS):
+            self.refusal = Reason.ASSERTION
         training = named.get("training", named.get("train"))
         if "batch_norm" in func.name() and training is True and named.get("running_mean") is not None:
             self.refusal = Reason.BATCH_NORM

@@ -1,5 +1,8 @@
-"""Bodies that are not defined everywhere: f(z) may raise (a Cholesky factor, an assertion, an index) where the user's own loop
-never comes, and a solver, a probe or a second start does. Such a value counts as one that is not finite."""
+"""Bodies that are not defined everywhere: f(z) may raise (a Cholesky factor, an index, a check of arguments) where the user's own
+loop never comes, and a solver, a probe or a second start does. Such a value counts as one that is not finite.
+
+What raises once and not again at the same z has another cause, a timeout or a worker that died, and is raised.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,21 @@ def evaluated(f: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, str]:
     except _MEMORY:
         raise
     except Exception as error:
+        if not _again(f, z, error):
+            raise
         log.info("the body raised at an iterate of ours: %r", error)
         return torch.full_like(z, math.nan), in_short(error)
+
+
+def _again(f: Callable[[Tensor], Tensor], z: Tensor, error: Exception) -> bool:
+    """Whether f raises an error of that kind at z once more."""
+    try:
+        f(z)
+    except type(error):
+        return True
+    except Exception:
+        return False
+    return False
 
 
 def in_short(error: Exception) -> str:

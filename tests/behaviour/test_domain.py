@@ -148,3 +148,37 @@ def test_memory_that_is_not_there_is_no_value() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         fixed_point(f, torch.zeros(2, 3), batch="rows")
+
+
+def test_the_users_assertion_in_a_loop_still_raises() -> None:
+    def guarded(x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(40):
+            z = torch.cos(z) * x
+            assert torch.isfinite(z).all(), "diverged"
+        return z
+
+    compiled = torch.compile(guarded, backend=Backend({"inner": "eager"}))
+    assert torch.equal(compiled(inputs()), guarded(inputs()))
+    with pytest.raises((AssertionError, RuntimeError), match="diverged"):
+        compiled(inputs() * math.nan)
+
+
+def test_what_a_signal_raises_in_the_body_is_raised() -> None:
+    """A timeout is no property of the place where the body happens to be evaluated."""
+
+    class Timeout(Exception):
+        pass
+
+    due: list[bool] = []
+
+    def f(z: Tensor) -> Tensor:
+        if len(due) == 3:
+            due.append(True)
+            raise Timeout
+        due.append(True)
+        return 0.9 * torch.tanh(z) + 1
+
+    with pytest.raises(Timeout):
+        fixed_point(f, torch.zeros(2, 3), batch="rows", tol=1e-6)
+    assert len(due) == 5  # once more, to see whether it is the place

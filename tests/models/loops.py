@@ -118,6 +118,15 @@ class BatchNorm(Parts):
         return z
 
 
+class Guarded(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        for _ in range(N):
+            z = self.f(z, x)
+            assert torch.isfinite(z).all(), "diverged"
+        return z
+
+
 class Dropout(Parts):
     def __init__(self) -> None:
         super().__init__()
@@ -333,6 +342,7 @@ CASES: dict[str, Case] = {
     "residual_list": Case(ResidualList, 0, Reason.ESCAPES),
     "trajectory": Case(Trajectory, 0, Reason.ESCAPES),
     "batch_norm": Case(BatchNorm, 0, Reason.BATCH_NORM),
+    "guarded": Case(Guarded, 0, Reason.ASSERTION),
     "dropout": Case(Dropout, 0, Reason.RANDOM),
     "recurrent": Case(Recurrent, 0, Reason.OTHER_CONSTANT),
     "stacked": Case(Stacked, 0, Reason.OTHER_INPUT),
