@@ -32,7 +32,7 @@ from deq_compile.torch_parts import (
     tracing,
 )
 
-from . import rewritten
+from . import lookups, rewritten
 from .body import BodySpec
 from .layout import Layout
 from .modes import autograd_recording, functionalising
@@ -74,6 +74,7 @@ class Program(abc.ABC):
         self.spec, self.lock = spec, lock
         self._plain: Call | None = None
         self._joint: dict[tuple[bool, ...], Joint] = {}
+        self._looks_up = False
 
     general = False  # whether it serves more than one set of shapes
     failed = False  # a general one that could not be made
@@ -170,6 +171,7 @@ class Program(abc.ABC):
     def _without_writes(self, fn: Callable[..., Any], *inputs: Any) -> fx.GraphModule:
         """The trace. The partitioner and Inductor expect graphs without writes; a derivative may hold them (that of std does)."""
         graph = self.trace(fn, *inputs)
+        self._looks_up = lookups.by_state(graph)
         if not _writes(graph):
             return graph
 
@@ -184,7 +186,7 @@ class Program(abc.ABC):
         graph.graph.eliminate_dead_code()
         from deq_compile.torch_parts import compile_fx_inner, inductor_config
 
-        if self.spec.inner != "inductor" or compile_fx_inner is None or inductor_config is None:
+        if self.spec.inner != "inductor" or self._looks_up or compile_fx_inner is None or inductor_config is None:
             graph.recompile()
             forward = graph.forward  # below the hooks of modules, whose users expect tensors that autograd made
             return lambda inputs: forward(*inputs)
