@@ -204,6 +204,7 @@ __all__ = [
     "VJPFull",
     "Work",
     "addresses",
+    "apply_multisecant",
     "apply_transpose",
     "apply_transpose_reference",
     "broyden",
