@@ -18,21 +18,13 @@ _LOOKUPS = {
     "embedding_dense_backward", "gather", "take", "put", "scatter", "scatter_add", "scatter_reduce", "nll_loss_forward",
     "nll_loss2d_forward",
 }  # fmt: skip
-# The integers that these give are positions in their argument, and what those give has bounds that somebody wrote down.
+# The integers that these give are positions in their argument, or have bounds that somebody wrote down (grid_sample keeps its
+# corners within the image by `where`); and so has what those give, of any dtype.
 _POSITIONS = {
-    "argmax",
-    "argmin",
-    "topk",
-    "sort",
-    "argsort",
-    "max",
-    "min",
-    "median",
-    "kthvalue",
-    "mode",
-    "searchsorted",
-    "bucketize",
-}
+    "argmax", "argmin", "topk", "sort", "argsort", "max", "min", "median", "kthvalue", "mode", "cummax", "cummin", "searchsorted",
+    "bucketize", "where", "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "_low_memory_max_pool_with_offsets", "_low_memory_max_pool_offsets_to_indices",
+}  # fmt: skip
 _BOUNDED = {"clamp", "clamp_max", "remainder", "bitwise_and"}
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
