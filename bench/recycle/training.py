@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deq_compile
-from bench.gradients.bodies import CLASSES, RECIPES, TRAINING_SAMPLES, digits
+from bench.gradients.bodies import CLASSES, RECIPES, TRAINING_SAMPLES, Recipe, digits
 from bench.gradients.train import BATCH
 from deq_compile import SolveRecord, fixed_point, record_solves
 from deq_compile.testing import jac_reg
@@ -31,16 +31,20 @@ def without(f: Body, z0: Tensor, **options: Any) -> Tensor:
     return fixed_point(lambda z: f(z), z0, recycle="never", **options)
 
 
-def row(body: str, seed: int, tol: float, recycle: str, steps: int | None = None) -> dict[str, Any]:
-    """One training: means over all of its steps, those that decide included, with and without."""
+def begun(body: str, seed: int) -> tuple[Recipe, Tensor, Tensor, nn.Module, nn.Linear, torch.optim.Optimizer]:
+    """A training before its first step: recipe, inputs and labels, the body and the layer behind it, and their optimizer."""
     recipe = RECIPES[body]
     deq_compile.reset()
     torch.manual_seed(seed)
     images, labels = digits()
-    inputs = recipe.inputs(images)
     module, head = recipe.make(), nn.Linear(recipe.width, CLASSES)
-    parameters = [*module.parameters(), *head.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE)
+    optimizer = torch.optim.Adam([*module.parameters(), *head.parameters()], lr=LEARNING_RATE)
+    return recipe, recipe.inputs(images), labels, module, head, optimizer
+
+
+def row(body: str, seed: int, tol: float, recycle: str, steps: int | None = None) -> dict[str, Any]:
+    """One training: means over all of its steps, those that decide included, with and without."""
+    recipe, inputs, labels, module, head, optimizer = begun(body, seed)
     options = {"tol": tol, "max_iter": CAP, "verify": "first"}
     mine: list[SolveRecord] = []
     theirs: list[SolveRecord] = []

@@ -24,13 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import deq_compile
-from bench.gradients.bodies import CLASSES, RECIPES, TRAINING_SAMPLES, digits
+from bench.gradients.bodies import TRAINING_SAMPLES
 from bench.gradients.train import BATCH
 from deq_compile import fixed_point
 from deq_compile.testing import apply_multisecant, jac_reg, multisecant, recycle_pool, recycle_shared, recycle_sketch, solve
 
-from .training import CAP, LEARNING_RATE
+from .training import CAP, begun
 
 FORWARD_TOL, ADJOINT_TOL, MOST_PRODUCTS = 1e-4, 1e-2, 40
 EVERY, FIRST = 10, 3  # steps between two that are measured; of these, those that only feed
@@ -49,13 +48,7 @@ class Known:
 
 def row(body: str, seed: int, steps: int | None = None) -> dict[str, Any]:
     """One training: mean products of each way, and net of what it costs beside them."""
-    recipe = RECIPES[body]
-    deq_compile.reset()
-    torch.manual_seed(seed)
-    images, labels = digits()
-    inputs = recipe.inputs(images)
-    module, head = recipe.make(), nn.Linear(recipe.width, CLASSES)
-    optimizer = torch.optim.Adam([*module.parameters(), *head.parameters()], lr=LEARNING_RATE)
+    recipe, inputs, labels, module, head, optimizer = begun(body, seed)
     known, begin = Known(), time.process_time()
     found: list[tuple[dict[str, int], dict[str, float]]] = []
     for i in range(steps or recipe.steps):

@@ -11,7 +11,6 @@ from deq_compile.report import Reason, Skipped
 from . import dynamo, sites, varying
 
 _BACKWARD = "`torch.autograd.grad`"  # in the loop of a hook that stays, of which more is said elsewhere
-_ASSERTS = ("LOAD_ASSERTION_ERROR", "LOAD_COMMON_CONSTANT")
 LONGEST = 160  # letters of what Dynamo says
 
 
@@ -38,7 +37,7 @@ def call_handler(original: Callable[..., Any], in_loop: Callable[[Any], bool]) -
 
 def branch(tx: Any) -> None:
     """Tell of a branch in a loop's body whose condition depends on data. That of an `assert` ends no graph."""
-    if getattr(getattr(tx, "next_instruction", None), "opname", "") in _ASSERTS:
+    if getattr(getattr(tx, "next_instruction", None), "opname", "") == "LOAD_ASSERTION_ERROR":
         return
     sites.tell(tx, Skipped(Reason.BRANCH, sites.location(tx)))
 

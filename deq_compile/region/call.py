@@ -91,17 +91,15 @@ class Call:
         if max_iter is not None:
             problem = dataclasses.replace(problem, max_iter=max_iter)
         found = self._solve(
-            self.body, start, problem, solver=solver or SOLVERS[site.spec.config.solver], raising=self._raising(start)
+            self.body,
+            start,
+            problem,
+            solver=solver or SOLVERS[site.spec.config.solver],
+            raising=raising_of(site, self.inside, own=start is self.own_z0),
         )
         if found.state is not None:
             site.note_length(found.evaluations)
         return found
-
-    def _raising(self, start: Tensor) -> int | None:
-        """Evaluations of a solve whose errors are the user's: of the state that he begins with, or of steps that he asked for."""
-        if self.inside or of_steps(self.site.spec.config):
-            return None
-        return 1 if start is self.own_z0 else 0
 
     def first(self, due: bool) -> Solution:
         """The solve that stands in for the loop, or the loop's own iterates to where they converge. `due`: it is compared."""
@@ -200,6 +198,11 @@ def problem_of(
     if stop is None:  # a test holds the tensors of its call
         site.problem = facts, found
     return found
+
+
+def raising_of(site: Site, inside: bool, own: bool) -> int | None:
+    """Evaluations of a solve whose errors are the user's: that of his `own` state, or all of steps that he asked for."""
+    return None if inside or of_steps(site.spec.config) else int(own)
 
 
 def arranged(site: Site, f: Callable[[list[Tensor]], Sequence[Tensor]], state0: Sequence[Tensor]) -> tuple[bool, Layout]:

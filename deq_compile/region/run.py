@@ -19,7 +19,7 @@ from .adjoint import AdjointSolution, preceding
 from .backward import BACKWARDS, AdjointCall, Backward, Settled, of_steps
 from .backwards.reuse import skipped_pairs
 from .body import Deferred, Linearised, Runner
-from .call import Call, problem_of, runner_of
+from .call import Call, problem_of, raising_of, runner_of
 from .comparison import compare, compare_call
 from .forward import Solution, or_plain, solve
 from .kept import OwnLoop, Trajectory, loop_gradient, own_loop
@@ -374,7 +374,7 @@ class _Backward:
         stop = any_of(spec.stop, self.layout, (*operands, *self.inputs.sizes))
         problem = problem_of(self.site, watched=not self.inside, stop=stop)
         f = self.runner.evaluations(operands, None)
-        raising = None if self.inside or of_steps(spec.config) else 1  # as the forward
+        raising = raising_of(self.site, self.inside, own=True)
         return solve(f, self._start(), problem, solver=SOLVERS[spec.config.solver], raising=raising)
 
 
